@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from helios_sim.live.exits import Choice, Chunk, ExitReader
+from helios_sim.live.memory.blocks import BlockStep
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
@@ -78,12 +80,13 @@ class Speculation:
         hidden = self._first_layers(requests, list(zip(chunks, prompts, strict=True)))
         joined = [state for i, one in enumerate(requests) for state in (*one.states, hidden[i : i + 1])]
         rows = [one.most + 1 for one in requests]
-        steps = [PromptStep(self._cache, one.slot, k, one.cached) for one, k in zip(requests, rows, strict=True)]
-        sizes = [*rows, *(len(c.tokens) for c in chunks)]
+        blocks = [(k, list(alike)) for k, alike in groupby(requests, key=lambda one: one.most + 1)]
+        steps = [self._block(alike, k) for k, alike in blocks]
+        sizes = [*(k * len(alike) for k, alike in blocks), *(len(c.tokens) for c in chunks)]
         states = torch.cat([*joined, hidden[n:]])
         states = model.run(states, self._exit, model.n_loaded, _together([*steps, *prompts], sizes))
-        ends = np.cumsum(sizes)
-        finishing = [(c.row, int(end) - 1) for c, end in zip(chunks, ends[n:], strict=True) if c.row is not None]
+        ends = np.cumsum(sizes)[len(steps) :]
+        finishing = [(c.row, int(end) - 1) for c, end in zip(chunks, ends, strict=True) if c.row is not None]
         at = [*range(sum(rows)), *(place for _, place in finishing)]
         said = self._exits.read(model, model.n_loaded, states if len(at) == len(states) else states[at], None)
         place = 0
@@ -96,6 +99,14 @@ class Speculation:
         contexts = [one.cached + one.most + 1 for one in requests]
         prefill = tuple(PrefillChunk(len(c.tokens), c.context, c.layers) for c in chunks)
         return self._composition(contexts, sum(rows) - n, len(at), prefill, drafting=False)
+
+    def _block(self, requests: Sequence[Drafts], tokens: int) -> Attend:
+        """The step of so many tokens of each request: one call, or, where kernels go by lengths, one each."""
+        cache, slots, lengths = self._cache, [one.slot for one in requests], [one.cached for one in requests]
+        if not cache.kernels.any_lengths:
+            return BlockStep(cache, slots, lengths, tokens)
+        each: list[Attend] = [PromptStep(cache, at, tokens, n) for at, n in zip(slots, lengths, strict=True)]
+        return _together(each, [tokens] * len(each))
 
     def _first_layers(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
         """The latest token of each request, and these chunks, after the exit's layer."""

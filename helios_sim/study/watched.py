@@ -113,6 +113,13 @@ class Step:
     engine_ns: int  # from then on until it was done
     forward_ns: int  # of `engine_ns`, inside the model's forward pass
     waited_ns: int  # of `engine_ns`, while others had the processor
+    drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
+    draft_ns: int = 0  # of `forward_ns`, that they took
+
+    @property
+    def priced_ns(self) -> int:
+        """What the profile says of it, drafts included."""
+        return sum(int(whole_ns(self.profile.iteration_time_s(c))[0]) for c in (*self.drafted, self.composition))
 
     @property
     def overhead_ns(self) -> int:
@@ -161,7 +168,10 @@ class WatchedEngine(Around):
         waited_ns = waited_for_processor_ns() - waited_ns
         forward_ns = self._inner.forward_ns - forward_ns
         host_ns, engine_ns = max(asked_ns - now_ns, 0), outcome.end_ns - asked_ns
-        self.steps.append(Step(outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns))
+        self.steps.append(Step(
+            outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns, outcome.drafted,
+            outcome.draft_ns,
+        ))  # fmt: skip
         return outcome
 
     def notes(self) -> LiveNotes:
@@ -170,7 +180,7 @@ class WatchedEngine(Around):
 
     def _sums(self) -> LiveNotes:
         """Prices the steps that are kept, which takes the host's time too."""
-        priced_ns = [int(whole_ns(s.profile.iteration_time_s(s.composition))[0]) for s in self.steps]
+        priced_ns = [step.priced_ns for step in self.steps]
         with_prompts = [i for i, step in enumerate(self.steps) if step.composition.prefill]
         return LiveNotes(
             iterations=len(self.steps),

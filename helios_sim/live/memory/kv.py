@@ -3,8 +3,8 @@
 The cache is made of slots, one per request: each layer has K and V of shape (slots, kv_heads, max_tokens, head_dim).
 A step is built for one call of the model and passed to every layer, so that everything that depends only
 on lengths (rotations, masks, where to write) is computed once per step. `PromptStep` runs a chunk of one prompt,
-`DecodeStep` one token each of several requests (see `decodes.py`), `MixedStep` several steps together, and `Packed`
-whole texts without a cache.
+`DecodeStep` one token each of several requests (see `decodes.py`; several each: `blocks.py`), `MixedStep` several steps
+together, and `Packed` whole texts without a cache.
 """
 
 from __future__ import annotations
@@ -270,6 +270,13 @@ def _decode_masks(a: Architecture, positions: Tensor, span: int, even: bool, dty
         return [None] * a.n_layers
     query, key = positions[:, None, None, None], torch.arange(span, device=positions.device)
     return _masks(a, query, key, None if even else key <= query, dtype, slides)
+
+
+def block_masks(a: Architecture, positions: Tensor, span: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """One mask per layer, (B, 1, R, span), for R rows each of B requests at these positions (B, R)."""
+    slides = a.window_tokens is not None and any(a.sliding) and span > a.window_tokens
+    query, key = positions[:, None, :, None], torch.arange(span, device=positions.device)
+    return _masks(a, query, key, key <= query, dtype, slides)
 
 
 def _masks(
