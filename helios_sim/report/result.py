@@ -223,16 +223,18 @@ class ArmsFigure:
 
 @dataclass(frozen=True, slots=True)
 class PhaseFigure:
-    """The best arm of the points by one metric, at each value of two settings, among those that change little."""
+    """How much better than the baseline arms are by one metric, at each value of two settings."""
 
     title: str
     x: str  # a key of the points' settings
     x_label: str
     metric: str
-    split_by: str  # another: the rows
-    least_agreement: float = 0.0
+    split_by: str  # another: the rows, or groups of columns where all arms are shown
+    least_agreement: float = 0.0  # an arm that changes more tokens is not the best
     arms: tuple[str, ...] | None = None  # None: all
     where: Mapping[str, float | int | str] = field(default_factory=dict)
+    best_only: bool = True  # false: a row for each arm
+    y_label: str = ""  # of the rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from helios_sim.serving.decider import MOST_DECISIONS
 from helios_sim.study.build import Arm, confidence, threshold
 from helios_sim.study.fleet import shared_fleet
 from helios_sim.study.jobs import Job, JobResult
-from helios_sim.study.plan import Point, StudyPlan, point_at
+from helios_sim.study.plan import OVER_TWO_AXES, Point, StudyPlan, point_at
 from helios_sim.study.promise import kept_promises
 from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedConfig
 from helios_sim.study.seeds import Settled
@@ -264,9 +264,12 @@ def _figure(c: FigureConfig, slo: Slo) -> Figure:
         return QualityFigure(c.title, arms)
     if c.kind == "load":
         return LoadFigure(c.title, c.x, c.x_label, slo, dict(c.where))
-    if c.kind == "phase":
+    if c.kind in OVER_TWO_AXES:
         assert c.split_by is not None
-        return PhaseFigure(c.title, c.x, c.x_label, c.metric, c.split_by, c.least_agreement, arms, dict(c.where))
+        return PhaseFigure(
+            c.title, c.x, c.x_label, c.metric, c.split_by, c.least_agreement, arms, dict(c.where), c.kind == "phase",
+            c.y_label,
+        )  # fmt: skip
     return SweepFigure(
         title=c.title,
         x=c.x,

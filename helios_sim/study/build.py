@@ -47,7 +47,8 @@ PROFILE_RUNTIME = "profile"  # a preset's name: host costs as the profile has th
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
 MOST_COUNTED_W = 1e5  # by a device's counter
-OF_THE_ARM = ("policy", "description", "baseline", "overrides")  # of an entry; the rest are the policy's parameters
+# Of an entry; the rest are the policy's parameters.
+OF_THE_ARM = ("policy", "description", "baseline", "overrides", "sweeps_only")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from helios_sim.study.schema import PRESENTATION, Config, FaultsConfig, SweepCon
 from helios_sim.vary.axis import Axis, axes_of, grid
 from helios_sim.vary.settings import with_settings
 
-FIGURES = ("sweep", "load", "arms", "quality", "phase")
+FIGURES = ("sweep", "load", "arms", "quality", "phase", "matrix")
+OVER_TWO_AXES = ("phase", "matrix")
 CUSTOM = "custom"
 
 
@@ -66,14 +67,15 @@ def _without_faults(job: Job) -> Job:
 def plan_study(config: Config) -> StudyPlan:
     """UserError where an arm, a baseline or an axis is not what it should be."""
     arms = entries_of(config)
-    baseline = _known_arm("baseline", config.baseline or next(iter(arms)), arms)
+    own = {name: entry for name, entry in arms.items() if not entry.get("sweeps_only")}
+    baseline = _known_arm("baseline", config.baseline or next(iter(own)), own)
     if config.subject is not None:
-        _known_arm("subject", config.subject, arms)
+        _known_arm("subject", config.subject, own)
     for name, entry in arms.items():
         if entry.get("baseline") is not None:
-            _known_arm(f"arms.{name}.baseline", str(entry["baseline"]), arms)
+            _known_arm(f"arms.{name}.baseline", str(entry["baseline"]), own)
         _check_overrides(name, entry.get("overrides") or {})
-    headline = _point(config, {}, {}, list(arms), baseline)
+    headline = _point(config, {}, {}, list(own), baseline)
     points = [point for sweep in config.sweeps for point in _sweep(config, sweep, arms, baseline)]
     return StudyPlan(config, headline, tuple(points))
 
@@ -120,14 +122,27 @@ def entries_of(config: Config) -> dict[str, Mapping[str, Any]]:
         arms[str(name)] = entry
         if "policy" not in entry:
             raise UserError(f"arms.{name}", dict(entry), "each arm names its policy", "write {policy: helios}")
+        _check_sweeps_only(config, str(name), entry)
     if config.policy is not None:
         name, entry = _added_arm(config.policy)
         while name in arms:  # an experiment's arm stays what it is
             name = f"{name}_added"
         arms[name] = entry
-    if not arms:
+    if all(entry.get("sweeps_only") for entry in arms.values()):
         raise UserError("arms", {}, "at least one arm", "set policy=helios, or name arms in the experiment")
     return arms
+
+
+def _check_sweeps_only(config: Config, name: str, entry: Mapping[str, Any]) -> None:
+    """UserError where an arm is for sweeps only, and none names it."""
+    key, value = f"arms.{name}.sweeps_only", entry.get("sweeps_only", False)
+    if not isinstance(value, bool):
+        raise UserError(key, value, "true or false", "correct it")
+    if value and not any(name in (sweep.arms or ()) for sweep in config.sweeps):
+        raise UserError(key, value, "an arm that a sweep names in its arms", "name it there, or leave this out")
+    if value and entry.get("baseline") is not None:
+        allowed = "none of its own: a sweep's arms are compared with the sweep's"
+        raise UserError(f"arms.{name}.baseline", entry["baseline"], allowed, "set sweeps.baseline, or leave it out")
 
 
 def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
@@ -175,7 +190,8 @@ def _known_arm(key: str, name: str, arms: Mapping[str, Any]) -> str:
 
 
 def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline: str) -> list[Point]:
-    names = list(arms) if sweep.arms is None else [_known_arm("sweeps.arms", name, arms) for name in sweep.arms]
+    own_arms = [name for name, entry in arms.items() if not entry.get("sweeps_only")]
+    names = own_arms if sweep.arms is None else [_known_arm("sweeps.arms", name, arms) for name in sweep.arms]
     own = baseline if sweep.baseline is None else _known_arm("sweeps.baseline", sweep.baseline, arms)
     if own not in names:
         names.insert(0, own)
@@ -280,7 +296,8 @@ def _check_names(plan: StudyPlan) -> None:
         if not published.published:
             place = published.what or published.metric
             raise UserError("published.published", place, "a row needs the published figure", "set published: 1.48")
-    _check_figures(config, plan.points, arms)
+    in_sweeps = dict.fromkeys(name for point in plan.points for name in point.jobs)
+    _check_figures(config, plan.points, list(dict.fromkeys((*arms, *in_sweeps))))
 
 
 def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> None:
@@ -293,8 +310,8 @@ def _check_figures(config: Config, points: Iterable[Point], arms: list[str]) -> 
                 raise UserError("figures.x", figure.x, "an axis of a sweep, and there is no sweep", fix)
             require_one_of("figures.x", figure.x, DEFINITIONS if figure.kind == "arms" else axes)
         require_one_of("figures.metric", figure.metric, DEFINITIONS)
-        if figure.kind == "phase" and figure.split_by is None:
-            raise UserError("figures.split_by", None, "another axis, for a phase diagram", "name it")
+        if figure.kind in OVER_TWO_AXES and figure.split_by is None:
+            raise UserError("figures.split_by", None, f"another axis, for kind={figure.kind}", "name it")
         for key in (*figure.where, *([figure.split_by] if figure.split_by else [])):
             require_one_of("figures.where and split_by", key, axes)
         for key, value in figure.where.items():

@@ -405,7 +405,7 @@ class SweepConfig:
     """All combinations of the axes' values, for the named arms."""
 
     axes: list[AxisConfig] = field(default_factory=list)
-    arms: list[str] | None = None  # None: all
+    arms: list[str] | None = None  # None: all but those that are for certain sweeps only
     baseline: str | None = None  # None: the study's
 
 
@@ -414,7 +414,8 @@ class FigureConfig:
     """A figure over the sweeps' points, which name settings as their axes do, or over the arms."""
 
     # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another;
-    # quality: bits per character over the run; phase: the best arm at each value of `x` and of `split_by`
+    # quality: bits per character over the run; phase: the best arm at each value of `x` and of `split_by`; matrix: how
+    # every arm does there
     kind: str = "sweep"
     title: str = ""
     x: str = ""  # an axis; arms: a metric
@@ -429,7 +430,7 @@ class FigureConfig:
     log_y: bool = False
     marks: dict[str, float] = field(default_factory=dict)  # level lines: label and value
     where: dict[str, Any] = field(default_factory=dict)  # only points with these settings
-    least_agreement: float = 0.0  # phase: arms that change more tokens than this allows are left out
+    least_agreement: float = 0.0  # phase, matrix: arms that change more tokens are no choice
 
 
 @dataclass
@@ -525,6 +526,7 @@ class Config:
     policy: dict[str, Any] | None = None  # one more arm: name and settings
     # By name: policy, its settings, and if wanted a description, overrides (of this configuration, by dotted path)
     # and a baseline of its own, for arms under other conditions than the study's.
+    # With `sweeps_only: true` it runs in the sweeps that name it and not at the study's own settings.
     # Null leaves one out.
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""  # an arm; "": the first

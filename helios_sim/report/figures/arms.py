@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -235,7 +236,8 @@ def arms_drawings(result: ExperimentResult) -> list[Drawing]:
 
 def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawing | None:
     """A point for each arm; None where fewer than two arms have both metrics."""
-    styles = arm_styles(list(result.arms), result.baseline)
+    in_sweeps = [arm for point in result.points for arm in point.metrics]
+    styles = arm_styles(list(dict.fromkeys((*result.arms, *in_sweeps))), result.baseline)
     points = [point for point in _points(spec, result) if point[0] in styles]
     if len(points) < 2:
         return None
@@ -255,6 +257,8 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
                 ax.plot(along, up, color=style.color, linewidth=3, alpha=0.3, label=f"_{arm}")
         ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
     ax.margins(x=0.08, y=0.1)
+    for hidden, x, y in _under_each_other(points, ax):
+        annotate(ax, f"also {', '.join(hidden)}", (x, y), (0, -16), ha="center", color=INK, fontsize=8)
     ax.set_xlabel(_axis(spec.x))
     ax.set_ylabel(_axis(spec.y))
     legend_above(figure, handles_of(ax), columns=4)
@@ -300,6 +304,22 @@ def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, f
         if shown and isinstance(x, int | float) and isinstance(y, int | float):
             found.append((name, float(x), float(y)))
     return found
+
+
+def _under_each_other(
+    points: Sequence[tuple[str, float, float]], ax: Axes
+) -> Iterable[tuple[list[str], float, float]]:
+    """Arms whose mark a later one covers, and where: within half a per cent of both axes."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    found: dict[str, list[str]] = {}
+    seen: dict[str, str] = {}  # an arm by the last one there
+    for place, (arm, x, y) in enumerate(points):
+        after = [other for other, x2, y2 in points[place + 1 :]
+                 if abs(x2 - x) < 0.005 * (right - left) and abs(y2 - y) < 0.005 * (high - low)]  # fmt: skip
+        if after:
+            seen[arm] = after[-1]
+            found.setdefault(after[-1], []).append(arm)
+    return [(found[arm], x, y) for arm, x, y in points if arm in found and arm not in seen]
 
 
 def _line(spec: ArmsFigure, result: ExperimentResult, arm: str) -> list[tuple[float, float]]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from helios_sim.report.designs import Design, DesignsResult, merits_of, on_front, plain_value
+from helios_sim.report.figures.phase import baseline_of, matrix_figure, phase_figure
 from helios_sim.report.figures.style import (
     INK,
     MUTED,
@@ -58,7 +58,8 @@ def sweep_drawings(result: ExperimentResult) -> list[Drawing]:
             if points and isinstance(spec, LoadFigure):
                 found.append(load_figure(f"load_{place}", spec, points, styles, scope_in_words(result.seeds)))
             elif points and isinstance(spec, PhaseFigure):
-                found.append(phase_figure(f"phase_{place}", spec, points, styles, result.baseline))
+                draw, kind = (phase_figure, "phase") if spec.best_only else (matrix_figure, "matrix")
+                found.append(draw(f"{kind}_{place}", spec, points, styles, baseline_of(points, result.baseline)))
             elif points and isinstance(spec, SweepFigure):
                 scope = scope_in_words(result.seeds)
                 found.append(sweep_figure(f"sweep_{place}", spec, points, styles, result.baseline, scope))
@@ -110,62 +111,6 @@ def sweep_figure(
         f" Baseline: {baseline}." if spec.relative else ""
     )
     return Drawing(name, spec.title, caption, figure)
-
-
-def phase_figure(
-    name: str, spec: PhaseFigure, points: Sequence[SweepPoint], styles: Mapping[str, ArmStyle], baseline: str
-) -> Drawing:
-    """A tile for each value of two settings: the best arm, how much better than the baseline, and the next best."""
-    xs = list(dict.fromkeys(p.settings[spec.x] for p in points))
-    rows = list(dict.fromkeys(p.settings.get(spec.split_by) for p in points))
-    figure, (ax,) = new_figure(1, 1, 0.8 + 0.95 * len(rows))
-    for point in points:
-        x, y = xs.index(point.settings[spec.x]), rows.index(point.settings.get(spec.split_by))
-        ranked = ranked_arms(spec, point, baseline)
-        if not ranked:
-            continue
-        (best, gain), *others = ranked
-        color = styles[best].color
-        ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=color, alpha=0.22, edgecolor=color))
-        annotate(ax, best, (x, y), (0, 11), ha="center", va="center", color=INK, fontsize=9.5, fontweight="bold")
-        annotate(ax, f"{gain:.2f}×", (x, y), (0, -2), ha="center", va="center", color=INK, fontsize=9.5)
-        if others:
-            second, factor = others[0]
-            annotate(ax, f"{second} {factor:.2f}×", (x, y), (0, -15), ha="center", va="center", fontsize=7.5)
-    ax.set_xlim(-0.5, len(xs) - 0.5)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xticks(range(len(xs)), [str(x) for x in xs])
-    ax.set_yticks(range(len(rows)), [str(row) for row in rows])
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    ax.set_xlabel(spec.x_label)
-    most = 100 * (1 - spec.least_agreement)
-    among = f" of those that change at most {most:.3g} % of the tokens" if spec.least_agreement else ""
-    caption = (
-        f"The best arm by {DEFINITIONS[spec.metric].label}{among}, how many times better than {baseline} it is, and "
-        "the next best."
-    )
-    return Drawing(name, spec.title, caption, figure)
-
-
-def ranked_arms(spec: PhaseFigure, point: SweepPoint, baseline: str) -> list[tuple[str, float]]:
-    """Arms of a point that keep to the agreement, with how many times better than the baseline, best first.
-
-    Of equals, to a hundredth, the baseline comes first, then the one that was named first.
-    """
-    lower = DEFINITIONS[spec.metric].better is Better.LOWER
-    of_baseline = point.metrics.get(baseline, {}).get(spec.metric)
-    found = []
-    for arm, metrics in point.metrics.items():
-        value, agreement = metrics.get(spec.metric), metrics.get("agreement")
-        shown = arm == baseline or spec.arms is None or arm in spec.arms
-        if not shown or not isinstance(value, int | float) or not isinstance(of_baseline, int | float):
-            continue
-        if value > 0 and isinstance(agreement, int | float) and agreement >= spec.least_agreement - 1e-9:
-            found.append((arm, float(of_baseline / value if lower else value / of_baseline)))
-    return sorted(found, key=lambda row: (-round(row[1], 2), row[0] != baseline))
 
 
 def load_figure(
