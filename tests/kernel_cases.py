@@ -14,15 +14,18 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.device import CpuDevice
-from helios_sim.live.exits import Row
+from helios_sim.live.exits import ExitReader, Row, Tally
+from helios_sim.live.forward import Forward
 from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels import activation, attention, gemv, head, norms
 from helios_sim.live.kernels.card import TRITON
@@ -30,6 +33,9 @@ from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import KvCache
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
+from helios_sim.live.one_pass import OnePass, Rule
+from helios_sim.policy.deployment import BatchingRule, KvRule
 from tiny_models import write_tiny
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -41,7 +47,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """Requests of these lengths (the new token included) in these slots; -1 is padding."""
+    """Requests of these lengths (the new token included) in these slots; -1 is padding, -2 - s writes to slot s."""
 
     heads: int
     kv_heads: int
@@ -90,7 +96,8 @@ def attend(case: Attention) -> dict[str, float]:
     torch.manual_seed(len(case.lengths) + case.width)
     h, kv, d, n, dtype = case.heads, case.kv_heads, case.width, len(case.lengths), case.dtype
     tokens = max(case.lengths) + 3
-    keys, values = (drawn(max(case.slots) + 2, kv, tokens, d, dtype=dtype) for _ in range(2))
+    n_slots = 2 + max(max(slot, -2 - slot) for slot in case.slots)
+    keys, values = (drawn(n_slots, kv, tokens, d, dtype=dtype) for _ in range(2))
     was = keys.clone(), values.clone()
     wanted_keys, wanted_values = keys.clone(), values.clone()
     q, k, v = drawn(n, h + 2 * kv, d, dtype=dtype).split((h, kv, kv), 1)
@@ -100,14 +107,17 @@ def attend(case: Attention) -> dict[str, float]:
     weights = (drawn(d, dtype=dtype), drawn(d, dtype=dtype))
     wanted = torch.zeros(n, h, d, dtype=torch.float64)
     for row, (length, slot) in enumerate(zip(case.lengths, case.slots, strict=True)):
-        if slot < 0:
+        if slot == -1:
             continue
+        place = max(slot, -2 - slot)
         query, key = q[row], k[row]
         if case.normed:
             query, key = rms(query, weights[0]).to(dtype), rms(key, weights[1]).to(dtype)
         if not case.turned:
             query, key = (turned(x, angles, length - 1).to(dtype) for x in (query, key))
-        wanted_keys[slot, :, length - 1], wanted_values[slot, :, length - 1] = key, v[row]
+        wanted_keys[place, :, length - 1], wanted_values[place, :, length - 1] = key, v[row]
+        if slot < 0:
+            continue
         first = 0 if case.window is None else max(0, length - case.window)
         ks, vs = (x[slot, :, first:length].double().repeat_interleave(h // kv, 0) for x in (wanted_keys, wanted_values))
         shares = torch.softmax((query.double()[:, None] * ks).sum(-1) * d**-0.5, -1)
@@ -140,7 +150,8 @@ def attentions(exhaustive: bool) -> Iterator[Attention]:
         for heads, kv in kinds:
             for width in (64, 96, 128, 256) if not exhaustive else (64, 80, 96, 128, 256):
                 yield Attention(heads, kv, width, (70, 1), (2, 0), dtype)
-        yield Attention(2, 1, 64, (130, 65, 9), (4, -1, 0), dtype, splits=4)
+        yield Attention(2, 1, 64, (130, 65, 9, 40), (4, -1, 0, -3), dtype, splits=4)
+        yield Attention(2, 2, 32, (1, 90, 70), (1, -2, -4), dtype, normed=True, window=50, splits=1)
         yield Attention(2, 2, 32, (1, 200), (1, 0), dtype, normed=True, window=50, splits=2)
         yield Attention(4, 2, 64, (40, 33), (0, 1), dtype, turned=True, splits=1)
     yield Attention(1, 1, 64, (4096,), (0,))
@@ -209,6 +220,23 @@ def normed_rows(
         inner = wanted @ matrix.double().T + (0.0 if more is None else more.double())
         exact = ACTIVATIONS[name](inner[:, :outputs]) * (inner[:, outputs:] if gated else 1.0)
         yield f"norm, product and {name} {about}", max(error(out, exact), error(again, added))
+        if name == "silu" and n > 1 and dtype is FLOAT32:
+            yield from frozen_rows(n, (hidden, delta, post, weight, bias, EPS, matrix, more, name, gated), out, about)
+
+
+def frozen_rows(n: int, given: tuple[Any, ...], out: Tensor, about: str) -> Iterator[tuple[str, float]]:
+    """Rows that keep their state, beside rows that do not; once all do, no weight is read that nobody needs."""
+    hidden, (matrix, more, name) = given[0], given[6:9]
+    some, none = torch.arange(n) - 1, torch.full((n,), -2)
+    total, product = gemv.normed_product(*given, some, needed=False)
+    kept = max(error(total[some < 0], hidden[some < 0]), error(norms.add_norm(*given[:6], some)[0], total))
+    yield f"frozen rows, {name} {about}", max(kept, error(product[1:], out[1:]) if n > 1 else 0.0)
+    with interpreted.reads([matrix]) as counted:
+        all_kept, _ = gemv.normed_product(*given, none, needed=False)
+        gemv.product(hidden, matrix, more if more is None or len(more) == len(matrix) else None, none)
+    yield f"all rows frozen, {name} {about}", error(all_kept, hidden) + counted.n_bytes
+    _, product = gemv.normed_product(*given[:1], None, *given[2:], none, needed=True)
+    yield f"needed of frozen rows, {name} {about}", error(product, gemv.normed_product(given[0], None, *given[2:])[1])
 
 
 def steps() -> Iterator[tuple[str, float]]:
@@ -238,6 +266,46 @@ def repeated() -> float:
     return error(*found[::-1])
 
 
+def one_pass(exhaustive: bool) -> list[float]:
+    """Passes through exits by the kernels beside bands by torch: errors of K and V, and wrong depths and tokens."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for family, n in (("llama", 3), ("llama", 6), ("opt", 3)) if exhaustive else (("llama", 3),):
+            source = find_checkpoint(str(write_tiny(family, Path(folder) / family, layers=3)))
+            (kernel_kv, kernel_said), (torch_kv, torch_said) = _after_a_pass(source, n)
+            wrong = sum(a != b for a, b in zip(kernel_said, torch_said, strict=True))
+            found.append(max(error(a, b) for a, b in zip(kernel_kv, torch_kv, strict=True)) + wrong)
+    return found
+
+
+def _after_a_pass(source: Any, n: int) -> list[tuple[list[Tensor], list[tuple[int, int]]]]:
+    """K and V of all layers at the rows' positions, and their depths and tokens."""
+    found, exits, slots = [], (1, 2, 3), [5, 1, 7, 0, 3, 6][:n]
+    for kernels in (TRITON, TORCH):
+        torch.manual_seed(0)
+        model = SegmentedModel.load(source, kernels=kernels)
+        cache = KvCache(model.architecture, 3, 8, 40, kernels=kernels)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.copy_(torch.randn(tensor.shape))
+        rows = [
+            Row(slot, 3 + 5 * i, 7 + i, 3, asks=True, recorded={1: i % 3 == 0, 2: i % 3 < 2, 3: True})
+            for i, slot in enumerate(slots)
+        ]
+        reader, device = ExitReader(ExitHeads.own(exits[:-1]), 3), CpuDevice(kernels)
+        if kernels is TRITON:
+            rule = Rule(exits, (True, True), Confidence.MAX_PROBABILITY, lazy=False, watched=False)
+            OnePass(GraphedDecodes(model, cache, device), device).run(reader, rule, 0.5, rows, Tally(exits))
+        else:
+            plan = SimpleNamespace(
+                exit_rule=PerToken(0.5), batching=BatchingRule.EACH_TOKEN, kv_rule=KvRule.PROPAGATE, loaded_layers=3
+            )
+            Forward(model, reader, cache, plan, exits).run(rows, [])  # type: ignore[arg-type]
+        at = [(row.slot, slice(None), row.position) for row in rows]
+        kv = [torch.stack([tensor[place] for place in at]) for tensor in (*cache.keys, *cache.values)]
+        found.append((kv, [(row.layers, row.chosen) for row in rows]))
+    return found
+
+
 def _after_a_step(source: Any, kernels: Any, n: int) -> list[Tensor]:
     """Hidden states after some layers and after all, and K and V of the last layer."""
     torch.manual_seed(0)
@@ -264,5 +332,5 @@ def not_numbers() -> list[bool]:
 if __name__ == "__main__":
     whole = "exhaustive" in sys.argv
     found = {case.name: attend(case) for case in attentions(whole)}
-    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated()}
+    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated(), "one_pass": one_pass(whole)}
     print(json.dumps({"attention": found, **of_others, "not_numbers": not_numbers()}))

@@ -27,10 +27,10 @@ class LowRankProducts(TorchKernels):
     def __init__(self, changed: Iterable[tuple[Tensor, Factors]]) -> None:
         self._changed = {id(weight): (weight, factors) for weight, factors in changed}  # the weight keeps its id
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
         import torch.nn.functional as F
 
-        whole = super().product(x, weight, bias)
+        whole = super().product(x, weight, bias, slots)
         if (found := self._changed.get(id(weight))) is None:
             return whole
         _, of = found

@@ -24,6 +24,7 @@ from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.one_pass import Rule
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
 from helios_sim.policy.deployment import Deployment, KvRule, require_live
@@ -134,7 +135,8 @@ class LiveEngine:
                     if model is not None:
                         of = segments(data.exits, deployment if final else None)
                         exits = self.residents.exits(name)
-                        captured += self.work.capture(name, model, of, exits, measures(deployment), owing)
+                        rules = passes(data.exits, deployment, model.architecture.n_layers)
+                        captured += self.work.capture(name, model, of, exits, measures(deployment), owing, rules)
         except MemoryError as error:
             raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
         return captured
@@ -295,7 +297,7 @@ class LiveEngine:
         ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
         bounds = exits[: exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
         work, heads = self.work, self.residents.exits(plan.model)
-        forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead)
+        forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead, work.one_pass)
         began_ns = self._env.wall_ns
         tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
         if work.ahead is None or not work.ahead.goes_on:
@@ -424,6 +426,16 @@ def measures(deployment: Deployment | None) -> list[Confidence | None]:
     """The confidences that are looked at together with a token: none, and that of the exit rule."""
     rule = None if deployment is None else deployment.exit_rule
     return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken) else [None]
+
+
+def passes(exits: SequenceOf[int], deployment: Deployment | None, n_layers: int) -> list[Rule]:
+    """The rules of passes through several exits: up to the deployment's layers, or to any exit if those may change."""
+    if deployment is None:
+        return []
+    ends = exits if deployment.triggers else [deployment.active.layers]
+    up_to = [exits[: exits.index(end) + 1] for end in ends]
+    found = [Rule.of(deployment.exit_rule, deployment.batching, deployment.kv_rule, of, n_layers) for of in up_to]
+    return [rule for rule in found if rule is not None]
 
 
 def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:

@@ -177,6 +177,15 @@ class ExitReader:
         rows = torch.stack((best.indices.double(), best.values.double())).tolist()
         return HeadOutput([int(t) for t in rows[0]], None, [value - value == 0.0 for value in rows[1]], logits)
 
+    def tokens_on_device(self, model: SegmentedModel, adapted: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (n,) and the largest logits (n,) of adapted states (n, d), on the device."""
+        logits = model.logits(adapted)
+        found = model.kernels.look_at(logits, None, 1.0)
+        if found is not None:
+            return found[0], found[1]
+        best = logits.max(-1)
+        return best.indices, best.values
+
     def on_device(
         self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

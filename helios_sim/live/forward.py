@@ -19,6 +19,7 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory.decodes import Decodes, decode_step
 from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
+from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.policy.deployment import BatchingRule, KvRule
 from helios_sim.serving.iteration import Plan
 
@@ -45,10 +46,15 @@ class Forward:
         bounds: Sequence[int],
         captured: GraphedDecodes | None = None,
         ahead: RunAhead | None = None,
+        one_pass: OnePass | None = None,
     ) -> None:
-        """`captured`: runs bands that hold only decodes as captured graphs; `ahead`: the next iteration's as well."""
+        """`captured`: runs bands that hold only decodes as captured graphs; `ahead`: the next iteration's as well.
+
+        `one_pass`: runs all bands as one graph.
+        """
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._exits, self._captured, self._ahead = exits, captured, ahead
+        self._one_pass = one_pass
         self._lazy = plan.batching is BatchingRule.LAZY
         self._leaving = ExitDecider(model, exits, plan.exit_rule, self._lazy, captured)
 
@@ -60,6 +66,9 @@ class Forward:
             rows = []
             if not chunks:
                 return tally
+        asking = not chunks and all(row.asks and row.seen is None for row in rows)
+        if asking and self._ran_at_once(rows, tally):
+            return tally
         now, start = self._embedded(list(rows), chunks), 0
         for band, end in enumerate(self._bounds):
             self._band(band, start, end, now, tally)
@@ -68,7 +77,22 @@ class Forward:
                 break
             start = end
         self._leaving.finish()
+        if asking and self._one_pass is not None:
+            self._one_pass.note(rows, self._bounds[-1])
         return tally
+
+    def _ran_at_once(self, rows: Sequence[Row], tally: Tally) -> bool:
+        """Whether rows that ask at every exit have run through all of them as one graph."""
+        plan, rule = self._plan, self._plan.exit_rule
+        free = all(row.choice is None and not row.owed for row in rows)
+        if self._one_pass is None or not free or not self._one_pass.pays(len(rows)):
+            return False
+        fixed = Rule.of(rule, plan.batching, plan.kv_rule, self._bounds, self._model.architecture.n_layers)
+        if fixed is None:
+            return False
+        assert isinstance(rule, PerToken)
+        self._one_pass.run(self._exits, fixed, rule.threshold, rows, tally)
+        return True
 
     def _ran_ahead(self, rows: Sequence[Row], chunks: Sequence[Chunk], tally: Tally) -> bool:
         """Whether the rows have their tokens from steps that were launched before; if so, the next ones are launched.

@@ -63,11 +63,11 @@ class GraphedDecodes:
     """Captured decode steps of one model over one cache. A shape is captured beforehand, or when it first runs."""
 
     def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:
-        self.model, self._cache, self._device = model, cache, device
+        self.model, self.cache, self._device = model, cache, device
         self._steps: dict[_Shape, _Captured] = {}
         sizes = tuple(size for size in SIZES if size < cache.slots)
-        self._sizes = (*sizes, cache.slots)
-        self._of_rows = (*self._sizes, 2 * cache.slots)  # where rows may be several of a request
+        self.sizes = (*sizes, cache.slots)
+        self._of_rows = (*self.sizes, 2 * cache.slots)  # where rows may be several of a request
         self._exact = cache.kernels.any_lengths
         self._spans = [0] if self._exact else spans(cache.max_tokens)
         on = cache.device
@@ -78,7 +78,7 @@ class GraphedDecodes:
         self._read = device.mark()  # that copy
         self._heads: dict[_Head, _Captured] = {}
         # Of the latest look at the logits: tokens, the largest logits, confidences.
-        self.said = {size: torch.zeros((3, size), dtype=torch.float64, device=on) for size in self._sizes}
+        self.said = {size: torch.zeros((3, size), dtype=torch.float64, device=on) for size in self.sizes}
         self._latest: tuple[Tensor, int] | None = None  # the hidden states that the latest step gave, and its size
         self.late_states: Tensor  # those of rows that ran beside them
 
@@ -86,6 +86,11 @@ class GraphedDecodes:
     def most_rows(self) -> int:
         """The most that a step takes: one of every request, and as many more."""
         return self._of_rows[-1]
+
+    @property
+    def last_position(self) -> int:
+        """Of a slot, which padding names."""
+        return self.cache.max_tokens - 1
 
     @torch.inference_mode()
     def capture(self, segments: Iterable[tuple[int, int]], owing: bool = False) -> int:
@@ -105,10 +110,10 @@ class GraphedDecodes:
         ways = [(in_row, False) for in_row in ((True, False) if above and not self._exact else (True,))]
         if above and owing and self._exact:
             ways.insert(0, (True, True))
-        for size in reversed(self._of_rows if above and owing else self._sizes):
+        for size in reversed(self._of_rows if above and owing else self.sizes):
             for span in reversed(self._spans):
                 for in_row, repeated in ways:
-                    if size <= self._cache.slots or repeated or not in_row:
+                    if size <= self.cache.slots or repeated or not in_row:
                         yield _Shape(start, end, size, span, in_row, repeated)
 
     @torch.inference_mode()
@@ -119,7 +124,7 @@ class GraphedDecodes:
         """
         if measure is not None and not measure.by_head:
             return 0
-        heads = [_Head(depth, size, measure) for depth in depths for size in reversed(self._sizes)]
+        heads = [_Head(depth, size, measure) for depth in depths for size in reversed(self.sizes)]
         for head in heads:
             self._head(head, exits)
         return len(heads)
@@ -132,7 +137,7 @@ class GraphedDecodes:
         """
         if self._latest is None or self._latest[0] is not states:
             return None
-        head = _Head(depth, self._size_for(len(states)), measure)
+        head = _Head(depth, self.size_for(len(states)), measure)
         if head not in self._heads:
             return None
         if head.size != self._latest[1]:  # other rows ran beside these
@@ -185,13 +190,13 @@ class GraphedDecodes:
         self._head(_Head(end, size, measure), exits).launch()
         self._latest = None
 
-    def _size_for(self, rows: int) -> int:
+    def size_for(self, rows: int) -> int:
         return next(size for size in self._of_rows if size >= rows)
 
     def _hidden_of(self, size: int) -> tuple[Tensor, Tensor]:
         """Hidden states (size, d_model) before the layers, not read by a first segment, and after them."""
         shape = (size, self.model.architecture.d_model)
-        before, after = (torch.zeros(shape, dtype=self.model.dtype, device=self._cache.device) for _ in range(2))
+        before, after = (torch.zeros(shape, dtype=self.model.dtype, device=self.cache.device) for _ in range(2))
         return before, after
 
     def stage(self, rows: Sequence[Row]) -> tuple[int, bool]:
@@ -199,8 +204,8 @@ class GraphedDecodes:
 
         Returns the size of the step that reads them, and whether the slots count as 0, 1, ...
         """
-        n, last = len(rows), self._cache.max_tokens - 1
-        size = self._size_for(n)
+        n, last = len(rows), self.last_position
+        size = self.size_for(n)
         slots = [row.slot for row in rows]
         if self._exact:
             in_row, padding = True, [-1] * (size - n)
@@ -219,16 +224,19 @@ class GraphedDecodes:
         self._read = self._device.mark()
         return size, in_row
 
+    def reads(self, start: int, end: int) -> tuple[object, ...]:
+        """What a graph of these layers has the addresses of."""
+        return (*self.model.layers[start:end], *self.cache.keys[start:end])
+
     def _step(self, shape: _Shape) -> _Captured:
-        of = slice(shape.start, shape.end)
-        reads = (*self.model.layers[of], *self._cache.keys[of])
+        reads = self.reads(shape.start, shape.end)
         known = self._steps.get(shape)
         if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
             self._steps[shape] = known = self._capture(shape, reads)  # weights or cache have moved since
         return known
 
     def _capture(self, shape: _Shape, reads: tuple[object, ...]) -> _Captured:
-        model, cache = self.model, self._cache
+        model, cache = self.model, self.cache
         numbers, (hidden, out) = self.numbers[shape.size], self._states[shape.size]
 
         def step() -> None:

@@ -55,6 +55,7 @@ def check(found: dict[str, Any]) -> None:
     for name, error in found["steps"].items():
         assert error < 1e-5, name
     assert found["repeated"] < 1e-6
+    assert max(found["one_pass"]) < 1e-5
     assert found["not_numbers"] == [True, True, False, False]
 
 

@@ -18,14 +18,17 @@ from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helios_sim.exits.rule import Confidence
 from helios_sim.live.checkpoint.random_weights import draw
-from helios_sim.live.exits import Row
+from helios_sim.live.exits import ExitReader, Row
 from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels.interface import TORCH
 from helios_sim.live.memory.kv import DecodeStep, KvCache, MixedStep, PromptStep
 from helios_sim.live.memory.workspace import Slots, Workspace
 from helios_sim.live.model import weights
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.model.heads import ExitHeads
+from helios_sim.live.one_pass import OnePass, Rule
 
 TARGET = 9  # launches a layer
 # by model: launches a layer, and beside the layers (embedding, rotations, mask, rows), by torch's operations
@@ -37,6 +40,7 @@ KERNELS = {  # with as many KV heads as heads a batch of 64 has work for all cor
     "llama-2-7b": {4: (6, 3), 64: (8, 3)}, "llama-3-8b": {4: (6, 3), 64: (9, 3)},
     "smollm2-135m": {4: (6, 3), 64: (9, 3)}, "opt-6.7b": {4: (6, 5), 64: (8, 5)},
 }  # fmt: skip
+EXIT = {4: 21, 64: 22}  # launches of an exit that is checked inside a captured pass, by batch
 META = torch.device("meta")
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 FREE = {"empty", "empty_strided", "empty_like", "new_empty"}  # memory alone
@@ -178,6 +182,29 @@ def test_one_graph_of_the_kernels_serves_all_lengths_and_slots(monkeypatch: pyte
             rows = [Row(slot, length, 5, layers) for slot in slots]
             graphs.run(rows, graphs.run(rows, None, 0, 8), 8, layers)
     assert on.ops.launches.total() == after
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_exits_on_the_card_add_launches_at_exits_alone(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer launches more for rows that have left, and nothing inside waits for the host or copies from it."""
+    pytest.importorskip("triton")
+    from helios_sim.live.kernels.card import TRITON
+    from kernel_builds import noted
+
+    model, found = model_of("llama-3-8b", monkeypatch, TRITON), {}
+    layers = len(model.layers)
+    for exits in ((layers,), (8, layers), (8, 16, layers), (layers // 2,), (8, layers // 2)):
+        cache, on = KvCache(model.architecture, layers, batch, 1024, torch.bfloat16, META, kernels=TRITON), Counting()
+        rule = Rule(exits, (True,) * (len(exits) - 1), Confidence.MAX_PROBABILITY, lazy=False, watched=False)
+        reader = ExitReader(ExitHeads.own(exits[:-1]), exits[-1])
+        with noted() as own:
+            OnePass(GraphedDecodes(model, cache, on), on)._pass(rule, batch, reader)  # type: ignore[arg-type]
+        assert not on.ops.host
+        found[exits] = on.ops.launches.total() + len(own)
+    of_exit = found[8, layers] - found[layers,]
+    assert found[8, 16, layers] - found[8, layers] == of_exit == EXIT[batch], "fewer: write them down here"
+    assert found[layers,] - found[layers // 2,] == layers // 2 * KERNELS["llama-3-8b"][batch][0]
+    assert found[8, layers] - found[8, layers // 2] == layers // 2 * KERNELS["llama-3-8b"][batch][0]
 
 
 @pytest.mark.parametrize(("context", "most"), [(100, 1.28), (128, 1.0), (500, 1.03), (520, 1.97), (1024, 1.0)])

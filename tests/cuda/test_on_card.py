@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,26 +13,35 @@ from helios_sim.exits.rule import Confidence, FixedCap, FullDepth
 from helios_sim.live.ahead import RunAhead
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
-from helios_sim.live.exits import ExitReader, Row
+from helios_sim.live.exits import ExitReader, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels.interface import TORCH, Kernels
 from helios_sim.live.memory.kv import KvCache
+from helios_sim.live.model import heads
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
-from live_rig import LAYERS, Live, live_model, requests, serve_live
+from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from strict_cuda import StrictCuda
 from test_live_captured import Capturing
-from test_live_exits import deployed, rule_of
+from test_live_exits import deployed, random_heads, rule_of
 from tiny_models import write_tiny
 
 LENGTHS = [(12, 12), (20, 9), (5, 14), (31, 7)]
+STAGED = 1  # waits for the event after the latest numbers went to the card, which was long ago
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     return live_model(write_tiny("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def checked(tiny: LiveModel) -> LiveModel:
+    """With adapters, checks and temperatures that do something."""
+    return replace(tiny, heads=random_heads())
 
 
 @pytest.fixture(params=["torch", "exact"])
@@ -162,3 +172,98 @@ def test_a_row_without_a_number_gives_the_next_step_no_token_beyond_the_words(ti
         found = at.run(looks, [Row(0, 3, 5, LAYERS, more=True)], LAYERS, None, go_on=True)
     assert found.finite == [False]
     assert int(graphs.numbers[1][0, 0]) == model.architecture.vocab_size - 1
+
+
+def banded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnePass, "pays", lambda one_pass, rows: False)
+
+
+@pytest.mark.parametrize("batching", [BatchingRule.EACH_TOKEN, BatchingRule.LAZY])
+@pytest.mark.parametrize("confidence", [Confidence.MAX_PROBABILITY, Confidence.CLASSIFIER])
+@pytest.mark.parametrize("layers", [4, LAYERS])
+def test_with_exits_the_host_asks_once_an_iteration(
+    checked: LiveModel, batching: BatchingRule, confidence: Confidence, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check, comparison and who stays are the card's; what comes out is what the host would have decided."""
+    cuda, asked, outcomes = StrictCuda(), [], []
+    rule = rule_of(checked, confidence)
+    deployment = replace(deployed(rule, KvRule.PROPAGATE, batching), active=Placement("tiny", layers))
+    run, outcome = Forward.run, LiveEngine._outcome
+
+    def watched(forward: Forward, rows: Any, chunks: Any) -> Any:
+        before = cuda.waits, cuda.replays
+        found = run(forward, rows, chunks)
+        if not chunks:
+            asked.append((cuda.waits - before[0], cuda.replays - before[1]))
+        return found
+
+    def noted(engine: LiveEngine, plan: Any, answers: Any, rows: Any, chunks: Any, tally: Any, now_ns: int) -> Any:
+        of = tally.composition(plan, chunks)
+        outcomes.append((tuple(answer.request.request_id for answer in answers), of.bounds, *(
+            None if part is None else part.tolist()
+            for part in (of.decode_tokens, of.decode_kv_tokens, of.check_tokens, of.classifier_tokens,
+                         of.propagated_tokens, of.sampled_tokens)
+        )))  # fmt: skip
+        return outcome(engine, plan, answers, rows, chunks, tally, now_ns)
+
+    monkeypatch.setattr(heads, "FEW_ROWS", 0)  # few rows of a CPU are checked by machine code, which no graph holds
+    monkeypatch.setattr(Forward, "run", watched)
+    monkeypatch.setattr(LiveEngine, "_outcome", noted)
+    with exact() as kernels:
+        at_once = served(cuda, checked, deployment, kernels)
+        counts, asks = list(outcomes), list(asked)
+        outcomes.clear()
+        banded(monkeypatch)
+        by_band = served(cuda, checked, deployment, kernels)
+    assert len(asks) > 10
+    assert set(asks) == {(STAGED + 1, 1)}
+    assert {depth for _, depths in said(at_once) for depth in depths} >= {2, layers}
+    assert (said(at_once), breaches(at_once)) == (said(by_band), breaches(by_band))
+    assert counts == outcomes
+
+
+def test_exits_of_a_trace_are_the_card_s_to_follow(tiny: LiveModel) -> None:
+    """Models with random weights compute their checks, and leave where the trace says."""
+    with exact() as kernels:
+        model = SegmentedModel.load(tiny.checkpoint, kernels=kernels)
+        cache = KvCache(model.architecture, LAYERS, 4, 32, kernels=kernels)
+        at = OnePass(GraphedDecodes(model, cache, Capturing()), Capturing())
+        rule = Rule(EXITS, (True, True), Confidence.MAX_PROBABILITY, lazy=False, watched=False)
+        rows = [
+            Row(slot, 4, 9, LAYERS, asks=True, recorded=dict(zip(EXITS, sure, strict=True)))
+            for slot, sure in enumerate([(True, True, True), (False, True, True), (False, False, True)])
+        ]
+        at.run(ExitReader(tiny.heads, LAYERS), rule, 0.5, rows, Tally(EXITS))
+    assert [row.layers for row in rows] == [2, 4, LAYERS]
+
+
+def test_a_large_batch_that_leaves_early_as_a_whole_is_looked_at_between_bands(tiny: LiveModel) -> None:
+    """It would read the weights of all layers for nothing; few rows would not."""
+    with exact() as kernels:
+        model = SegmentedModel.load(tiny.checkpoint, kernels=kernels)
+        cache = KvCache(model.architecture, LAYERS, 8, 32, kernels=kernels)
+        at = OnePass(GraphedDecodes(model, cache, Capturing()), Capturing())
+    rows = [Row(slot, 4, 9, LAYERS, layers=2) for slot in range(8)]
+    assert at.pays(8)
+    at.note(rows, LAYERS)
+    assert not at.pays(8)
+    assert at.pays(4)
+    rows[3].layers = LAYERS
+    at.note(rows, LAYERS)
+    assert at.pays(8)
+
+
+def test_what_a_final_rule_needs_is_captured_before_time_starts(tiny: LiveModel) -> None:
+    cuda = StrictCuda()
+    deployment = deployed(rule_of(tiny, Confidence.MAX_PROBABILITY), KvRule.PROPAGATE, BatchingRule.EACH_TOKEN)
+    at_start: list[int] = []
+    begun = LiveEngine.capture
+
+    def noted(engine: LiveEngine, deployment: Deployment | None = None) -> int:
+        at_start.append(begun(engine, deployment))
+        return at_start[-1]
+
+    with exact() as kernels, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveEngine, "capture", noted)
+        served(cuda, tiny, deployment, kernels)
+    assert cuda.captures == at_start[0]

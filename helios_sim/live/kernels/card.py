@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_sim.live.kernels.activation import activate
-from helios_sim.live.kernels.gemv import MOST_ROWS, fits, normed_product, product
+from helios_sim.live.kernels.gemv import fits, normed_product, product
 from helios_sim.live.kernels.head import MEASURES, look_at
 from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.kernels.launch import MOST_ROWS
 from helios_sim.live.kernels.norms import add_norm
 from helios_sim.live.model.architecture import Architecture
 
@@ -24,26 +25,29 @@ class TritonKernels:
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
-        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool, slots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if hidden.requires_grad or norm.requires_grad or weight.requires_grad or hidden.dim() != 2:
-            return TORCH.enter(a, hidden, delta, post, norm, norm_bias, weight, bias, mlp)
+            return TORCH.enter(a, hidden, delta, post, norm, norm_bias, weight, bias, mlp, slots)
         hidden, gated = hidden.contiguous(), mlp and a.gated_mlp
         if fits(*hidden.shape):
             activation = a.activation if mlp else None
-            return normed_product(hidden, delta, post, norm, norm_bias, a.norm_eps, weight, bias, activation, gated)
-        hidden, normed = add_norm(hidden, delta, post, norm, norm_bias, a.norm_eps)
+            given = hidden, delta, post, norm, norm_bias, a.norm_eps, weight, bias, activation, gated
+            return normed_product(*given, slots, needed=not mlp)
+        hidden, normed = add_norm(hidden, delta, post, norm, norm_bias, a.norm_eps, slots)
         inner = F.linear(normed, weight, bias)
         return hidden, activate(inner, a.activation, gated) if mlp else inner
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
         few = len(x) <= MOST_ROWS and not (x.requires_grad or weight.requires_grad)
-        return product(x, weight, bias) if few else F.linear(x, weight, bias)
+        return product(x, weight, bias, slots) if few else F.linear(x, weight, bias)
 
-    def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
+    def add(
+        self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None, slots: Tensor | None = None
+    ) -> Tensor:
         if hidden.requires_grad or delta.requires_grad:
-            return TORCH.add(a, hidden, delta, post)
-        return add_norm(hidden.contiguous(), delta, post, None, None, a.norm_eps)[0]
+            return TORCH.add(a, hidden, delta, post, slots)
+        return add_norm(hidden.contiguous(), delta, post, None, None, a.norm_eps, slots)[0]
 
     def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
         return self.enter(a, hidden, None, None, norm, norm_bias, head, None, mlp=False)[1]

@@ -5,6 +5,7 @@ The vocabulary is divided into parts, whose largest logits and sums of exponenti
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,10 +86,5 @@ def look_at(logits: Tensor, measure: int, temperature: float = 1.0) -> tuple[Ten
     best, sure = (torch.empty(rows, dtype=torch.float32, device=on) for _ in range(2))
     launch(look_at_part, (rows, count), logits, parts, words, 1.0 / temperature, FIGURES=FIGURES, BLOCK=BLOCK)
     constants: dict[str, Any] = {"MEASURE": measure, "FIGURES": FIGURES, "PARTS": power_of_two(count)}
-    launch(join_parts, (rows,), parts, tokens, best, sure, count, log_of(words), **constants)
+    launch(join_parts, (rows,), parts, tokens, best, sure, count, math.log(words), **constants)
     return tokens, best, sure
-
-
-def log_of(words: int) -> float:
-    """The largest entropy of a vocabulary."""
-    return float(torch.tensor(float(words), dtype=torch.float64).log())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,20 +31,23 @@ class Kernels(Protocol):
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
-        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool, slots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The sum of `hidden` and `delta` (N, d_model), and the product of its norm with `weight`.
 
         `post`: the norm of `delta` before the sum. `mlp`: the product goes through the activation and its gate.
+        `slots` (N,): to rows with a slot below 0 nothing is added, and their product after an MLP's norm means nothing.
         """
         ...
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (N, in) through weight (out, in) -> (N, out)."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
+        """x (N, in) through weight (out, in) -> (N, out). Of rows with a slot below 0 it may mean nothing."""
         ...
 
-    def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
-        """The sum of `hidden` and `delta`, both (N, d_model)."""
+    def add(
+        self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None, slots: Tensor | None = None
+    ) -> Tensor:
+        """The sum of `hidden` and `delta`, both (N, d_model); `hidden` in rows with a slot below 0."""
         ...
 
     def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
@@ -66,10 +70,10 @@ class TorchKernels:
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
-        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, mlp: bool, slots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if delta is not None:
-            hidden = self.add(a, hidden, delta, post)
+            hidden = self.add(a, hidden, delta, post, slots)
         inner = self.product(normed(a, hidden, norm, norm_bias), weight, bias)
         if not mlp:
             return hidden, inner
@@ -79,7 +83,7 @@ class TorchKernels:
             return hidden, activation(gate) * up
         return hidden, activation(inner)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
@@ -88,8 +92,11 @@ class TorchKernels:
     def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> None:
         """Nothing: `exits.rule.MEASURES` are computed as they are written."""
 
-    def add(self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None) -> Tensor:
-        return hidden + (delta if post is None else normed(a, delta, post, None))
+    def add(
+        self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None, slots: Tensor | None = None
+    ) -> Tensor:
+        total = hidden + (delta if post is None else normed(a, delta, post, None))
+        return total if slots is None else torch.where((slots >= 0)[:, None], total, hidden)
 
 
 TORCH = TorchKernels()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_ROWS = 4  # of a product by the project's own kernels
 CORES = 132  # multiprocessors of a card that is not asked, as on an H100 or H200
 
 

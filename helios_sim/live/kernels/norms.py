@@ -23,10 +23,14 @@ def normed_rows(x, weight, bias, eps, width, inside, LAYER: tl.constexpr):
 
 @triton.jit
 def add_norm_rows(
-    hidden, delta, post, weight, bias, total, normed, eps, width,
-    ADD: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, delta, post, weight, bias, slots, total, normed, eps, width,
+    ADD: tl.constexpr, POST: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, FROZEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for a row: total = hidden + (norm of) delta, normed = norm(total), all (N, width)."""
+    """One program for a row: total = hidden + (norm of) delta, normed = norm(total), all (N, width).
+
+    FROZEN: of rows with a slot (N,) below 0 total is hidden.
+    """
     row = tl.program_id(0).to(tl.int64) * width
     c = tl.arange(0, BLOCK)[None, :]
     inside = c < width
@@ -37,7 +41,9 @@ def add_norm_rows(
         if POST:
             weight_after = tl.load(post + c, mask=inside, other=0.0).to(tl.float32)
             more = normed_rows(more, weight_after, 0.0, eps, width, inside, False).to(dtype).to(tl.float32)
-        x = (x + more).to(dtype).to(tl.float32)
+        before, x = x, (x + more).to(dtype).to(tl.float32)
+        if FROZEN:
+            x = tl.where(tl.load(slots + tl.program_id(0)) >= 0, x, before)
         tl.store(total + row + c, x.to(dtype), mask=inside)
     if NORM:
         weights = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
@@ -49,12 +55,13 @@ def add_norm_rows(
 
 
 def add_norm(
-    hidden: Tensor, delta: Tensor | None, post: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, delta: Tensor | None, post: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden + delta, and its norm, both (N, width); either alone if `weight` or `delta` is None.
 
     `post`: weights of an RMSNorm of delta before the sum. `bias`: the norm is LayerNorm. The sum is rounded to the
-    dtype before it is normed, as the residual stream is.
+    dtype before it is normed, as the residual stream is. `slots` (N,): rows with one below 0 get no delta.
     """
     rows, width = hidden.shape
     total = hidden if delta is None else torch.empty_like(hidden)
@@ -62,8 +69,8 @@ def add_norm(
     block = power_of_two(width)
     launch(
         add_norm_rows, (rows,), hidden, hidden if delta is None else delta, hidden if post is None else post,
-        hidden if weight is None else weight, hidden if bias is None else bias, total, normed, eps, width,
-        ADD=delta is not None, POST=post is not None, NORM=weight is not None, LAYER=bias is not None, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        hidden if weight is None else weight, hidden if bias is None else bias, hidden if slots is None else slots,
+        total, normed, eps, width, ADD=delta is not None, POST=post is not None, NORM=weight is not None,
+        LAYER=bias is not None, FROZEN=slots is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return total, normed

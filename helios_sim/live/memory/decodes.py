@@ -24,11 +24,16 @@ class ExactStep(FusedAttend):
     is read or written, and what comes out for it is zeros. Of `written_only` slots K and V are written alone.
     """
 
-    def __init__(self, cache: KvCache, slots: Tensor, positions: Tensor, whole: bool = False) -> None:
-        """`whole`: contexts are not divided among programs, as where none is read."""
+    def __init__(
+        self, cache: KvCache, slots: Tensor, positions: Tensor, whole: bool = False, frozen: bool = False
+    ) -> None:
+        """`whole`: contexts are not divided among programs, as where none is read.
+
+        `frozen`: rows that are padding or only written keep their hidden states.
+        """
         from helios_sim.live.kernels.attention import decode  # which imports Triton
 
-        self._whole = whole
+        self._whole, self.frozen = whole, slots if frozen else None
         self.cache, self.slots, self.positions, self._decode = cache, slots, positions, decode
 
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:

@@ -20,6 +20,7 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import CacheShape, KvCache, PromptStep
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.serving.iteration import Places
 
 PROMPT_TOKENS = 16
@@ -104,6 +105,8 @@ class Workspace:
         self._caches: dict[str, KvCache] = {}
         self._captured: dict[str, GraphedDecodes] = {}
         self.ahead: RunAhead | None = None  # for the model that runs
+        self.one_pass: OnePass | None = None
+        self._passes: dict[str, OnePass] = {}
         self.reserved_bytes = 0  # of the block, also when it is gone
         self._spoilt: set[int] = set()  # slots that may hold NaN or infinity
         self._name: str | None = None
@@ -115,7 +118,8 @@ class Workspace:
         self.slots.clear()
         self._caches.clear()
         self._captured.clear()
-        self._block = self._model = self._name = self.captured = None
+        self._passes.clear()
+        self._block = self._model = self._name = self.captured = self.one_pass = None
         if hasattr(self, "cache"):
             del self.cache
 
@@ -162,6 +166,7 @@ class Workspace:
             self.captured = graphs = self._graphs_of(name, model)
             if graphs is not None and self.cache.kernels.any_lengths:
                 self.ahead = RunAhead(graphs, self._device)
+            self.one_pass = self._passes.get(name)
             self._name, self._model = name, model
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
@@ -174,9 +179,11 @@ class Workspace:
         exits: ExitReader,
         measures: Iterable[Confidence | None],
         owing: bool = False,
+        rules: Iterable[Rule] = (),
     ) -> int:
         """Capture a model's decode steps through these segments of its layers, before it runs, and the looks at the
-        logits after each with these confidences. `owing`: tokens that exited before run beside later ones.
+        logits after each with these confidences. `owing`: tokens that exited before run beside later ones. `rules`: of
+        passes through several exits.
 
         Returns how many steps were captured: none on a device that captures nothing.
         """
@@ -189,7 +196,9 @@ class Workspace:
         try:
             ends = sorted({end for _, end in segments})
             heads = sum(graphs.capture_heads(exits, ends, measure) for measure in measures)
-            return heads + graphs.capture(segments, owing)
+            at_once = self._passes.get(name)
+            passes = 0 if at_once is None else sum(at_once.capture(exits, rule) for rule in rules)
+            return heads + passes + graphs.capture(segments, owing)
         finally:
             cache.resize(before)
 
@@ -198,7 +207,9 @@ class Workspace:
         if not self._device.captures:
             return None
         if name not in self._captured or self._captured[name].model is not model:
-            self._captured[name] = GraphedDecodes(model, self._caches[name], self._device)
+            self._captured[name] = graphs = GraphedDecodes(model, self._caches[name], self._device)
+            if self._caches[name].kernels.any_lengths:
+                self._passes[name] = OnePass(graphs, self._device)
         return self._captured[name]
 
     def _stop_ahead(self) -> None:

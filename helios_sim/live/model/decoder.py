@@ -96,7 +96,12 @@ class Attend(Protocol):
 
 
 class FusedAttend(ABC):
-    """An `Attend` that takes q, k and v as the layer's product gives them, and norms and turns them by itself."""
+    """An `Attend` that takes q, k and v as the layer's product gives them, and norms and turns them by itself.
+
+    `frozen` (N,), if any: rows with a number below 0 keep their hidden states. The layers only write their K and V.
+    """
+
+    frozen: Tensor | None = None
 
     @abstractmethod
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
@@ -111,19 +116,20 @@ def run_layer(
 
     `delta`: what the layer before this one adds to `hidden`, after its norm `post`; None: nothing.
     """
+    frozen = attend.frozen if isinstance(attend, FusedAttend) else None
     hidden, qkv = kernels.enter(
-        a, hidden, delta, post, w.attention_norm, w.attention_norm_bias, w.qkv, w.qkv_bias, mlp=False
+        a, hidden, delta, post, w.attention_norm, w.attention_norm_bias, w.qkv, w.qkv_bias, False, frozen
     )
     qkv = qkv.view(len(qkv), a.n_heads + 2 * a.n_kv_heads, a.head_dim)
     if isinstance(attend, FusedAttend):
         mixed = attend.fused(layer, qkv, w)
     else:
         mixed = attend(layer, *turned(a, w, layer, qkv, attend))
-    mixed = kernels.product(mixed, w.attention_out, w.attention_out_bias)
+    mixed = kernels.product(mixed, w.attention_out, w.attention_out_bias, frozen)
     hidden, inner = kernels.enter(
-        a, hidden, mixed, w.attention_post_norm, w.mlp_norm, w.mlp_norm_bias, w.mlp_in, w.mlp_in_bias, mlp=True
+        a, hidden, mixed, w.attention_post_norm, w.mlp_norm, w.mlp_norm_bias, w.mlp_in, w.mlp_in_bias, True, frozen
     )
-    return hidden, kernels.product(inner, w.mlp_out, w.mlp_out_bias)
+    return hidden, kernels.product(inner, w.mlp_out, w.mlp_out_bias, frozen)
 
 
 def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> None:
@@ -231,7 +237,8 @@ class SegmentedModel:
             w = self.layers[layer]
             hidden, delta = run_layer(a, w, layer, hidden, delta, post, attend, self.kernels)
             post = w.mlp_post_norm
-        return hidden if delta is None else self.kernels.add(a, hidden, delta, post)
+        frozen = attend.frozen if isinstance(attend, FusedAttend) else None
+        return hidden if delta is None else self.kernels.add(a, hidden, delta, post, frozen)
 
     def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend) -> None:
         """Write K and V of layers start..end-1 for tokens that exited with these hidden states (N, d_model)."""

@@ -1,0 +1,189 @@
+"""An iteration of decodes through all exits as one captured graph: the host asks once, when all of it is done.
+
+At an exit the card itself compares each row's confidence with the threshold. A row that leaves stays where it is, as
+one that only writes: its state does not change any more, and the layers above compute K and V from that, which is what
+`SegmentedModel.propagate` does. No attention is computed for it, and in a batch of few rows no other product once all
+of them have left. A larger batch reads all weights in any case, so where all of its rows left early the last time, the
+host looks at every exit instead (`OnePass.pays`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from helios_sim.exits.rule import Confidence, ExitRule, PerToken
+from helios_sim.live.device import Device, Step
+from helios_sim.live.exits import ExitReader, Row, Tally
+from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.kernels.launch import MOST_ROWS
+from helios_sim.live.memory.decodes import ExactStep, written_only
+from helios_sim.policy.deployment import BatchingRule, KvRule
+
+_IDS, _SLOTS, _POSITIONS, _THRESHOLD, _RECORDED = range(5)
+_UNKNOWN = -1.0  # no confidence is recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What of an exit rule is fixed in a captured pass."""
+
+    bounds: tuple[int, ...]
+    checked: tuple[bool, ...]  # whether rows may leave at each of the bounds below the last
+    measure: Confidence
+    lazy: bool  # all rows leave together, once each was confident
+    watched: bool  # there are layers above: a row that gets there without confidence is a breach
+
+    @classmethod
+    def of(
+        cls, rule: ExitRule, batching: BatchingRule, kv_rule: KvRule, bounds: Sequence[int], n_layers: int
+    ) -> Rule | None:
+        """None for what does not run as one pass: K and V that are computed later need the states of rows that left."""
+        lazy = batching is BatchingRule.LAZY
+        if not isinstance(rule, PerToken) or not (lazy or kv_rule is KvRule.PROPAGATE):
+            return None
+        checked = tuple(rule.checks_at(depth) for depth in bounds[:-1])
+        return cls(tuple(bounds), checked, rule.confidence, lazy, bounds[-1] < n_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    launch: Step
+    reads: tuple[object, ...]
+    numbers: Tensor  # (4 + exits, size)
+    said: Tensor  # (4, size): token, largest logit, depth, whether it is a breach
+
+
+class OnePass:
+    """Captured passes of one model over one cache, by rule and batch size."""
+
+    def __init__(self, graphs: GraphedDecodes, device: Device) -> None:
+        self._graphs, self._device = graphs, device
+        self._passes: dict[tuple[Rule, int], _Captured] = {}
+        self._staged: Tensor | None = None
+        self._read = device.mark()
+        self._all_left = False
+
+    def pays(self, rows: int) -> bool:
+        """Whether this batch should run to the last layer without a look in between."""
+        return rows <= MOST_ROWS or not self._all_left
+
+    def note(self, rows: Sequence[Row], last: int) -> None:
+        """How deep the rows of an iteration went."""
+        self._all_left = all(row.layers < last for row in rows)
+
+    @torch.inference_mode()
+    def capture(self, exits: ExitReader, rule: Rule) -> int:
+        """Capture the passes of all batch sizes. Returns how many."""
+        sizes = self._graphs.sizes
+        for size in reversed(sizes):
+            self._pass(rule, size, exits)
+        return len(sizes)
+
+    @torch.inference_mode()
+    def run(self, exits: ExitReader, rule: Rule, threshold: float, rows: Sequence[Row], tally: Tally) -> None:
+        """Give every row its token and its depth."""
+        n, size = len(rows), self._graphs.size_for(len(rows))
+        known = self._pass(rule, size, exits)
+        self._stage(known.numbers, rule, threshold, rows)
+        known.launch()
+        tokens, best, depths, breaches = known.said[:, :n].tolist()
+        for row, token, logit, depth, breach in zip(rows, tokens, best, depths, breaches, strict=True):
+            row.chosen, row.layers, row.breach = int(token), int(depth), breach > 0
+            row.finite = logit - logit == 0.0
+        count(rule, rows, tally)
+        self.note(rows, rule.bounds[-1])
+
+    def _stage(self, numbers: Tensor, rule: Rule, threshold: float, rows: Sequence[Row]) -> None:
+        parts, size = numbers.shape
+        if self._staged is None or self._staged.numel() < numbers.numel():
+            self._staged = self._device.host_empty(8 * parts * self._graphs.most_rows).view(torch.float64)
+        room = self._staged[: numbers.numel()].view(parts, size)
+        self._read.synchronize()
+        to = room.numpy()
+        to[:] = _UNKNOWN
+        to[_IDS], to[_POSITIONS], to[_THRESHOLD] = 0, self._graphs.last_position, threshold
+        for i, row in enumerate(rows):
+            to[:_THRESHOLD, i] = row.token, row.slot, row.position
+            if row.recorded is not None:
+                to[_RECORDED:, i] = [row.recorded[depth] for depth in rule.bounds]
+        numbers.copy_(room, non_blocking=True)
+        self._read = self._device.mark()
+
+    def _pass(self, rule: Rule, size: int, exits: ExitReader) -> _Captured:
+        graphs = self._graphs
+        reads = (*graphs.reads(0, rule.bounds[-1]), graphs.model.outer, exits)
+        known = self._passes.get((rule, size))
+        if known is None or any(a is not b for a, b in zip(known.reads, reads, strict=True)):
+            on = graphs.cache.device
+            numbers = torch.zeros((_RECORDED + len(rule.bounds), size), dtype=torch.float64, device=on)
+            numbers[_SLOTS] = -1
+            said = torch.zeros((4, size), dtype=torch.float64, device=on)
+            launch = self._device.prepare(lambda: said.copy_(self._through(rule, exits, numbers)))
+            self._passes[rule, size] = known = _Captured(launch, reads, numbers, said)
+        return known
+
+    def _through(self, rule: Rule, exits: ExitReader, numbers: Tensor) -> Tensor:
+        """What `said` holds, of what `numbers` says."""
+        model, cache, last = self._graphs.model, self._graphs.cache, rule.bounds[-1]
+        ids, slots, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
+        hidden = model.embed(ids, positions)
+        now, inside, was_sure = slots, slots >= 0, slots < -1
+        said = torch.zeros((3, len(ids)), dtype=torch.float64, device=ids.device)
+        waiting = hidden  # states for the head, of rows that left by a check on the state
+        breach = was_sure
+        for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
+            hidden = model.run(hidden, start, end, ExactStep(cache, now, positions, frozen=band > 0))
+            if end < last and not rule.checked[band]:
+                continue
+            asks = end < last or rule.watched
+            leaving = inside
+            if rule.measure.by_head:
+                tokens, sure, best, _ = exits.on_device(model, end, hidden, rule.measure if asks else None)
+            elif asks:
+                sure = exits.check(end, hidden, rule.measure)
+            if asks:
+                assert sure is not None
+                recorded = numbers[_RECORDED + band]
+                confident = torch.where(recorded == _UNKNOWN, sure >= numbers[_THRESHOLD], recorded > 0)
+                was_sure = was_sure | confident
+                if end == last:
+                    breach = inside & ~was_sure
+                else:
+                    leaving = inside & ((was_sure | ~inside).all() if rule.lazy else was_sure)
+            if rule.measure.by_head:
+                here = torch.stack([tokens.double(), best.double(), torch.full_like(said[0], end)])
+                said = torch.where(leaving, here, said)
+            else:
+                said = torch.where(leaving, torch.full_like(said, end), said)
+                waiting = torch.where(leaving[:, None], exits.adapted(model, end, hidden), waiting)
+            inside = inside & ~leaving
+            now = torch.where(inside, slots, written_only(slots))
+        if not rule.measure.by_head:
+            tokens, best = exits.tokens_on_device(model, waiting)
+            said = torch.stack([tokens.double(), best.double(), said[2]])
+        return torch.cat((said, breach[None].double()))
+
+
+def count(rule: Rule, rows: Sequence[Row], tally: Tally) -> None:
+    """Count what rows of these depths ran."""
+    last = rule.bounds[-1]
+    for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
+        inside = [row for row in rows if row.layers > start]
+        if not inside:
+            return
+        left = sum(row.layers == end for row in inside)
+        tally.ran(band, [row.position + 1 for row in inside])
+        checks, by_head = rule.watched if end == last else rule.checked[band], rule.measure.by_head
+        if by_head and end < last:
+            tally.add("check_tokens", band, len(inside) if checks else 0)  # the same look says the token
+        else:
+            tally.sampled(left)
+        if checks and not by_head:
+            tally.add("classifier_tokens", band, len(inside))
+        if left and end < last:
+            tally.propagated_above(band, left)
