@@ -23,12 +23,13 @@ from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.study.schema import Config
-from helios_sim.vary.settings import known_settings
+from helios_sim.vary.settings import closest, known_settings
 from helios_sim.words import readable
 
 MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
 DEFAULT = "+experiment=quickstart"
 PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files that it chooses from
+PRINT_JOB = "--cfg job prints all of them"
 BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
 
 
@@ -198,8 +199,13 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
         if value.strip().startswith("[") and (Path(conf_folder()) / group).is_dir():
             options = ", ".join(sorted(file.stem for file in (Path(conf_folder()) / group).glob("*.yaml")))
             raise UserError(group, value, f"one of {options}: settings of two would be mixed", "choose one")
+    if parsed.cfg == "job" and parsed.package is not None and program == "helios_sim":
+        groups = list(dict.fromkeys(name.partition(".")[0] for name in known_settings(Config)))
+        if parsed.package.partition(".")[0] not in (*groups, "_global_", "policy", "hydra"):
+            fix = closest(parsed.package, groups, "--package ") or PRINT_JOB
+            raise UserError("--package", parsed.package, "a group of settings", fix)
     folder = parsed.config_dir
-    if folder is not None and not Path(folder).is_dir():
+    if folder == "" or (folder is not None and not Path(folder).is_dir()):
         raise UserError("--config-dir", folder, "must be a folder that holds config groups", "correct the path")
     if folder is not None:
         _check_beginning(Path(folder))

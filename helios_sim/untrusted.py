@@ -389,7 +389,8 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
     with reading(str(path), "damaged", "text in UTF-8", fix, error):
         content.decode("utf-8")
     if b"\0" in content[: 2 * _SHOWN]:
-        raise error(str(path), "bytes of 0", "text in UTF-8; this may be UTF-16", "save it in UTF-8")
+        allowed = "text in UTF-8; this is UTF-16, or no text"
+        raise error(str(path), "bytes of 0", allowed, "save it in UTF-8, or unpack it")
     return content.removeprefix(codecs.BOM_UTF8)
 
 

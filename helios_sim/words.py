@@ -69,6 +69,8 @@ def readable(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
             _check_word(name, value)
             if name.startswith("hydra.") and name.split(".")[1] not in HYDRAS:
                 raise UserError(name, value, "no such setting of Hydra", "--cfg hydra prints all of them")
+            if kinds.get(name) is bool and value.strip().lstrip("+-").isdecimal() and value.strip() not in ("0", "1"):
+                raise UserError(name, value, "true or false", "write one of these")
             if _is_text(name, kinds) and not _is_read(word, several):
                 word = f"{key}={_quoted(value)}"
         found.append(word)
@@ -100,6 +102,8 @@ def _fix_of(word: str) -> str:
         return "write one point between names"
     if re.search(r",\s*([\]})]|$)", value):
         return "leave out the last comma, after which nothing stands"
+    if any(sign in word for sign in "\u201c\u201d\u2018\u2019\u201e"):
+        return "write plain quotes, ' or \", or none"
     digit = next((sign for sign in value if sign.isdigit() and not sign.isascii()), None)
     if digit is not None:
         return f"write the digit {digit} as {unicodedata.digit(digit)}"

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.command_line import ENGINE, PRESET, composed, given, is_override
+from helios_sim.defaults_list import CHOSEN
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.own_files import package_of, placed
@@ -61,6 +62,9 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'.*?Available options in '[^']*':\s*(.*?)\s*Config search",
                           text, re.DOTALL):  # fmt: skip
         group, option, options = PRESET if found[1] == ENGINE else found[1], found[2], found[3].split()
+        if "/" in found[1] and (known := found[1].partition("/")[0]) in CHOSEN:
+            fix = f"write {known}={option}, without folders" if option in options else f"name one of these by {known}="
+            return UserError(known, given(known, arguments), f"one of {', '.join(options)}", fix)
         near = _nearest_versions(option, options) if group == PRESET else closest(option, options, f"{group}=")
         fix = near or "choose one of these, or name your folder by --config-dir"
         for place in config_dirs(arguments):
@@ -203,6 +207,9 @@ def wrong_setting(
     key, value = _of_one_arm(key, value)
     if key.startswith("arms.") and (of_arm := _wrong_arm_key(key, value, arguments)) is not None:
         return of_arm
+    if key.startswith(OPEN) and "could not be converted" in cause:
+        return UserError(key, value, "must be a number" if "loat" in cause or "nteger" in cause else "of another type",
+                         f"set {key} to such a value")  # fmt: skip
     if key in known or key.startswith(OPEN):
         allowed = "a new name in a mapping is added with +"
         return UserError(key, value, allowed, f"write '+{key}={value}'")

@@ -93,6 +93,10 @@ def _answer(requests: Any) -> Any:
         ("aiperf", _metric("time_to_second_token", 0.9, "sec"), "time_to_second_token=0.9: 0.0021"),
         ("aiperf", _metric("decode_duration", 900.0, "ms"), "decode_duration=900.0: 10.5"),
         ("aiperf", _metric("prefill_throughput_per_user", 4.0, "tokens/sec/user"), "per_user=4.0: 933.333"),
+        ("aiperf", lambda v: _usage(27)(v) or _metric("usage_reasoning_tokens", 600, "tokens")(v),
+         "usage_reasoning_tokens=600: at most 6, as usage_completion_tokens says"),
+        ("aiperf", lambda v: _usage(27)(v) or _metric("usage_prompt_tokens_diff_pct", 900.0, "%")(v), "=900.0: 0"),
+        ("aiperf", lambda v: v[0]["metrics"]["request_latency"].update(value=34.9), "inter_token_latency=2.1: 2.48"),
         ("aiperf", _metric("reasoning_token_count", 4, "tokens"), "output_token_count=6: 2, output_sequence_length"),
         ("aiperf", lambda v: v[1]["metrics"].update(
             http_req_waiting={"value": 23.0, "unit": "ms"}, http_req_total={"value": 900.0, "unit": "ms"}
@@ -122,6 +126,7 @@ def test_what_is_stated_twice_is_compared(tmp_path: Path, tool: str, change: Cha
     ("tool", "change", "said"),
     [
         ("aiperf", _usage(9000), "a total other than prompt and answer, such as 9,000 in place of 27"),
+        ("spans", _attribute("gen_ai.request.max_tokens", 1), "asked for: 1 were, and one has at least 3"),
         ("aiperf", _metric("usage_completion_tokens", 600, "tokens"), "other output tokens than the client"),
         ("vllm", lambda v: v.update(duration=3200.0, request_throughput=4 / 3200, output_throughput=10 / 3200,
                                     total_token_throughput=390 / 3200, completed=4, failed=0, errors=[""] * 4,
@@ -232,3 +237,10 @@ def test_all_cells_of_a_blis_trace_are_looked_at(tmp_path: Path) -> None:
     samples.write_blis(tmp_path, row_0={"input_tokens": "-5"})
     with pytest.raises(UserError, match="line 2: input_tokens='-5': a whole number of at least 0"):
         read_tool(opened(tmp_path / "trace.csv"))
+
+
+def test_a_report_that_ends_in_the_middle_is_no_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(samples.vllm_bench())[:300])
+    with pytest.raises(UserError, match="it ends in the middle: take the whole file"):
+        read_tool(opened(path))

@@ -430,6 +430,7 @@ def test_the_sign_of_micro_is_no_second(tmp_path: Path, name: str) -> None:
         ("2024-05-10 00:00", True), ("2024-05-10T00:00:00.123456789Z", True), ("2024-05-10 00:00:00+0530", True),
         ("20240510T000000Z", False), ("0001-01-01 00:00:00", False), ("2300-01-01 00:00:00", False),
         ("2024-W19-5T00:00", False), ("2024-02-30 00:00:00", False), ("2024-05-10 24:00:00", False),
+        (" 2024-05-10 00:00:00", False),
     ],
 )  # fmt: skip
 def test_dates_are_those_that_tables_have_or_named(tmp_path: Path, cell: str, is_read: bool) -> None:
@@ -446,7 +447,7 @@ def test_dates_are_those_that_tables_have_or_named(tmp_path: Path, cell: str, is
     ("name", "content", "said"),
     [
         ("t.csv.gz", gzip.compress(gzip.compress(b"a,b\n")), "packed twice"), ("t.tgz", b"\x1f\x8b", "tar xf"),
-        ("t.csv", "prompt_tokens,output_tokens\n5,5\n".encode("utf-16-le"), "this may be UTF-16"),
+        ("t.csv", "prompt_tokens,output_tokens\n5,5\n".encode("utf-16-le"), "this is UTF-16, or no text"),
         ("t.jsonl", b'{"prompt_tokens": [17, 4], "output_tokens": 5}\n', "a number of tokens, not a list"),
     ],
 )  # fmt: skip

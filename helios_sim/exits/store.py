@@ -66,6 +66,10 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
         key = f"exits.parameters.{name}"
         raise UserError(key, parameters[name], "a recorded trace has no parameters", "leave it out")
     if is_table(source):
+        if not is_there(Path(source).expanduser()):
+            shown = Path(source).expanduser().absolute().parent
+            raise UserError("exits.source", source, f"a table that is there: {shown} has none of this name",
+                            "correct the path")  # fmt: skip
         return read_table(Path(source).expanduser(), model)[0]
     with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
         shipped = SHIPPED / f"{model}@{source}"

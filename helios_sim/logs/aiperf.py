@@ -53,8 +53,8 @@ class _Said:
         return tuple(known) if len(known) == len(names) else None
 
 
-def _ratio(above: str, below: str) -> Callable[[_Said, re.Match[str]], Ours]:
-    def found(said: _Said, _: re.Match[str]) -> Ours:
+def _ratio(above: str, below: str) -> Callable[[_Said, re.Match[str]], float | None]:
+    def found(said: _Said, _: re.Match[str]) -> float | None:
         both = said.of(above, below)
         return None if both is None or both[1] <= 0 else both[0] / both[1]
 
@@ -77,6 +77,13 @@ def _between_tokens(said: _Said, _: re.Match[str]) -> Ours:
 def _of_usage(said: _Said, _: re.Match[str]) -> Ours:
     both = said.of("usage_prompt_tokens", "usage_completion_tokens")
     return None if both is None else sum(both)
+
+
+def _of_counts(said: _Said, match: re.Match[str]) -> Ours:
+    """By how many per cent the server's count is not the client's."""
+    client = {"prompt": "input_sequence_length", "completion": "output_sequence_length"}[match[1]]
+    both = said.of(f"usage_{match[1]}_tokens", client)
+    return None if both is None or not both[1] else 100 * abs(both[0] - both[1]) / both[1]
 
 
 def _first_output(said: _Said, _: re.Match[str]) -> Ours:
@@ -102,17 +109,17 @@ _RECORD = Known(
 _METRICS = Known(
     read="time_to_first_token|request_latency|inter_chunk_latency|usage_(prompt|completion)_tokens|error_isl",
     figures=(
-        Figure("time_to_second_token", lambda said, _: said.gaps_s[0] if said.gaps_s else None, 0.05, 1e-3, _BY),
-        Figure("decode_duration", _difference("request_latency", "time_to_first_token"), 0.05, 1e-3, _BY),
-        Figure("inter_token_latency", _between_tokens, 0.05, 1e-3, "by its other times"),
+        Figure("time_to_second_token", lambda said, _: said.gaps_s[0] if said.gaps_s else None, 0.05, 1e-4, _BY),
+        Figure("decode_duration", _difference("request_latency", "time_to_first_token"), 0.05, 1e-4, _BY),
+        Figure("inter_token_latency", _between_tokens, 0.05, 1e-4, "by its other times"),
         Figure("output_token_throughput_per_user", lambda said, _: None if not (
             each_s := said.by_name.get("inter_token_latency")) else 1.0 / each_s, by=_BY),
         Figure("prefill_throughput(_per_user)?", _ratio("input_sequence_length", "time_to_first_token"), by=_BY),
-        Figure("stream_prefill_latency", _difference("time_to_first_token", "stream_setup_latency"), 0.05, 1e-3, _BY),
-        Figure("time_to_first_output_token", _first_output, 0.05, 1e-3, _BY),
+        Figure("stream_prefill_latency", _difference("time_to_first_token", "stream_setup_latency"), 0.05, 1e-4, _BY),
+        Figure("time_to_first_output_token", _first_output, 0.05, 1e-4, _BY),
         Figure("thinking_efficiency", _ratio("reasoning_token_count", "output_token_count"), 0.05, 0.01, _BY),
-        Figure("http_req_total", _sum(*_HTTP, *_SETUP), 0.05, 1e-3, _BY),
-        Figure("http_req_duration", _sum(*_HTTP), 0.05, 1e-3, _BY),
+        Figure("http_req_total", _sum(*_HTTP, *_SETUP), 0.05, 1e-4, _BY),
+        Figure("http_req_duration", _sum(*_HTTP), 0.05, 1e-4, _BY),
         Figure("http_req_(total|duration)", lambda said, _: None if (took := said.of("request_latency")) is None
                else (took[0] / 10 - 0.1, 10 * took[0] + 0.1), 0.0, 0.0, told=_OF_HTTP),
         exactly("output_token_count", lambda said, _: None if "output_sequence_length" not in said.by_name else
@@ -122,6 +129,12 @@ _METRICS = Known(
                        lambda said, _: said.by_name.get("usage_prompt_tokens")),
         server_counted("output_sequence_length", "output tokens",
                        lambda said, _: said.by_name.get("usage_completion_tokens")),
+        Figure("usage_(prompt|completion)_tokens_diff_pct", _of_counts, 0.05, 0.1, _BY),
+        Figure("osl_mismatch_diff_pct", lambda said, match: None if not (
+            ratio := _ratio("output_sequence_length", "requested_osl")(said, match)
+        ) else 100 * (ratio - 1), 0.05, 0.1, _BY),
+        Figure("usage_reasoning_tokens", lambda said, _: None if (whole := said.of("usage_completion_tokens")) is None
+               else (0.0, whole[0]), 0.0, 0.5, "as usage_completion_tokens says"),
         Figure("usage_total_tokens", _of_usage, 0.0, 0.5, told=TOTALS),
     ),
     effects={
@@ -129,8 +142,8 @@ _METRICS = Known(
         "spec_decode_acceptance": _SPECULATIVE,
         "image_latency": "prompts had images", "video_inference_time": "prompts had video",
     },
-    harmless=r"reasoning_token_count|stream_setup_latency|osl_mismatch\w*|requested_osl"
-             r"|usage_reasoning_tokens|\w+_diff_pct|http_req_\w+|(min|max)_\w+_timestamp|(\w+_)?request_count"
+    harmless=r"reasoning_token_count|stream_setup_latency|osl_mismatch_count|requested_osl"
+             r"|usage_reasoning_tokens_diff_pct|http_req_\w+|(min|max)_\w+_timestamp|(\w+_)?request_count"
              r"|good_request_fraction|replay_\w+|accuracy\w*|streamed_request",
 )  # fmt: skip
 

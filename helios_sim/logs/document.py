@@ -74,7 +74,9 @@ class Document:
             try:
                 value = parse_json(line, plain_names=True)
             except (ValueError, RecursionError) as error:
-                raise UserError(place, line.strip()[:80], f"a JSON object ({in_short(error)})", _LINE) from error
+                cut = len(lines) == 1 and isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
+                fix = "it ends in the middle: take the whole file" if cut else _LINE
+                raise UserError(place, line.strip()[:80], f"a JSON object ({in_short(error)})", fix) from error
             if not isinstance(value, dict):
                 raise UserError(place, shortened(value), "a JSON object", _LINE)
             found.append((place, value))

@@ -41,6 +41,7 @@ class Figure:
     name: a pattern; names of mappings within mappings are joined by points. `ours` gets the facts and the match.
     share, slack: how far both may lie apart, relative and in the unit of the facts.
     told: a sentence with {count}, {all}, {said} and {ours}, where tools may rightly differ; else it is an error.
+    zero: what is told is so of 0 too, which else is what was not counted.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Figure:
     slack: float = 0.1
     by: str = "as its other figures say"
     told: str | None = None
+    zero: bool = False
 
     def differs(self, said: float, ours: float | tuple[float, float], unit: float) -> bool:
         low, high = ours if isinstance(ours, tuple) else (ours, ours)
@@ -151,8 +153,8 @@ class Look:
         said = number(place, name, value, -_MOST, _MOST)
         ours = (unit * ours[0], unit * ours[1]) if isinstance(ours, tuple) else unit * ours
         if figure.told is not None:
-            if said == 0:
-                return  # not counted
+            if said == 0 and not figure.zero:
+                return
             self._stated[figure.told] += 1
         if not figure.differs(said, ours, unit):
             return

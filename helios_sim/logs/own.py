@@ -34,7 +34,7 @@ class _Answer:
 _KNOWN = Known(
     read="arrival_s|prompt_tokens|output_tokens|ttft_s|e2e_s|token_times_s|task|priority|status",
     figures=(
-        Figure("asked_tokens", lambda one, _: (one.tokens, math.inf), 0.0, 0.0, told=_MORE),
+        Figure("asked_tokens", lambda one, _: (one.tokens, math.inf), 0.0, 0.0, told=_MORE, zero=True),
         Figure("asked_tokens", lambda one, _: (0.0, one.tokens) if one.by_length else None, 0.0, 0.0, told=_SHORT),
     ),
     effects={"cached_tokens": "what of the prompts the prefix cache served is computed anew here"},

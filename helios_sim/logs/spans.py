@@ -7,6 +7,7 @@ adds gen_ai.latency.time_to_first_token, e2e and time_in_queue (s, from its arri
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,9 @@ _HARMLESS = (
 )
 
 
+_MOST = "{count} of {all} answers have more tokens than were asked for: {said} were, and one has {ours}"
+
+
 def _part(of: str) -> Callable[[Mapping[str, Any], re.Match[str]], Ours]:
     """Between nothing and the figure of which it is a part."""
     return lambda said, _: (0.0, float(said[of])) if isinstance(said.get(of), int | float) else None
@@ -70,6 +74,8 @@ _KNOWN = Known(
     read=_HARMLESS,
     figures=(
         Figure(r"(llm|gen_ai)\.usage\.total_tokens", _total, 0.0, 0.5, told=TOTALS),
+        Figure(r"gen_ai\.request\.max_tokens", lambda said, _: None if (output := _first(said, _OUTPUT)) is None
+               else (float(output), math.inf), 0.0, 0.0, told=_MOST),
         Figure(r"gen_ai\.latency\.time_in_model_prefill", _part(_TTFT), 0.05, 0.1, f"as {_TTFT} says"),
         Figure(r"gen_ai\.latency\.time_in_model_(decode|inference)", _part(_E2E), 0.05, 0.1, f"as {_E2E} says"),
         Figure(r"gen_ai\.latency\.time_in_(scheduler|model_forward|model_execute)", _part(_E2E), 0.05, 0.1,

@@ -106,7 +106,7 @@ _KNOWN = Known(
         Figure("duration", _took, 0.0, 0.0, "the time that its requests took"),
         Figure("duration", _took_at_most, 0.0, 0.0, told=_LONG),
         Figure(rf"{_STATISTIC}_(ttft|tpot|itl|e2el|client_queue_time|e2el_including_client_queue)_ms", _of_times, 0.05,
-               1.0, f"{_BY_LISTS} in seconds"),
+               0.1, f"{_BY_LISTS} in seconds"),
         Figure("request_throughput", lambda run, _: run.rate(len(run.done)), 0.02, 1e-3, _BY_DURATION),
         Figure("output_throughput", lambda run, _: run.rate(sum(row.output_tokens for row in run.done)), 0.02, 1e-3,
                _BY_DURATION),

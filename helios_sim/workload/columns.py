@@ -70,9 +70,10 @@ _NAMES = {
 }
 _ARRIVALS = ("arrival", "arrival_time", "arrived_at", "timestamp", "request_time", "arrival_timestamp")
 _SUFFIXES = {
-    CellFormat.SECONDS: ("s", "sec", "secs", "seconds"), CellFormat.MILLISECONDS: ("ms", "millis", "milliseconds"),
-    CellFormat.MICROSECONDS: ("us", "micros", "microseconds"),
-    CellFormat.NANOSECONDS: ("ns", "nanos", "nanoseconds"),
+    CellFormat.SECONDS: ("s", "sec", "secs", "second", "seconds"),
+    CellFormat.MILLISECONDS: ("ms", "msec", "msecs", "milli", "millis", "millisecond", "milliseconds"),
+    CellFormat.MICROSECONDS: ("us", "usec", "usecs", "micro", "micros", "microsecond", "microseconds"),
+    CellFormat.NANOSECONDS: ("ns", "nsec", "nsecs", "nano", "nanos", "nanosecond", "nanoseconds"),
 }  # fmt: skip
 REQUEST_IDS = ("request_id", "req_id")  # of one request each
 _OF_NO_MATTER = {"", "id", *REQUEST_IDS, "index", "user", "user_id", "pd_ratio"}
@@ -310,7 +311,7 @@ def _is_date(cell: str) -> bool:
 
     Python's own parser, which knows six digits of a second, says whether there is such a day and time.
     """
-    text = cell.strip().strip('"')
+    text = cell.strip('"')
     found = _DATE.fullmatch(text)
     if found is None or not 1678 <= int(found[1]) <= 2261:
         return False
