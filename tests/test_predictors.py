@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from helios_sim import study_config
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import replay
@@ -19,6 +20,7 @@ from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.profile.predictor import NAME, WIDTH, with_predictor
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.store import read_profile, write_profile
+from helios_sim.study.plan import check_study, plan_study
 from helios_sim.workload import AllAtOnce, Exponential
 from priced import line, priced_profile
 from rig import Served, full_depth, rows_of, serve, workload
@@ -223,3 +225,9 @@ def test_a_measured_cost_is_kept_with_the_profile(tmp_path) -> None:
     back = read_profile(tmp_path / "p").check_predictor
     assert back.rows.tolist() == PRICED.check_predictor.rows.tolist()
     assert np.array_equal(back.time_s, PRICED.check_predictor.time_s)
+
+
+def test_a_promise_for_checks_at_every_exit_is_not_one_for_a_schedule() -> None:
+    for own, key in (("policy.near_tokens=3", "near_tokens"), ("policy.checkpoints=[8]", "checkpoints")):
+        with pytest.raises(UserError, match=rf"policy\.{key}.*exits\.guarantee"):
+            check_study(plan_study(study_config("guarantee", "policy=early_exit", "workload.n_requests=20", own)))

@@ -260,9 +260,12 @@ def check_study(plan: StudyPlan) -> None:
 def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
     """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
     rule, live = first.exit_rule, config.mode == LIVE
-    if isinstance(rule, PerToken) and rule.checkpoints and config.exits.guarantee.max_disagreement is not None:
+    if isinstance(rule, PerToken) and config.exits.guarantee.max_disagreement is not None:
         allowed = "null with exits.guarantee: what is promised was shown for checks at every exit"
-        raise UserError("policy.checkpoints", list(rule.checkpoints), allowed, "leave one of them out")
+        if rule.near is not None:
+            raise UserError("policy.near_tokens", rule.near.tokens, allowed, "leave one of them out")
+        if rule.checkpoints:
+            raise UserError("policy.checkpoints", list(rule.checkpoints), allowed, "leave one of them out")
     if live:
         require_live(rule, first.batching, first.kv_rule)
         require_all_resident(first.active)
