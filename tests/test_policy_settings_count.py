@@ -59,7 +59,8 @@ VALUES: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("draft_model", "drafter"), ("draft_model", "model"),  # the same model, and a smaller one than the drafter
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
-    ("helios_probe", "evaluated_tokens"), ("early_exit", "near_layers"),
+    ("helios_probe", "evaluated_tokens"),
+    ("early_exit", "near_layers"), ("early_exit", "near_tokens"),  # without exits that always check: test_predictors
     *(("early_exit", setting) for setting in OF_SPLITS),
 }  # fmt: skip
 # Probes that are often enough to hear and to change something within few requests.

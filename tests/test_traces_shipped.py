@@ -30,14 +30,23 @@ def test_a_reference_trace_is_measured_on_human_text_of_many_tasks(model: str) -
     assert (np.diff(trace.agree.mean(axis=0)) > 0).all()  # deeper exits agree more often
 
 
-@pytest.mark.parametrize("confidence", [c for c in Confidence if c is not Confidence.PREDICTOR])
+@pytest.mark.parametrize("confidence", list(Confidence))
 def test_surer_tokens_agree_more_often_by_every_measure(confidence: Confidence) -> None:
     """The states of neighbouring layers tell nothing at the first two exits."""
-    trace = load_trace("smollm2-135m", "reference")
+    trace = load_trace("smollm2-135m", "predictors" if confidence is Confidence.PREDICTOR else "reference")
     for e in range(2 if confidence is Confidence.HIDDEN_SIMILARITY else 0, len(trace.exits) - 1):
         order = np.argsort(trace.recorded(confidence)[:, e], kind="stable")
         unsure, sure = trace.agree[order[: trace.n_tokens // 4], e], trace.agree[order[-trace.n_tokens // 4 :], e]
         assert sure.mean() > unsure.mean()
+
+
+def test_heads_are_asked_in_vain_only_after_the_exit_that_proposes_the_words() -> None:
+    trace = load_trace("smollm2-135m", "predictors")
+    assert trace.exits == load_trace("smollm2-135m", "reference").exits
+    in_vain = (trace.recorded(Confidence.PREDICTOR) <= -0.5).mean(axis=0)
+    assert in_vain[0] == 0
+    assert in_vain[1] < in_vain[2] < 0.1
+    assert in_vain[-1] == 0
 
 
 def test_a_trace_without_a_measure_names_those_that_it_holds() -> None:

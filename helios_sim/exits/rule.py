@@ -210,7 +210,7 @@ class PerToken:
     Each exit that a token reaches is a check that is paid for; after a check on the hidden state a token that leaves
     still has to pass the head. A token that is nowhere confident runs all loaded layers; that is a breach when these
     are not the whole model. With `checkpoints` only these exits check (TIDE, arXiv 2603.21365). With `near` the exits
-    near those of the request's latest tokens check, and the `checkpoints`, if there are any, besides.
+    near those of the request's latest tokens check besides the `checkpoints`, without which no token would ever leave.
 
     With the confidence `predictor` the head of the first exit is asked for every token, since it proposes the words;
     so that exit always checks. Where a predictor is sure the head is asked in the same band.

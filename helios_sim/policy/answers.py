@@ -112,6 +112,8 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             counts = isinstance(near, Near) and _is_whole(near.tokens, 1, MOST_NEAR_TOKENS) and _is_whole(near.layers)
             if not counts:
                 return f"PerToken with near None, or Near(tokens from 1 to {MOST_NEAR_TOKENS}, layers from 0)"
+            if not value.checkpoints and value.confidence is not Confidence.PREDICTOR:
+                return "PerToken with near and checkpoints: without exits that always check no token leaves"
             if found.active.layers != exits[-1]:
                 return f"PerToken with near only with all {exits[-1]} layers of {found.active.model}"
         if known and value.looks and found.batching is not BatchingRule.EACH_TOKEN:

@@ -81,6 +81,10 @@ class EarlyExitParameters:
         if self.near_tokens is None and self.near_layers is not None:
             allowed = "null without policy.near_tokens"
             raise UserError("policy.near_layers", self.near_layers, allowed, "set policy.near_tokens=5")
+        alone = self.most_checks is None and self.checkpoints is None and not MEASURES[self.confidence].proposes
+        if self.near_tokens is not None and alone:
+            allowed = "beside policy.most_checks or policy.checkpoints: without exits that always check no token leaves"
+            raise UserError("policy.near_tokens", self.near_tokens, allowed, "set policy.most_checks=1")
         if self.near_tokens is not None and self.near_tokens > MOST_NEAR_TOKENS:
             allowed = f"from 1 to {MOST_NEAR_TOKENS}"
             raise UserError("policy.near_tokens", self.near_tokens, allowed, "correct it")
