@@ -39,7 +39,10 @@ def composed(name: str) -> dict[str, Any]:
 SHIPPED = [name for name in FILES if name != "none"]
 
 
-REFUSED = {"early_exit_lazy": {"flush_requests", "flush_s", "review_requests"}}  # which need batching=rebatch
+_NEAR = {"near_tokens", "near_layers"}  # which need batching=each_token
+REFUSED = {  # the others of early_exit_lazy need batching=rebatch
+    "early_exit_lazy": {"flush_requests", "flush_s", "review_requests", *_NEAR}, "early_exit_rebatch": _NEAR,
+}  # fmt: skip
 
 
 def test_every_policy_has_a_file():
