@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from helios_sim.report.compare import FEWEST_BEYOND, compare, intervals_of
+from helios_sim.report.compare import compare, intervals_of
 from helios_sim.report.intervals import Method
 from helios_sim.report.metrics import Band, MetricValue, compute_metrics
+from helios_sim.report.percentiles import FEWEST_BEYOND
 from helios_sim.report.records import Records
 from helios_sim.serving.stats import RunStats
 from report_example import example_records

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +20,13 @@ from helios_sim.report.intervals import (
     stretches,
 )
 from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, meets
+from helios_sim.report.percentiles import percentile_and_without
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo, Status
 
 Run = tuple[Records, Metrics]
 IntArray = NDArray[np.int64]
 
-FEWEST_BEYOND = 3  # requests beyond a percentile, from which its interval within a run covers about what it says
 _TIMES = ("queue_s", "ttft_s", "tpot_s", "e2e_s")
 _QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
 # Quotients of two sums over the completed requests: (above, below).
@@ -252,7 +251,9 @@ def _statistic(name: str, requests: _Requests) -> _Statistic | None:
     counted = np.ones(requests.n, np.bool_) if defined is None else defined
     if not counted.any():
         return None
-    return _of_sums(values, counted) if statistic == "mean" else _percentile(values, counted, _QUANTILES[statistic])
+    if statistic == "mean":
+        return _of_sums(values, counted)
+    return _Statistic(*percentile_and_without(values, counted, _QUANTILES[statistic]))
 
 
 def _of_sums(above: FloatArray | IntArray, below: IntArray | NDArray[np.bool_]) -> _Statistic | None:
@@ -266,16 +267,3 @@ def _of_sums(above: FloatArray | IntArray, below: IntArray | NDArray[np.bool_]) 
     (_, top), (_, bottom) = (left_out(np.add.reduceat(column, starts, dtype=above.dtype)) for column in (above, below))
     with np.errstate(divide="ignore", invalid="ignore"):
         return _Statistic(whole, top / bottom)
-
-
-def _percentile(values: FloatArray | IntArray, counted: NDArray[np.bool_], q: int) -> _Statistic:
-    whole, ends = np.array(np.percentile(values[counted], q)), stretches(len(values))
-    if len(ends) < 3 or int(counted.sum()) * min(q, 100 - q) < 100 * FEWEST_BEYOND:
-        return _Statistic(whole, None)
-    without = np.full(len(ends) - 1, np.nan)
-    for place, (start, end) in enumerate(pairwise(ends.tolist())):
-        chosen = counted.copy()
-        chosen[start:end] = False
-        if chosen.any():
-            without[place] = np.percentile(values[chosen], q)
-    return _Statistic(whole, without)

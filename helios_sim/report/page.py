@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from helios_sim import __version__
@@ -267,6 +268,7 @@ def page_figure(drawing: Drawing) -> PageFigure:
     return PageFigure(drawing.name, drawing.title, drawing.caption, svg, facts)
 
 
+@cache
 def page_environment(*packages: str) -> Environment:
     """The templates of these packages and ours, with the style sheet and the script of self-contained pages.
 

@@ -204,7 +204,7 @@ def _exported() -> Iterator[None]:
 
 def _show_plainly(whole: Figure) -> None:
     """Make every text one in which what cannot be seen stands by its code."""
-    for axis in (axis for ax in whole.findobj(Axes) for axis in (ax.xaxis, ax.yaxis)):
+    for axis in (axis for ax in whole.axes for axis in (ax.xaxis, ax.yaxis)):
         axis.set_major_formatter(ShownTicks(axis.get_major_formatter()))
     for text in whole.findobj(Text):
         text.set_text(_shown(text.get_text()))
