@@ -167,7 +167,7 @@ vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.05",model_name="m"}} {
 vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1",model_name="m"}} {more}
 vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf",model_name="m"}} {more}
 vllm:time_to_first_token_seconds_count{{engine="0",model_name="m"}} {more}
-vllm:time_to_first_token_seconds_sum{{engine="0",model_name="m"}} 3.5
+vllm:time_to_first_token_seconds_sum{{engine="0",model_name="m"}} {ttft_s}
 # TYPE vllm:request_prompt_tokens histogram
 vllm:request_prompt_tokens_bucket{{engine="0",le="100.0",model_name="m"}} 7.0
 vllm:request_prompt_tokens_bucket{{engine="0",le="200.0",model_name="m"}} {half}
@@ -196,6 +196,6 @@ def write_scrapes(folder: Path, times: int = 1) -> Path:
         running, done = times * running, times * done
         values = {"running": running, "stop": 10 + done // 2, "length": 5 + done - done // 2, "more": 15 + done,
                   "prompt": 1000 + 200 * done, "output": 500 + 30 * done, "few": 3 + int(0.6 * done),
-                  "half": 7 + done // 2}  # fmt: skip
+                  "half": 7 + done // 2, "ttft_s": 0.05 * (15 + done)}  # fmt: skip
         (folder / f"metrics_{1_796_029_855 + 10 * i}.prom").write_text(PAGE.format(**values))
     return folder

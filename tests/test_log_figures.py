@@ -12,7 +12,7 @@ import pytest
 
 import log_samples as samples
 from helios_sim.errors import UserError
-from helios_sim.logs import RequestLog, read_tool
+from helios_sim.logs import RequestLog, read_folder, read_tool
 from helios_sim.logs.tools import opened
 
 SUMS = ("total_output_tokens", "output_throughput", "total_token_throughput", "mean_e2el_ms", "max_output_tokens_per_s")
@@ -244,3 +244,23 @@ def test_a_report_that_ends_in_the_middle_is_no_bad_line(tmp_path: Path) -> None
     path.write_text(json.dumps(samples.vllm_bench())[:300])
     with pytest.raises(UserError, match="it ends in the middle: take the whole file"):
         read_tool(opened(path))
+
+
+def test_sums_and_lengths_that_cannot_be(tmp_path: Path) -> None:
+    """Of scrapes, the sum of times that its buckets cannot hold; of ServeGen, a client twice and lengths of none."""
+    pages = samples.write_scrapes(tmp_path / "pages")
+    assert len(read_folder(pages)) == 102
+    last = sorted(pages.iterdir())[-1]
+    last.write_text(re.sub(r"(token_seconds_sum.*) .*", r"\1 5000.0", last.read_text()))
+    with pytest.raises(UserError, match="seconds_sum='4999 s between the scrapes': from 2 to 7 s, by its buckets"):
+        read_folder(pages)
+    clients = samples.write_servegen(tmp_path / "clients")
+    (clients / "chunk-0-trace.csv.gz").write_bytes((clients / "chunk-0-trace.csv").read_bytes())
+    with pytest.raises(UserError, match=r"client 0='chunk-0-trace.csv and chunk-0-trace.csv.gz': one file of each"):
+        read_folder(clients, (0.0, 600.0))
+    (clients / "chunk-0-trace.csv.gz").unlink()
+    for length in ("99999999999", "10.5"):
+        lengths = {"input_tokens": f"{{{length}: 1.0}}", "output_tokens": "{10: 1.0}"}
+        (clients / "chunk-0-dataset.json").write_text(json.dumps({"0": lengths}))
+        with pytest.raises(UserError, match=f"whole numbers from 0 to 2147483647, unlike {length}"):
+            read_folder(clients, (0.0, 600.0))

@@ -251,7 +251,7 @@ def test_requests_drawn_from_scrapes_have_their_sums_and_histograms(tmp_path: Pa
 
 def test_scrapes_in_one_file_with_times(tmp_path: Path) -> None:
     stamped = tmp_path / "all.prom"
-    values = {"running": 0, "length": 0, "half": 7}
+    values = {"running": 0, "length": 0, "half": 7, "ttft_s": 0.2}
     pages = [
         samples.PAGE.format(**values, stop=s, prompt=300 * s, output=15 * s, few=s, more=7 + s) for s in (1, 5)
     ]

@@ -189,7 +189,7 @@ _FIGURE = r"(mean|median|variance|std_dev|min|max|count|total_sum|percentiles\.p
 _STATISTICS = Known(
     read=r"request_totals\.(successful|incomplete|errored)",
     figures=(
-        Figure(rf"({'|'.join(_VALUES)})\.successful\.{_FIGURE}", _of_requests, by=_BY_REQUESTS),
+        Figure(rf"({'|'.join(_VALUES)})\.successful\.{_FIGURE}", _of_requests, 0.05, 5e-4, _BY_REQUESTS),
         Figure(r"(prompt_tokens|output_tokens|tokens)_per_second\.successful\.mean", _token_rate, by=_BY_REQUESTS),
         exactly(r"request_totals\.total", lambda run, _: run.listed, "as its requests add up to"),
         Figure(r"requests_per_second\.successful\.mean", _request_rate, 0.05, 1e-3, _BY_REQUESTS),
@@ -207,9 +207,9 @@ _STATISTICS = Known(
 _OF_BENCHMARK = Known(
     read="requests|metrics|start_time|end_time|warmup_duration|cooldown_duration",
     figures=(
-        Figure("duration", lambda span, _: max(span[1] - span[0], 0.0), slack=1.0, by="as start_time and end_time say"),
-        Figure(r"scheduler_metrics\.measure_start_time", lambda span, _: span[0], 0.0, 1.0, "as start_time says"),
-        Figure(r"scheduler_metrics\.measure_end_time", lambda span, _: span[1], 0.0, 1.0, "as end_time says"),
+        exactly("duration", lambda span, _: max(span[1] - span[0], 0.0), "as start_time and end_time say"),
+        exactly(r"scheduler_metrics\.measure_start_time", lambda span, _: span[0], "as start_time says"),
+        exactly(r"scheduler_metrics\.measure_end_time", lambda span, _: span[1], "as end_time says"),
     ),
     harmless=r"type_|config(\..*)?|scheduler_state(\..*)?|scheduler_metrics\.\w*(avg|made|start_time|end_time).*",
 )  # fmt: skip

@@ -269,6 +269,7 @@ def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
     drawn. Lengths keep the count of each bucket and the mean. UserError where the pages lack one of these.
     """
     _check_counts(scrapes)
+    _check_sums(scrapes)
     rng = np.random.default_rng(seed)
     time_s, come = _arrivals(scrapes)
     n = int(come.sum())
@@ -308,6 +309,22 @@ def _check_counts(scrapes: Scrapes) -> None:
     if read_ / came < each / _OFF or read_ / (came + in_flight) > each * _OFF:
         told = f"{read_ / came:.4g} prompt tokens a request"
         raise UserError(f"{scrapes.source}: {_PROMPT}", told, f"about {each:.4g}, as the histogram says", FIX)
+
+
+def _check_sums(scrapes: Scrapes) -> None:
+    """UserError where the sum of a histogram of times is not what its buckets can hold."""
+    for name in (name for names in _HISTOGRAMS.values() for name in names if name in scrapes.buckets):
+        edges, counts = scrapes.buckets[name]
+        whole, total = counts[~np.isnan(counts).any(axis=1)], grown(scrapes, f"{name}_sum")
+        shares = np.diff(whole[-1] - whole[0], prepend=0.0) if len(whole) else np.zeros(len(edges))
+        if total is None or shares.sum() < _MANY or (shares < 0).any():
+            continue
+        there = shares > 0
+        low = np.concatenate([[0.0], edges[:-1]])
+        least, most = (float(shares[there] @ bound[there]) for bound in (low, edges))
+        if not 0.95 * least <= total <= 1.05 * most:
+            allowed = f"from {least:.4g} to {most:.4g} s, by its buckets"
+            raise UserError(f"{scrapes.source}: {name}_sum", f"{total:.4g} s between the scrapes", allowed, FIX)
 
 
 def _arrivals(scrapes: Scrapes) -> tuple[NDArray[np.float64], IntColumn]:

@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from helios_sim.errors import UserError
 from helios_sim.logs.record import FIX, Begins, RequestLog, Row, gathered, not_read
+from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, parse_json, read_text, reading, shortened
 
 NAME = "ServeGen clients"
@@ -37,7 +39,12 @@ _Pdf = tuple[NDArray[np.int64], NDArray[np.float64]]  # lengths, and the share u
 
 def of_folder(folder: Path) -> list[Path]:
     """The traces of clients in it; none: it is not one of ServeGen."""
-    return sorted((p for p in folder.iterdir() if _TRACE.search(p.name)), key=_number)[:_MOST_CLIENTS]
+    found = sorted((p for p in folder.iterdir() if _TRACE.search(p.name)), key=_number)[:_MOST_CLIENTS]
+    for before, after in pairwise(found):
+        if _number(before) == _number(after):
+            told = f"{before.name} and {after.name}"
+            raise UserError(f"{folder.name}: client {_number(after)}", told, "one file of each client", "remove one")
+    return found
 
 
 def _number(path: Path) -> int:
@@ -120,6 +127,9 @@ def _lengths(path: Path) -> tuple[dict[int, Mapping[str, _Pdf]], list[str]]:
 def _pdf(text: Any) -> _Pdf:
     """A text such as {224: 0.0003, 225: 0.0008}: shares by length. ValueError where it is none."""
     shares = ast.literal_eval(text) if isinstance(text, str) else text
+    for value in shares:
+        if not isinstance(value, int | float) or not 0 <= value <= LONGEST or value != int(value):
+            raise ValueError(f"lengths that are whole numbers from 0 to {LONGEST}, unlike {value}")
     values = np.array(sorted(shares), np.float64)
     weights = np.array([shares[int(value)] for value in values], np.float64)
     if len(values) and not ((values >= 0) & (values == np.floor(values)) & (weights >= 0)).all():
