@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -185,6 +186,12 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
         folder = given("hydra.run.dir", arguments) or given("hydra.sweep.dir", arguments) or str(error.filename)
         reason = f"the output folder cannot be made: {error.strerror or error}"
         return UserError("hydra.run.dir", folder, reason, "choose a folder that you may write to")
+    if found := re.match(r"invalid literal for int\(\) with base 10: '(\w+)'", str(error)):
+        word = next((a for a in arguments if f".{found[1]}" in a.partition("=")[0]), found[1])
+        key, _, value = word.partition("=")
+        name = key.lstrip("+~").partition(f".{found[1]}")[0]
+        fix = f"write {name}.0.{found[1]}={value}"
+        return UserError(key, value, f"{name} is a list, whose entries have numbers", fix)
     if isinstance(error, ValueError):  # of flags that exclude each other
         return UserError("command line", " ".join(arguments), str(error), "see python -m helios_sim --help")
     if "Unexpected type for root" not in str(error):

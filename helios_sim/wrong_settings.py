@@ -30,6 +30,7 @@ OPEN = (  # take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
     "cluster.tasks", "cluster.shares", "cluster.bandit.costs", "live.weights.", "live.heads.", "serve.tokenizers.",
 )  # fmt: skip
+MAPPINGS = ("sweep.parameters",)  # of groups by name
 PRINT_ALL = "--cfg job prints all settings"
 # What vLLM and the clients that measure it call settings, and their names here.
 ELSEWHERE = {
@@ -207,6 +208,12 @@ def wrong_setting(
     key, value = _of_one_arm(key, value)
     if key.startswith("arms.") and (of_arm := _wrong_arm_key(key, value, arguments)) is not None:
         return of_arm
+    of_mapping = next((name for name in MAPPINGS if key.startswith(f"{name}.")), "")
+    new, _, below = key.removeprefix(f"{of_mapping}.").partition(".")
+    if of_mapping and below in ("", *_names_in(schema, f"{of_mapping}.{new}")[0]):
+        given_so = f"{{{below}: {value}, ...}}" if below else value
+        fix = f"write '+{of_mapping}={{{new}: {given_so}}}'"
+        return UserError(key, value, "a setting of what is there already; what is new is given whole", fix)
     if key.startswith(OPEN) and "could not be converted" in cause:
         return UserError(key, value, "must be a number" if "loat" in cause or "nteger" in cause else "of another type",
                          f"set {key} to such a value")  # fmt: skip
@@ -263,9 +270,9 @@ def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError |
         near = get_close_matches(found[1], names, 1)
         fix = f"you may have meant {near[0]}" if near else "correct the name or leave it out"
         return UserError(key, value, f"{found[1]} is none of its settings: {', '.join(names)}", fix)
-    if (found := re.search(r"full_key: (\w+)\s+reference_type=(\w+)", cause)) and found[2] in groups:
+    if (found := re.search(r"full_key: (?:[\w.]+\.)?(\w+)\s+reference_type=(\w+)", cause)) and found[2] in groups:
         wanted = get_type_hints(groups[found[2]]).get(found[1])
-        if wanted is not None:
+        if wanted is not None and found[1] != key.rpartition(".")[2]:
             return UserError(key, value, f"{found[1]} in it must be {kind_in_words(wanted)}", f"correct {found[1]}")
     return None
 

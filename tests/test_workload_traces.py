@@ -455,3 +455,18 @@ def test_other_kinds_of_files_and_cells_are_told(tmp_path: Path, name: str, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_trace(tmp_path / name)
+
+
+def test_a_day_alone_among_times_is_named(tmp_path: Path) -> None:
+    rows = ["2024-05-10 00:00:00", "2024-05-10 00:00:02", "2024-05-11"]
+    head = "timestamp,prompt_tokens,output_tokens\n"
+    with pytest.raises(UserError, match="line 4, column timestamp='2024-05-11': must be a date and time"):
+        read_trace(written(tmp_path, "t.csv", head + "".join(f"{row},5,5\n" for row in rows)))
+    assert len(read_trace(written(tmp_path, "u.csv", head + "".join(f"{row},5,5\n" for row in rows[:2])))) == 2
+
+
+def test_half_a_sign_has_its_line(tmp_path: Path) -> None:
+    """JSON may escape it, and no text has it."""
+    row = '{"arrival_s": 1, "prompt_tokens": 5, "output_tokens": 4, "note": "%s"}\n'
+    with pytest.raises(UserError, match="line 2='half of a sign'"):
+        read_trace(written(tmp_path, "t.jsonl", row % "x" + row % r"\ud800"))

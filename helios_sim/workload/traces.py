@@ -144,6 +144,9 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
             for column in columns:
                 check_unit(file.name, column, numbers[column.role])
             coarse = [said for c in columns if (said := check_dates(file.name, c, numbers[c.role])) is not None]
+            for column in columns:
+                if column.format is CellFormat.DATE and not (numbers[column.role] % (86_400 * NS_PER_S)).all():
+                    _refuse_bad(file, (column,))  # midnight, or a day alone
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
@@ -444,6 +447,23 @@ def locate(path: str | Path) -> Path:
 
 def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], listed: str | None, why: str) -> NoReturn:
     """Raises the UserError that names file, line and column; without a line where none is bad by itself."""
+    _refuse_bad(file, columns)
+    for column in columns:
+        if column.role is Role.ARRIVAL:
+            _refuse_others(file, column)
+    if listed is not None:
+        _refuse_texts(file, listed)
+    for line, text in enumerate(file.lines if "surrogate" in why else (), start=1):
+        try:
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            allowed = r"texts without a single \ud800 to \udfff"
+            raise UserError(f"{file.name}, line {line}", "half of a sign", allowed, _DROP) from None
+    raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
+
+
+def _refuse_bad(file: _File, columns: tuple[TraceColumn, ...]) -> None:
+    """UserError for the first cell that does not hold what its column needs."""
     for line, cells in _rows(file):
         for column in columns:
             cell = cells.get(column.name)
@@ -453,12 +473,6 @@ def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], listed: s
                 in_quotes = file.separator is None and str(cell).startswith('"') and column.format in NS_PER
                 fix = _UNANSWERED if unanswered else "write it as a number, without quotes" if in_quotes else _DROP
                 raise UserError(place, shortened(cell), ALLOWED[column.format], fix)
-    for column in columns:
-        if column.role is Role.ARRIVAL:
-            _refuse_others(file, column)
-    if listed is not None:
-        _refuse_texts(file, listed)
-    raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
 
 
 def _refuse_others(file: _File, column: TraceColumn) -> None:
