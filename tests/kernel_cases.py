@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import interpreted  # isort: skip - before Triton
 
+import itertools
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ from helios_sim.live.forward import Forward
 from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels import activation, attention, gemv, head, norms
 from helios_sim.live.kernels.card import TRITON
-from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.kernels.interface import TORCH, UNKNOWN, Inside
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import KvCache
 from helios_sim.live.model.decoder import SegmentedModel
@@ -162,6 +163,13 @@ def attentions(exhaustive: bool) -> Iterator[Attention]:
             for lengths in ((2, 3, 63, 64), (65, 127, 128, 129), (500, 1000), (2047,), (4095, 4096)):
                 for splits in (1, 4, 32):
                     yield Attention(heads, kv, 128, lengths, tuple(range(len(lengths))), dtype, splits=splits)
+        for heads, kv in ((2, 2), (4, 1), (8, 1), (32, 1)):  # of one KV head 1, 4, 8, and all
+            for width in (64, 96, 128, 256):
+                for lengths in ((4096,), (1, 63, 64, 65), (1023, 1, 2048, 4000)):
+                    yield Attention(heads, kv, width, lengths, tuple(range(len(lengths))), dtype)
+                for batch in (16, 64, 256):
+                    spread = tuple(1 + (37 * i) % 150 for i in range(batch - 1)), (400,)
+                    yield Attention(heads, kv, width, sum(spread, ()), tuple(range(batch)), dtype)
         for batch in (1, 2, 3, 7, 16, 64, 256):
             yield Attention(4, 1, 64, tuple(1 + (37 * i) % 150 for i in range(batch)), tuple(range(batch))[::-1], dtype)
 
@@ -266,6 +274,28 @@ def repeated() -> float:
     return error(*found[::-1])
 
 
+def leaves() -> int:
+    """In how many cases the kernel lets other rows leave than torch's operations do, or with something else."""
+    different = 0
+    for lazy, last, asks, looks in itertools.product((False, True), repeat=4):
+        for sure_before in (0, 1):
+            n = 5
+            now = torch.tensor([3, -1, 0, -6, 7])
+            recorded = torch.tensor([UNKNOWN, 1.0, 1.0 - lazy, 0.0, UNKNOWN], dtype=torch.float64)
+            sure = torch.tensor([0.7, 0.9, 0.1, 0.2, 0.3 + 0.5 * (1 - lazy)]) if asks else None
+            threshold, look = torch.full((n,), 0.5, dtype=torch.float64), None
+            if looks:
+                look = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([1.5, math.nan, math.inf, 0.0, -2.0])
+            found = []
+            for kernels in (TRITON, TORCH):
+                was_sure = torch.full((n,), sure_before)
+                rows = Inside(now.clone(), was_sure, torch.full((4, n), -7.0, dtype=torch.float64))
+                kernels.leave(rows, 12, sure, look, threshold, recorded, lazy, last)
+                found.append((rows.now.tolist(), rows.was_sure.tolist(), rows.said.tolist()))
+            different += found[0] != found[1]
+    return different
+
+
 def one_pass(exhaustive: bool) -> list[float]:
     """Passes through exits by the kernels beside bands by torch: errors of K and V, and wrong depths and tokens."""
     found = []
@@ -332,5 +362,6 @@ def not_numbers() -> list[bool]:
 if __name__ == "__main__":
     whole = "exhaustive" in sys.argv
     found = {case.name: attend(case) for case in attentions(whole)}
-    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated(), "one_pass": one_pass(whole)}
-    print(json.dumps({"attention": found, **of_others, "not_numbers": not_numbers()}))
+    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated()}
+    of_passes = {"one_pass": one_pass(whole), "leaves": leaves()}
+    print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers()}))

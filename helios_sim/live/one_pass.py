@@ -20,12 +20,12 @@ from helios_sim.exits.rule import Confidence, ExitRule, PerToken
 from helios_sim.live.device import Device, Step
 from helios_sim.live.exits import ExitReader, Row, Tally
 from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.kernels.interface import UNKNOWN, Inside
 from helios_sim.live.kernels.launch import MOST_ROWS
-from helios_sim.live.memory.decodes import ExactStep, written_only
+from helios_sim.live.memory.decodes import ExactStep
 from helios_sim.policy.deployment import BatchingRule, KvRule
 
 _IDS, _SLOTS, _POSITIONS, _THRESHOLD, _RECORDED = range(5)
-_UNKNOWN = -1.0  # no confidence is recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class OnePass:
         room = self._staged[: numbers.numel()].view(parts, size)
         self._read.synchronize()
         to = room.numpy()
-        to[:] = _UNKNOWN
+        to[:] = UNKNOWN
         to[_IDS], to[_POSITIONS], to[_THRESHOLD] = 0, self._graphs.last_position, threshold
         for i, row in enumerate(rows):
             to[:_THRESHOLD, i] = row.token, row.slot, row.position
@@ -130,43 +130,28 @@ class OnePass:
     def _through(self, rule: Rule, exits: ExitReader, numbers: Tensor) -> Tensor:
         """What `said` holds, of what `numbers` says."""
         model, cache, last = self._graphs.model, self._graphs.cache, rule.bounds[-1]
-        ids, slots, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
-        hidden = model.embed(ids, positions)
-        now, inside, was_sure = slots, slots >= 0, slots < -1
-        said = torch.zeros((3, len(ids)), dtype=torch.float64, device=ids.device)
-        waiting = hidden  # states for the head, of rows that left by a check on the state
-        breach = was_sure
+        ids, now, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
+        rows = Inside(now, torch.zeros_like(now), torch.zeros_like(numbers[:4]))
+        hidden = waiting = model.embed(ids, positions)  # `waiting`: of rows that left by a check on the state
         for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
             hidden = model.run(hidden, start, end, ExactStep(cache, now, positions, frozen=band > 0))
             if end < last and not rule.checked[band]:
                 continue
-            asks = end < last or rule.watched
-            leaving = inside
+            asks, sure, look = end < last or rule.watched, None, None
             if rule.measure.by_head:
                 tokens, sure, best, _ = exits.on_device(model, end, hidden, rule.measure if asks else None)
-            elif asks:
-                sure = exits.check(end, hidden, rule.measure)
-            if asks:
-                assert sure is not None
-                recorded = numbers[_RECORDED + band]
-                confident = torch.where(recorded == _UNKNOWN, sure >= numbers[_THRESHOLD], recorded > 0)
-                was_sure = was_sure | confident
-                if end == last:
-                    breach = inside & ~was_sure
-                else:
-                    leaving = inside & ((was_sure | ~inside).all() if rule.lazy else was_sure)
-            if rule.measure.by_head:
-                here = torch.stack([tokens.double(), best.double(), torch.full_like(said[0], end)])
-                said = torch.where(leaving, here, said)
+                look = tokens, best
             else:
-                said = torch.where(leaving, torch.full_like(said, end), said)
-                waiting = torch.where(leaving[:, None], exits.adapted(model, end, hidden), waiting)
-            inside = inside & ~leaving
-            now = torch.where(inside, slots, written_only(slots))
+                sure = exits.check(end, hidden, rule.measure) if asks else None
+                inside = (now >= 0)[:, None]
+                waiting = torch.where(inside, exits.adapted(model, end, hidden), waiting)
+            model.kernels.leave(
+                rows, end, sure, look, numbers[_THRESHOLD], numbers[_RECORDED + band], rule.lazy, end == last
+            )
         if not rule.measure.by_head:
-            tokens, best = exits.tokens_on_device(model, waiting)
-            said = torch.stack([tokens.double(), best.double(), said[2]])
-        return torch.cat((said, breach[None].double()))
+            for to, value in zip(rows.said, exits.tokens_on_device(model, waiting), strict=False):
+                to.copy_(value)
+        return rows.said
 
 
 def count(rule: Rule, rows: Sequence[Row], tally: Tally) -> None:

@@ -16,9 +16,9 @@ pytest.importorskip("triton")  # there is none for macOS and Windows
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import open_device
-from helios_sim.live.kernels import activation, attention, gemv, head, norms
+from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms
 from helios_sim.live.kernels.choice import described, kernels_for
-from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.kernels.interface import TORCH, Inside
 from kernel_builds import SHARED_BYTES, build, launches
 
 TESTS = Path(__file__).parents[1]
@@ -56,6 +56,7 @@ def check(found: dict[str, Any]) -> None:
         assert error < 1e-5, name
     assert found["repeated"] < 1e-6
     assert max(found["one_pass"]) < 1e-5
+    assert not found["leaves"]
     assert found["not_numbers"] == [True, True, False, False]
 
 
@@ -84,21 +85,32 @@ def steps_of_rows(dtype: torch.dtype, widths: tuple[int, ...]) -> list[Any]:
     def of(*shape: int) -> torch.Tensor:
         return drawn(*shape, dtype=dtype)
 
+    def slots(n: int) -> torch.Tensor:
+        return drawn(n, dtype=torch.int64)
+
     found: list[Any] = [lambda: head.look_at(of(4, 128256), 2), lambda: activation.activate(of(8, 28672), "silu", True)]
     found.append(lambda: activation.activate(of(8, 16384), "gelu", False))
+    one = drawn(16, dtype=torch.float64)
+    inside = Inside(slots(16), slots(16), drawn(4, 16, dtype=torch.float64))
+    sure = drawn(16, dtype=torch.float32)
+    for lazy in (False, True):
+        found.append(lambda lazy=lazy: leave.leave(inside, 8, sure, (slots(16), sure), one, one, lazy, False))
     found.append(lambda: gemv.product(of(3, 11008), of(4096, 11008), None))
     for w in widths:
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), of(w), of(w), None, 1e-5))
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), None, of(w), of(w), 1e-5))
+        found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), None, of(w), None, 1e-5, slots(8)))
         for n in (1, 2, 4):
             if gemv.fits(n, w):
                 given = (of(n, w), of(n, w), None, of(w), None, 1e-5, of(2 * 11008, w), None, "silu", True)
                 found.append(lambda given=given: gemv.normed_product(*given))
+                found.append(lambda given=given, n=n: gemv.normed_product(*given, slots(n), needed=False))
                 given = (of(n, w), of(n, w), None, of(w), of(w), 1e-5, of(3 * w, w), of(3 * w), None, False)
                 found.append(lambda given=given: gemv.normed_product(*given))
                 given = (of(n, w), of(n, w), of(w), of(w), None, 1e-5, of(8192, w), None, "gelu_tanh", True)
                 found.append(lambda given=given: gemv.normed_product(*given))
             found.append(lambda n=n, w=w: gemv.product(of(n, w), of(w, w), of(w)))
+            found.append(lambda n=n, w=w: gemv.product(of(n, w), of(w, w), None, slots(n)))
     return found
 
 

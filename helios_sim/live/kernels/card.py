@@ -11,8 +11,9 @@ from torch import Tensor
 from helios_sim.live.kernels.activation import activate
 from helios_sim.live.kernels.gemv import fits, normed_product, product
 from helios_sim.live.kernels.head import MEASURES, look_at
-from helios_sim.live.kernels.interface import TORCH
+from helios_sim.live.kernels.interface import TORCH, Inside
 from helios_sim.live.kernels.launch import MOST_ROWS
+from helios_sim.live.kernels.leave import leave
 from helios_sim.live.kernels.norms import add_norm
 from helios_sim.live.model.architecture import Architecture
 
@@ -57,6 +58,12 @@ class TritonKernels:
         if number is None or logits.requires_grad or logits.dim() != 2:
             return None
         return look_at(logits.contiguous(), number, temperature)
+
+    def leave(
+        self, rows: Inside, depth: int, sure: Tensor | None, look: tuple[Tensor, Tensor] | None, threshold: Tensor,
+        recorded: Tensor, lazy: bool, last: bool,
+    ) -> None:  # fmt: skip
+        leave(rows, depth, sure, look, threshold, recorded, lazy, last)
 
 
 TRITON = TritonKernels()

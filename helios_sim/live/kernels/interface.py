@@ -7,6 +7,7 @@ after that can be one kernel. `TorchKernels` does what the models are defined by
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +22,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+UNKNOWN = -1.0  # in place of a recorded answer: the card's own counts
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """The N rows of a pass through several exits, on the device."""
+
+    now: Tensor  # (N,) slots; -2 - slot of rows that have left, -1 of padding
+    was_sure: Tensor  # (N,) int64: 1 once a row was confident at some exit
+    said: Tensor  # (4, N) float64: of rows that have left the token, the largest logit and the depth; 1 for a breach
 
 
 class Kernels(Protocol):
@@ -61,6 +74,18 @@ class Kernels(Protocol):
         """
         ...
 
+    def leave(
+        self, rows: Inside, depth: int, sure: Tensor | None, look: tuple[Tensor, Tensor] | None, threshold: Tensor,
+        recorded: Tensor, lazy: bool, last: bool,
+    ) -> None:  # fmt: skip
+        """Decide which rows leave after `depth` layers, and note what they leave with.
+
+        `sure` (N,): confidences, compared with `threshold` (N,); None: all leave. `recorded` (N,): 1 or 0 where a trace
+        says in their place whether a row is sure, else `UNKNOWN`. `look`: tokens and largest logits of the head (N,).
+        `lazy`: all leave together, once each was sure. `last`: all leave, and who was never sure is a breach.
+        """
+        ...
+
 
 class TorchKernels:
     """Each operation by torch."""
@@ -91,6 +116,25 @@ class TorchKernels:
 
     def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> None:
         """Nothing: `exits.rule.MEASURES` are computed as they are written."""
+
+    def leave(
+        self, rows: Inside, depth: int, sure: Tensor | None, look: tuple[Tensor, Tensor] | None, threshold: Tensor,
+        recorded: Tensor, lazy: bool, last: bool,
+    ) -> None:  # fmt: skip
+        inside = rows.now >= 0
+        leaving = inside
+        if sure is not None:
+            was = (rows.was_sure > 0) | torch.where(recorded == UNKNOWN, sure >= threshold, recorded > 0)
+            rows.was_sure.copy_(was)
+            if last:
+                rows.said[3].copy_(inside & ~was)
+            else:
+                leaving = inside & ((was | ~inside).all() if lazy else was)
+        if look is not None:
+            for to, value in zip(rows.said, look, strict=False):
+                to.copy_(torch.where(leaving, value.double(), to))
+        rows.said[2].masked_fill_(leaving, float(depth))
+        rows.now.copy_(torch.where(leaving, -2 - rows.now, rows.now))
 
     def add(
         self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None, slots: Tensor | None = None
