@@ -172,7 +172,7 @@ SETTINGS = [
     ("hydra.colour=red", ["hydra.colour='red'", "--cfg hydra"]),
     ("name=${title_of}", ["name='${title_of}'", "no such setting"]),
     ("arms.full_depth_opt-1.3b.round_requests=5",
-     ["arms.full_depth_opt-1.3b.round_requests=5", "full_depth knows description, baseline, overrides, model"]),
+     ["arms.full_depth_opt-1.3b.round_requests=5", "full_depth knows description, baseline, overrides, sweeps_only"]),
     ("arms.helios.round_request=5", ["helios knows", "you may have meant round_requests"]),
     ("arms.helios.round_requests=5", ["'+arms.helios.round_requests=5'"]),
     ("+experiment=capacity capacity.cards=[]", ["capacity.cards='[]'", "such as [l40s", "name some"]),
