@@ -33,6 +33,9 @@ def small(name: str) -> DictConfig:
             for key in ("values", "labels"):
                 if axis.get(key) is not None:
                     axis[key] = [axis[key][n] for n in kept]
+            if "workload.n_requests" in axis.settings:
+                place = list(axis.settings).index("workload.n_requests")
+                axis["values"] = [[*values[:place], 14, *values[place + 1 :]] for values in axis["values"]]
     return settings
 
 
@@ -62,7 +65,8 @@ def check_small(name: str, tmp_path: Path, capsys, request) -> None:
     assert json.loads(printed[-1]) == summary
     assert summary["experiment"] == name
     assert summary["baseline"] in summary["arms"]
-    assert list(summary["arms"]) == [*settings.arms, *([settings.policy.name] if settings.policy else [])]
+    own = [arm for arm, entry in settings.arms.items() if not entry.get("sweeps_only")]
+    assert list(summary["arms"]) == [*own, *([settings.policy.name] if settings.policy else [])]
     for arm in summary["arms"].values():
         left = [arm["metrics"][f"requests_{status}"] for status in ("completed", "dropped", "unfinished")]
         assert sum(left) == 14

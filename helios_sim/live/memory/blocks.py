@@ -1,7 +1,7 @@
 """A step for several tokens each of several requests, as where drafts are verified.
 
-Attention of all requests is one call, which reads their K and V once, as far as the longest goes. A call for each
-request would cost more than what it computes: 3 to 4 times a decode's attention, with 4 requests of 5 tokens on a CPU.
+Attention of all requests is one call, which reads their K and V once, as far as the longest goes. Four rows each of 1
+to 8 requests take 1.2 to 1.5 times the attention of a decode on a CPU; a call for each request takes 1.8 to 2.5 times.
 """
 
 from __future__ import annotations

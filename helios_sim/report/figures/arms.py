@@ -257,8 +257,7 @@ def arms_figure(name: str, spec: ArmsFigure, result: ExperimentResult) -> Drawin
                 ax.plot(along, up, color=style.color, linewidth=3, alpha=0.3, label=f"_{arm}")
         ax.plot([x], [y], color=style.color, marker=style.marker, markersize=8, linestyle="none", label=arm)
     ax.margins(x=0.08, y=0.1)
-    for hidden, x, y in _under_each_other(points, ax):
-        annotate(ax, f"also {', '.join(hidden)}", (x, y), (0, -16), ha="center", color=INK, fontsize=8)
+    _note_hidden(points, ax)
     ax.set_xlabel(_axis(spec.x))
     ax.set_ylabel(_axis(spec.y))
     legend_above(figure, handles_of(ax), columns=4)
@@ -306,20 +305,28 @@ def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, f
     return found
 
 
-def _under_each_other(
-    points: Sequence[tuple[str, float, float]], ax: Axes
-) -> Iterable[tuple[list[str], float, float]]:
-    """Arms whose mark a later one covers, and where: within half a per cent of both axes."""
+def _note_hidden(points: Sequence[tuple[str, float, float]], ax: Axes) -> None:
+    """Name below a mark the arms whose marks it covers: those within half a per cent of both axes, drawn before."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    found: dict[str, list[str]] = {}
-    seen: dict[str, str] = {}  # an arm by the last one there
+    width, height = right - left, high - low
+
+    def near(one: tuple[float, float], other: tuple[float, float], share_x: float, share_y: float) -> bool:
+        return abs(one[0] - other[0]) < share_x * width and abs(one[1] - other[1]) < share_y * height
+
+    hidden: dict[str, list[str]] = {}  # by the arm on top
     for place, (arm, x, y) in enumerate(points):
-        after = [other for other, x2, y2 in points[place + 1 :]
-                 if abs(x2 - x) < 0.005 * (right - left) and abs(y2 - y) < 0.005 * (high - low)]  # fmt: skip
+        after = [other for other, *at in points[place + 1 :] if near((x, y), (at[0], at[1]), 0.005, 0.005)]
         if after:
-            seen[arm] = after[-1]
-            found.setdefault(after[-1], []).append(arm)
-    return [(found[arm], x, y) for arm, x, y in points if arm in found and arm not in seen]
+            hidden.setdefault(after[-1], []).append(arm)
+    noted: list[tuple[float, float]] = []
+    for arm, x, y in points:
+        if arm in hidden:
+            lines = sum(near((x, y), other, 0.2, 0.04) for other in noted)  # notes that this one would be written over
+            noted.append((x, y))
+            share = (x - left) / width
+            side = "left" if share < 0.15 else "right" if share > 0.85 else "center"
+            told = f"also {', '.join(hidden[arm])}"
+            annotate(ax, told, (x, y), (0, -16 - 12 * lines), ha=side, color=INK, fontsize=8)
 
 
 def _line(spec: ArmsFigure, result: ExperimentResult, arm: str) -> list[tuple[float, float]]:
