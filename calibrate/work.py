@@ -243,9 +243,9 @@ def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
     trains, predicts = config.task == "adapters", config.task == PREDICTORS
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.exits.predictors import read_predictors
         from calibrate.exits.traces import TimeSpent, TraceOrigin, reference_trace
         from helios_sim.exits.store import write_trace
+        from helios_sim.live.model.predictors import read_predictors
 
         if trains:
             inputs.use_heads(stage.finished[ADAPTERS].part("heads"))

@@ -12,16 +12,7 @@ pytest.importorskip("transformers")
 
 from calibrate.exits import predictors as words_of, traces  # noqa: E402
 from calibrate.exits.hidden import start_token, states, tokenized, tokenized_passages  # noqa: E402
-from calibrate.exits.predictors import (  # noqa: E402
-    FILE,
-    PredictorPlan,
-    Predictors,
-    drawn_predictors,
-    features,
-    proposed,
-    read_predictors,
-    train_predictors,
-)
+from calibrate.exits.predictors import PredictorPlan, proposed, train_predictors  # noqa: E402
 from calibrate.exits.texts import Split, passages  # noqa: E402
 from calibrate_line import calibrate  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
@@ -30,6 +21,13 @@ from helios_sim.exits.store import read_trace  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.live.model.heads import ExitHeads  # noqa: E402
+from helios_sim.live.model.predictors import (  # noqa: E402
+    FILE,
+    Predictors,
+    drawn_predictors,
+    features,
+    read_predictors,
+)
 from tests.tiny_models import write_tiny  # noqa: E402
 
 EXITS = (1, 3, 4)

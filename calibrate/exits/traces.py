@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.drafts import kept
-from calibrate.exits import predictors as of_words
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
+from calibrate.exits.predictors import proposed, signed
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
 from calibrate.exits.training import largest
 from calibrate.measure.devices import cpuinfo
@@ -34,6 +34,7 @@ from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
+from helios_sim.live.model.predictors import features
 from helios_sim.provenance import Provenance, ProvenanceClass
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
+    from helios_sim.live.model.predictors import Predictors
 
 _EXACT = 8  # largest logits that are computed again
 _CHUNK_TOKENS, _SUM_ROWS = 256, 4
@@ -82,7 +84,7 @@ def observe(
     hidden: Sequence[Tensor],
     reference: NDArray[np.int64],
     before: Sequence[Tensor] | None = None,
-    predictors: of_words.Predictors | None = None,
+    predictors: Predictors | None = None,
 ) -> ExitOutputs:
     """Read every exit at `hidden`, (N, d) per early exit and after the last layer; reference (N,): the text's ids.
 
@@ -144,9 +146,9 @@ class _ExactView:
         self._best = fine.sort(descending=True)
         self.choice = tokens[:, :_EXACT].gather(1, self._best.indices[:, :1])[:, 0]
 
-    def proposes(self, predictors: of_words.Predictors, first: Tensor, at_exit_before: Tensor) -> None:
+    def proposes(self, predictors: Predictors, first: Tensor, at_exit_before: Tensor) -> None:
         """With these predictors; the states (n, d) at the first exit, and at the one before this."""
-        self._words = predictors, of_words.proposed(self._model, self._heads, first), at_exit_before
+        self._words = predictors, proposed(self._model, self._heads, first), at_exit_before
 
     def foreseen(self) -> Tensor:
         import torch
@@ -154,8 +156,8 @@ class _ExactView:
         (predictors, words, before), e = self._words, self._exit
         if e == len(predictors.exits):
             return torch.ones(len(words), device=words.device)
-        seen = of_words.features(self._model, self._heads, e, self._state, before if e else None, words)
-        return of_words.signed(predictors.predicted(e, seen), self.choice, words)
+        seen = features(self._model, self._heads, e, self._state, before if e else None, words)
+        return signed(predictors.predicted(e, seen), self.choice, words)
 
     @property
     def vocab_size(self) -> int:
@@ -296,7 +298,7 @@ def reference_trace(
     chars: Mapping[str, int] | None = None,
     tell: Tell = _quiet,
     left_s: Callable[[], float] | None = None,
-    predictors: of_words.Predictors | None = None,
+    predictors: Predictors | None = None,
 ) -> tuple[ExitTrace, str]:
     """The trace on held-out text, with at least one passage of every task in `chars` (characters of each).
 
@@ -366,7 +368,7 @@ def _read(
     start: int,
     chosen: Sequence[Passage],
     depths: Sequence[int],
-    predictors: of_words.Predictors | None,
+    predictors: Predictors | None,
 ) -> dict[str, NDArray[Any]]:
     import torch
 

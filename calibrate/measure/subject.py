@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from calibrate.exits.predictors import drawn_predictors
 from calibrate.measure.device import TimedDevice
 from helios_sim.exits.rule import WORDS
 from helios_sim.live.model.architecture import Architecture
+from helios_sim.live.model.predictors import drawn_predictors, features
 
 if TYPE_CHECKING:
     from helios_sim.live.memory.decodes import Decodes
@@ -180,8 +180,6 @@ class Subject:
 
         The states at the exit before are as many others; what the network has learned takes no time.
         """
-        from calibrate.exits.predictors import features
-
         assert self.heads is not None
         assert self._predictors is not None
         last = len(self.heads.exits) - 1

@@ -1,0 +1,135 @@
+"""Predictors in place of the head, as SpecEE has them (arXiv 2504.08850): what they read, and how they are kept.
+
+The head of the first exit proposes `WORDS` words for a token; SpecEE takes them from a draft model, which there is none
+of here. At every exit a predictor reads 3 x WORDS numbers: the logits of these words there, which are as many products
+with columns of the head; their softmax among themselves; and by how much that has changed since the exit before, whose
+state it reads for this (at the first exit: since nothing). SpecEE's code takes the last exit at which a predictor ran;
+the exit before makes what is recorded the same whichever exits check.
+
+Importing this module does not load torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helios_sim import files
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import WORDS
+from helios_sim.untrusted import read_bytes, reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios_sim.live.model.decoder import SegmentedModel
+    from helios_sim.live.model.heads import ExitHeads
+
+FILE = "predictors.safetensors"
+FEATURES = 3 * WORDS
+TENSORS = ("mean", "spread", "weight", "bias", "out", "offset")
+_MOST_BYTES = 1 << 26
+_FIX = "train them anew with `python -m calibrate +task=predictors`"
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictors:
+    """One for each early exit, in the order of the exits."""
+
+    exits: tuple[int, ...]
+    tensors: tuple[Tensors, ...]  # mean and spread (FEATURES,), weight (width, FEATURES), bias and out (width,), offset
+
+    @property
+    def width(self) -> int:
+        return len(self.tensors[0]["bias"])
+
+    def predicted(self, exit_index: int, seen: Tensor) -> Tensor:
+        """The probability (n,) that a token leaves rightly, from features (n, FEATURES)."""
+        return logit(self.tensors[exit_index], seen).sigmoid()
+
+    def digest(self) -> str:
+        """Of the numbers, so that what was read with others is not taken for theirs."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self._named().items()):
+            found.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Writes the file, in float16 as it was rounded after training."""
+        from safetensors.torch import save
+
+        content = save({name: tensor.half().contiguous().cpu() for name, tensor in self._named().items()})
+        files.write_bytes(folder / FILE, content)
+
+    def _named(self) -> dict[str, Tensor]:
+        pairs = zip(self.exits, self.tensors, strict=True)
+        return {f"{depth}.{name}": tensor for depth, of in pairs for name, tensor in of.items()}
+
+
+def read_predictors(folder: Path, device: Any = "cpu") -> Predictors:
+    """Those that were written there. UserError where the file is missing or damaged."""
+    from safetensors.torch import load
+
+    content = read_bytes(folder / FILE, _MOST_BYTES, _FIX)
+    with reading("predictors", str(folder / FILE), "a file of predictors", _FIX):
+        stored = load(content)
+        exits = tuple(sorted({int(name.partition(".")[0]) for name in stored}))
+    if not exits or set(stored) != {f"{depth}.{name}" for depth in exits for name in TENSORS}:
+        raise UserError("predictors", str(folder / FILE), f"{', '.join(TENSORS)} of each exit", _FIX)
+    of = (({name: stored[f"{depth}.{name}"].float().to(device) for name in TENSORS}) for depth in exits)
+    return Predictors(exits, tuple(of))
+
+
+def features(
+    model: SegmentedModel, heads: ExitHeads, exit_index: int, state: Tensor, before: Tensor | None, words: Tensor
+) -> Tensor:
+    """(n, FEATURES) at an exit, from the states (n, d) there and at the exit before (None: there is none)."""
+    import torch
+
+    columns = model.outer.head[words].float()  # (n, WORDS, d)
+    logits = torch.einsum("nd,nkd->nk", normed(model, heads, exit_index, state).float(), columns)
+    shares = logits.softmax(-1)
+    change = shares
+    if before is not None:
+        earlier = torch.einsum("nd,nkd->nk", normed(model, heads, exit_index - 1, before).float(), columns)
+        change = shares - earlier.softmax(-1)
+    return torch.cat((logits, shares, change), -1)
+
+
+def untrained(width: int, generator: Any, device: Any) -> Tensors:
+    """A predictor of the right size, to be trained or timed."""
+    import torch
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    return {
+        "mean": torch.zeros(FEATURES, device=device), "spread": torch.ones(FEATURES, device=device),
+        "weight": drawn(width, FEATURES) / math.sqrt(FEATURES), "bias": torch.zeros(width, device=device),
+        "out": drawn(width) / math.sqrt(width), "offset": torch.zeros((), device=device),
+    }  # fmt: skip
+
+
+def drawn_predictors(exits: tuple[int, ...], device: Any, seed: int, width: int = 256) -> Predictors:
+    """Predictors of the right size that have learned nothing, for timing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return Predictors(exits, tuple(untrained(width, generator, device) for _ in exits))
+
+
+def logit(of: Tensors, seen: Tensor) -> Tensor:
+    """The predictor before the sigmoid: (n, FEATURES) -> (n,)."""
+    inside = ((seen - of["mean"]) / of["spread"]) @ of["weight"].T + of["bias"]
+    return inside.relu() @ of["out"] + of["offset"]
+
+
+def normed(model: SegmentedModel, heads: ExitHeads, exit_index: int, state: Tensor) -> Tensor:
+    """What the head reads of the states (n, d) at an exit; one past the exits is full depth."""
+    return model.normed(heads.adapt(exit_index, state).to(model.dtype))
