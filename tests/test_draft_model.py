@@ -172,11 +172,31 @@ def test_what_is_recorded_of_a_drafter_is_kept_and_stated_ones_have_their_share(
     stated = stated_exits(PROFILES[LARGE].model, (), (), drafted=0.7)
     assert stated.drafted_by("whichever").mean() == pytest.approx(0.7, abs=1e-3)
     assert (stated.exits, list(stated.drafters)) == ((8,), [ANY_DRAFTER])
-    for wrong in (1.5, True, "0.7"):
+    for wrong in (1.5, True, "0.7", {"a": {"x": 0.1}, "b": {"y": 0.1}}, {"a": {}}, {"a": 1.2}):
         with pytest.raises(UserError, match="drafted"):
             stated_exits(PROFILES[LARGE].model, (), (), drafted=wrong)
     with pytest.raises(UserError, match="write it as a list"):
         stated_exits(PROFILES[LARGE].model, (), ())
+
+
+def test_shares_may_be_stated_by_drafter_and_task() -> None:
+    shares = {"coder": {"code": 0.8, "prose": 0.3}, "writer": 0.5}
+    stated = stated_exits(PROFILES[LARGE].model, (2,), (0.4,), drafted=shares)
+    assert (stated.tasks, list(stated.drafters)) == (("code", "prose"), ["coder", "writer"])
+    bound = stated.bind(("prose", "code"))
+    spans = [bound.locate(task, 70, 500) for task in (0, 1)]
+    many = bound.locate_many(np.array([0, 1]), np.array([70, 70]), np.array([500, 500]))
+    assert [tuple(row) for row in many.tolist()] == [(s.first, s.start, s.length, s.n_tokens) for s in spans]
+    for name, span in zip(("prose", "code"), spans, strict=True):
+        rows = slice(span.first, span.first + span.length)
+        assert stated.drafters["coder"][rows].mean() == pytest.approx(shares["coder"][name], abs=1e-3)
+        assert stated.drafters["writer"][rows].mean() == pytest.approx(0.5, abs=1e-3)
+        assert stated.agree[rows, 0].mean() == pytest.approx(0.4, abs=1e-3)
+        assert stated.tasks[stated.task[span.first]] == name
+    with pytest.raises(UserError, match=r"workload\.mix\.tasks.*code, prose"):
+        stated.bind(("sums",))
+    with pytest.raises(UserError, match="models whose drafts were recorded: coder, writer"):
+        stated.drafted_by("nobody")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -18,7 +18,7 @@ from helios_sim.routing import Router
 from helios_sim.simulation import Run
 from helios_sim.study.fleet import Fleet, build_fleet
 from helios_sim.study.jobs import make_job, run_job, serve
-from helios_sim.study.schema import ArrivalsConfig, ClusterConfig, Config, ServerConfig
+from helios_sim.study.schema import ArrivalsConfig, ClusterConfig, Config, ExitsConfig, LengthConfig, ServerConfig
 from test_study_build import EXITS, measured
 
 KINDS = {
@@ -134,6 +134,23 @@ def test_without_a_map_a_task_goes_to_the_drafter_that_is_right_most_often(tmp_p
     wrong = {**kinds, "small": {**kinds["small"], "models": ["large", "small"], "drafter": "nobody"}}
     with pytest.raises(UserError, match=r"cluster\.kinds\.small.*drafter='nobody'"):
         build_fleet(replace(config, cluster=ClusterConfig(wrong)), 0)
+
+
+def test_stated_shares_give_each_drafter_its_task_and_are_what_is_accepted(tmp_path: Path) -> None:
+    base = study(tmp_path, router="by_task")
+    small = load_profile("small@box", tmp_path / "profiles")
+    write_profile(replace(small, model=replace(small.model, name="other")), tmp_path / "profiles" / "other@box")
+    shares = {"small": {"prose": 0.9, "code": 0.2}, "other": {"prose": 0.4, "code": 0.7}}
+    kinds = {n: {"models": [n, "large"], "policy": "draft_model", "model": "large", "draft_tokens": 1} for n in shares}
+    exits = ExitsConfig(source="stated", parameters={"drafted": shares})
+    lengths = replace(base.workload.lengths, output=LengthConfig(value=4000))
+    config = replace(base, exits=exits, cluster=ClusterConfig(kinds), workload=replace(base.workload, lengths=lengths))
+    records, run, fleet = served(config)
+    assert fleet.routing.homes == ((0,), (1,))
+    for server, (name, task) in zip(run.servers, (("small", "prose"), ("other", "code")), strict=True):
+        stats = server.stats
+        assert stats.accepted_drafts / stats.drafted_tokens == pytest.approx(shares[name][task], abs=0.03)
+    assert len(records) == 24
 
 
 def test_without_a_map_and_without_bits_it_says_what_to_do(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,12 +21,12 @@ _TOKENS = 1000  # so that a fractional number of characters per token comes out 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class NoExits(ExitTrace):
-    """A trace of tokens that are all alike, so that answers can be counted in whole tokens."""
+    """A trace of tokens that are all alike, those of each task, so that answers can be counted in whole tokens."""
 
     chars_per_token: float
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
-        return _BoundNoExits(self, (0,) * len(task_names))
+        return _BoundNoExits(self, ExitTrace.bind(self, task_names).task_index)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,15 +40,18 @@ class _BoundNoExits(BoundTrace):
         trace = self.trace
         assert isinstance(trace, NoExits)
         tokens = max(1, round(output_chars / trace.chars_per_token))
-        return TokenSpan(0, text_start % trace.n_tokens, trace.n_tokens, tokens)
+        first, end = trace.task_first[self.task_index[task] :][:2].tolist()
+        return TokenSpan(first, text_start % (end - first), end - first, tokens)
 
     def locate_many(
         self, task: NDArray[np.int64], text_start: NDArray[np.int64], output_chars: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         trace = self.trace
         assert isinstance(trace, NoExits)
-        length, tokens = trace.n_tokens, token_counts(output_chars, trace.chars_per_token)
-        return np.stack(np.broadcast_arrays(0, text_start % length, length, tokens), axis=1)
+        own = np.array(self.task_index)[task]
+        first, tokens = trace.task_first[own], token_counts(output_chars, trace.chars_per_token)
+        length = trace.task_first[own + 1] - first
+        return np.stack(np.broadcast_arrays(first, text_start % length, length, tokens), axis=1)
 
 
 class TokenisedModel(Protocol):
@@ -81,7 +84,7 @@ def no_exits(model: TokenisedModel) -> NoExits:
 
 def stated_exits(
     model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], confident: Sequence[float] | None = None,
-    seed: int = 0, drafted: float | None = None,
+    seed: int = 0, drafted: float | Mapping[str, float | Mapping[str, float]] | None = None,
 ) -> NoExits:  # fmt: skip
     """The trace of a model of which only shares of tokens are known.
 
@@ -89,11 +92,10 @@ def stated_exits(
     predicts as the last layer does; `confident`: the share that is confident there, all of them unchanged. What holds
     of a token at an exit holds at deeper ones. None: no token is confident before the last layer, as no confidences
     are known, and the exits serve fixed caps. `drafted`: the share of tokens that another model, whichever it is,
-    predicts as this one does; then there need be no exits. UserError where they do not fit together.
+    predicts as this one does, or by the name of a model its own share, or its own of each task; then there need be no
+    exits. UserError where they do not fit together.
     """
-    share = isinstance(drafted, int | float) and not isinstance(drafted, bool) and 0 <= drafted <= 1
-    if drafted is not None and not share:
-        raise UserError("exits.parameters.drafted", drafted, "null or a share from 0 to 1", "correct it")
+    tasks, by_drafter = _drafted(drafted)
     lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
     for key, values in lists.items():
         if not isinstance(values, list | tuple) or not (values or drafted is not None):
@@ -117,19 +119,45 @@ def stated_exits(
         sure_at = (f"{share:g} at layer {n}" for n, share in zip(depths, confident, strict=True))
         said += f"; confident {', '.join(sure_at)}"
     drafters = {}
-    if drafted is not None:
-        said = ", ".join(filter(None, (said, f"{drafted:g} drafted by another model")))
-        drafters[ANY_DRAFTER] = np.random.default_rng((seed, 1)).permutation(_TOKENS) + 0.5 < drafted * _TOKENS
+    for number, (name, shares) in enumerate(by_drafter.items(), 1):
+        at = (f"{share:g}" + ("" if task == ANY_TASK else f" of {task}") for task, share in shares.items())
+        by = "another model" if name == ANY_DRAFTER else name
+        said = ", ".join(filter(None, (said, f"{', '.join(at)} drafted by {by}")))
+        places = np.random.default_rng((seed, number)).permutation(_TOKENS) + 0.5
+        drafters[name] = np.concatenate([places < share * _TOKENS for share in shares.values()])
+    rank = np.tile(rank, len(tasks))
     sure = rank[:, None] < np.array([*(confident or [0.0] * len(depths)), 1.0])
     none = no_exits(model)
     return replace(
         none,
         exits=(*depths, model.n_layers),
+        tasks=tasks,
+        task=np.repeat(np.arange(len(tasks), dtype=np.int32), _TOKENS),
+        prompt=np.repeat(np.arange(len(tasks), dtype=np.int32), _TOKENS),
+        chars=np.tile(none.chars, len(tasks)),
         agree=rank[:, None] < np.array([*unchanged, 1.0]),
         provenance=Provenance(ProvenanceClass.PUBLISHED, f"stated: tokens unchanged {said}", STATED),
         confidences={Confidence.MAX_PROBABILITY: sure.astype(np.float32)},
         drafters=drafters,
     )
+
+
+def _drafted(stated: object) -> tuple[tuple[str, ...], dict[str, dict[str, float]]]:
+    """The tasks that are told apart, and by drafter the share of each. UserError where it is none of the forms."""
+    if stated is None:
+        return (ANY_TASK,), {}
+    of = dict(stated) if isinstance(stated, Mapping) else {ANY_DRAFTER: stated}
+    tasks = next((tuple(map(str, shares)) for shares in of.values() if isinstance(shares, Mapping)), (ANY_TASK,))
+    found: dict[str, dict[str, float]] = {}
+    for name, shares in of.items():
+        each: dict[str, Any] = dict(shares) if isinstance(shares, Mapping) else dict.fromkeys(tasks, shares)
+        shown = all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 1 for s in each.values())
+        if not shown or set(each) != set(tasks) or not tasks:
+            allowed = "null, a share from 0 to 1, one for each drafter by its name, or one for each of its tasks"
+            fix = "write 0.7, {coder: 0.7} or {coder: {code: 0.8, prose: 0.6}}, with the same tasks for each drafter"
+            raise UserError("exits.parameters.drafted", stated, allowed, fix)
+        found[str(name)] = {task: float(each[task]) for task in tasks}
+    return tasks, found
 
 
 def _check_shares(key: str, shares: Any, depths: Sequence[int]) -> None:

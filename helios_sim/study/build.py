@@ -255,7 +255,7 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
 def _stated(parameters: Mapping[str, Any], models: Collection[str], model: str) -> dict[str, Any]:
     """The parameters of a model's stated exits: its own group, or those of all. UserError for others."""
     known = ("layers", "unchanged", "confident", "seed", "drafted")
-    if any(isinstance(value, Mapping) for value in parameters.values()):
+    if any(isinstance(value, Mapping) for name, value in parameters.items() if name != "drafted"):
         if not set(parameters) >= set(models):
             allowed = f"a group for each model, {', '.join(models)}, or parameters of all models"
             raise UserError("exits.parameters", sorted(parameters), allowed, "add the groups that are missing")
