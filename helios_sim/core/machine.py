@@ -41,7 +41,8 @@ _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
     "lay_out_pass", "give_blocks", "drawn_since", "blocks_to_regroup", "split_at", "hold_back",
-    "gather", "lay_out_releases", "note_releases", "_with_late_layers_s", "note_unread",
+    "gather", "lay_out_releases", "note_releases", "_with_late_layers_s", "note_unread", "arrive", "occupy",
+    "_unequal_plane", "_mixed_s", "_drop",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
@@ -180,7 +181,7 @@ def load() -> Machine | None:
         own.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Machine(None)
-    print("compiling the serving loop to machine code, once on this machine: some 10 s", file=sys.stderr, flush=True)
+    print("compiling the serving loop to machine code, once on this machine: some 8 s", file=sys.stderr, flush=True)
     return Machine(own, own, folder)
 
 
@@ -234,31 +235,23 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
-    """Without what takes seconds and makes the loop no faster: LLVM's higher levels, its vectorizer, a pass over
-    references that are not counted here, a function once more for callers that are compiled with other flags than the
-    first, fields of records in messages that nobody sees, and Python's collector of cycles, which would look at Numba's
-    many objects again and again.
+    """Without what takes seconds and makes the loop no faster: a function once more for callers that are compiled with
+    other flags than the first, fields of records in messages that nobody sees, and Python's collector of cycles, which
+    would look at Numba's many objects again and again.
     """
     import numba
 
-    config: Any = numba.config
     overloads: Any = import_module("numba.core.typing.templates")._OverloadFunctionTemplate
     by_flags = overloads._get_impl
     record: Any = numba.types.Record
     in_full = record.__repr__
-    quickly = {"OPT": type(config.OPT)("1"), "LOOP_VECTORIZE": 0, "LLVM_REFPRUNE_PASS": 0}
-    before = {name: getattr(config, name) for name in quickly}
     collects = gc.isenabled()
     gc.disable()
-    for name, value in quickly.items():
-        setattr(config, name, value)
     overloads._get_impl, record.__repr__ = _implementation, lambda kind: kind.name
     try:
         yield
     finally:
         overloads._get_impl, record.__repr__ = by_flags, in_full
-        for name, value in before.items():
-            setattr(config, name, value)
         if collects:
             gc.enable()
 

@@ -6,8 +6,7 @@ compiled behind an entry point that takes the places of its arrays (`places`), a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import CDLL, CFUNCTYPE, byref, c_int32, c_int64, c_void_p, cast
 from importlib import import_module
 from typing import Any
@@ -40,40 +39,41 @@ def compiled(function: Callable[..., Any], kinds: Sequence[Any]) -> bytes:
     call = f"function({', '.join(f'args.{field}' for field in fields)})"
     exec(f"def {NAME}(args):\n    return {call}", names)  # noqa: S102 - text made above, of no input
     signature = numba.types.int64(group_type("args", fields))
-    with _linked_only():
-        made = numba.cfunc(signature, error_model="numpy", _nrt=False, pipeline_class=compiler_class())(names[NAME])
-    made._library._optimize_final_module()
+    made = numba.cfunc(signature, error_model="numpy", _nrt=False, pipeline_class=compiler_class())(names[NAME])
     symbol = made.native_name.removeprefix("cfunc.")  # the function behind the wrapper, which returns a status
-    module = made._library._final_module
-    declared = (it.name for it in module.functions if it.is_declaration)
-    called = " ".join([symbol, *(name for name in declared if not name.startswith("llvm."))])
-    code: bytes = made._library.codegen._tm.emit_object(module)
-    return called.encode() + b"\n" + code
+    code, called = _emitted(made._library.module(), symbol)
+    return " ".join([symbol, *called]).encode() + b"\n" + code
 
 
-@contextmanager
-def _linked_only() -> Iterator[None]:
-    """Numba optimizes each function and emits its machine code, also for those that are only called from others.
+def _emitted(module: Any, symbol: str) -> tuple[bytes, list[str]]:
+    """The object code of a module's function with all that it calls, and the names of what is not in the module."""
+    from llvmlite import binding
 
-    That takes a third of the time, and here all that is run is the entry point with everything inlined into it.
-    """
-    codegen: Any = import_module("numba.core.codegen")
-    library, names = codegen.JITCodeLibrary, ("_optimize_final_module", "_finalize_final_module")
-    before, set_env = [getattr(library, name) for name in names], codegen.JITCPUCodegen.set_env
+    for function in module.functions:
+        if not function.is_declaration and function.name != symbol:
+            function.linkage = "linkonce_odr"  # wanted as far as it is called
+    options = binding.create_pipeline_tuning_options(speed_level=1)
+    # To compile what these make takes as long as half of all else here, and the loop is as quick without it.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    machine = _machine()
+    module.data_layout = str(machine.target_data)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    wanting = [it.name for it in module.functions if it.is_declaration and not it.name.startswith("llvm.")]
+    return machine.emit_object(module), wanting
 
-    def finalize(self: Any) -> None:
-        self._finalize_dynamic_globals()
-        self._finalized = True
 
-    library._optimize_final_module = lambda self: None
-    library._finalize_final_module = finalize
-    codegen.JITCPUCodegen.set_env = lambda self, name, env: None  # in the machine code that is not there
-    try:
-        yield
-    finally:
-        for name, function in zip(names, before, strict=True):
-            setattr(library, name, function)
-        codegen.JITCPUCodegen.set_env = set_env
+def _machine() -> Any:
+    """For code that is loaded into a process of this machine, as Numba does it."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple = binding.get_process_triple()
+    return binding.Target.from_triple(triple).create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=1,
+        reloc="static" if triple.startswith("x86") else "default", jit=True,
+    )  # fmt: skip
 
 
 class Native:
