@@ -1,6 +1,7 @@
 """Requests to a server: their arrivals, lengths and task mix, and readers of public traces."""
 
 from helios_sim.workload.arrivals import AllAtOnce, Arrivals, ClosedLoop, Constant, Gamma, Poisson, TraceArrivals
+from helios_sim.workload.bad_lines import TraceFileError
 from helios_sim.workload.generate import (
     BLOCK_REQUESTS,
     LengthFigures,
@@ -21,7 +22,7 @@ from helios_sim.workload.lengths import (
     Uniform,
 )
 from helios_sim.workload.mix import Drift, LinearDrift, Per, PeriodicDrift, StepDrift, TaskMix
-from helios_sim.workload.traces import RequestTrace, TraceFileError, read_trace
+from helios_sim.workload.traces import RequestTrace, read_trace
 
 __all__ = [
     "BLOCK_REQUESTS",

@@ -9,15 +9,13 @@ line by line, to name the first bad line and column.
 from __future__ import annotations
 
 import csv
-import io
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +28,16 @@ from helios_sim.logs.record import pause_told
 from helios_sim.request import LATEST_NS, LONGEST, NS_PER_S, all_to_ns
 from helios_sim.shared_data import VARIABLE, shared_data_folder
 from helios_sim.untrusted import MIB, check_quotes, in_short, parse_json, read_text, reading, shortened
+from helios_sim.workload.bad_lines import (
+    DROP,
+    OTHER_FILE,
+    TraceFileError,
+    TraceText,
+    refuse,
+    refuse_bad,
+    refuse_texts,
+)
 from helios_sim.workload.columns import (
-    ALLOWED,
     HASH_IDS,
     NS_PER,
     REQUEST_IDS,
@@ -43,7 +49,6 @@ from helios_sim.workload.columns import (
     column_of,
     doubt,
     find_columns,
-    is_good,
     known_names,
     not_read,
     plain_name,
@@ -54,13 +59,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_BYTES = 2048 * MIB  # of text
-_DROP = "correct or remove the line"
-_UNANSWERED = "take a trace in which some request got an answer"
 _OBJECTS = (
     "write a table as CSV, or a JSON object in each line, with prompt_tokens, output_tokens and arrival_s of a request"
 )
-_FIX = "correct the file, or choose another one"
-_OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
 _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction", "text_input", "text", "question")
 
 
@@ -81,25 +82,8 @@ class RequestTrace:
         return len(self.prompt_tokens)
 
 
-class TraceFileError(UserError):
-    """A file that is not there or is no trace as a whole; its key is a setting that is one of several."""
-
-
 class _NotReadable(Exception):
     """A cell does not hold what its column needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """The text of a trace: JSON lines, or a table with this separator."""
-
-    name: str
-    content: bytes
-    separator: str | None  # None: a JSON object in each line
-
-    @property
-    def lines(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(io.BytesIO(self.content), encoding="utf-8", newline="")
 
 
 def read_trace(
@@ -122,14 +106,14 @@ def read_trace(
 @lru_cache(maxsize=4)  # arrivals and lengths come from one file, and every arm and seed of a study reads it
 def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts: bool = False) -> RequestTrace:
     """Cached as long as the file is not written again."""
-    with reading("workload.trace", str(path), "cannot be read", _FIX, TraceFileError):
-        content = read_text(path, MOST_BYTES, _FIX, TraceFileError)
+    with reading("workload.trace", str(path), "cannot be read", OTHER_FILE, TraceFileError):
+        content = read_text(path, MOST_BYTES, OTHER_FILE, TraceFileError)
         log = read_tool(Document(path, content))
         if log is not None:
             return _of_log(log, limit, unit)
         file = _opened(path, content)
         if file.separator is not None:
-            check_quotes(file.name, file.content, _DROP, file.separator)
+            check_quotes(file.name, file.content, DROP, file.separator)
         names, first = _beginning(file)
         columns = tuple(with_unit(file.name, c, unit, first, names) for c in find_columns(file.name, names))
         wanted = names if texts and file.separator is None else ()
@@ -146,11 +130,11 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
             coarse = [said for c in columns if (said := check_dates(file.name, c, numbers[c.role])) is not None]
             for column in columns:
                 if column.format is CellFormat.DATE and not (numbers[column.role] % (86_400 * NS_PER_S)).all():
-                    _refuse_bad(file, (column,))  # midnight, or a day alone
+                    refuse_bad(file, (column,))  # midnight, or a day alone
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
-            _refuse(path, file, columns, listed, str(why))
+            refuse(path, file, columns, listed, str(why))
         if not len(table):
             raise TraceFileError("workload.trace", str(path), "must hold at least one request", "choose another file")
         notices = not_read(file.name, [name for name in names if name != listed], columns) + coarse
@@ -160,7 +144,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
             notices.append(f"{file.name}: {told}")
         chunks = [] if listed is None else table[listed].chunks
         if listed is not None and any(chunk.null_count or chunk.values.null_count for chunk in chunks):
-            _refuse_texts(file, listed)
+            refuse_texts(file, listed)
         ids = None if listed is None else table[listed].combine_chunks()
         if ids is not None and left_out:
             ids = ids.take(np.flatnonzero(answered))
@@ -184,22 +168,22 @@ def _of_log(log: RequestLog, limit: int | None, unit: str | None) -> RequestTrac
     return RequestTrace(log.source, arrival_ns, prompt, output, (*log.notices, *log.failures), priority, why)
 
 
-def _opened(path: Path, content: bytes) -> _File:
+def _opened(path: Path, content: bytes) -> TraceText:
     begins = content[:4096].lstrip()[:1]
     if not begins and not content.strip():
-        raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", _FIX)
+        raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", OTHER_FILE)
     if begins == b"[":
         rows = _array(path, content)
         if not rows:
-            raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", _FIX)
+            raise TraceFileError("workload.trace", path.name, "it is empty: must hold at least one request", OTHER_FILE)
         lines = [json.dumps(row) for row in rows]
-        return _File(path.name, "\n".join(lines).encode() + b"\n", None)
+        return TraceText(path.name, "\n".join(lines).encode() + b"\n", None)
     if begins == b"{" or path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return _File(path.name, content, None)
+        return TraceText(path.name, content, None)
     if path.name.removesuffix(".gz").endswith((".yaml", ".yml")):
         raise TraceFileError("workload.trace", path.name, "YAML that none of the tools wrote", _OBJECTS)
     header = content[: content.find(b"\n")] if b"\n" in content else content
-    return _File(path.name, content, "\t" if b"\t" in header and b"," not in header else ",")
+    return TraceText(path.name, content, "\t" if b"\t" in header and b"," not in header else ",")
 
 
 def _array(path: Path, content: bytes) -> list[Any]:
@@ -216,7 +200,7 @@ def _array(path: Path, content: bytes) -> list[Any]:
         raise TraceFileError("workload.trace", path.name, f"its lines are arrays such as {first}", _OBJECTS) from None
 
 
-def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
+def _beginning(file: TraceText) -> tuple[Sequence[str], Mapping[str, Any]]:
     """The names of the columns, and the cells of the first row ({} where there is none)."""
     if file.separator is not None:
         rows = csv.reader(file.lines, delimiter=file.separator)
@@ -231,7 +215,7 @@ def _beginning(file: _File) -> tuple[Sequence[str], Mapping[str, Any]]:
         fix = "write one object for each request, in a line of its own, or take the log of a tool that is read (README)"
         raise TraceFileError("workload.trace", file.name, allowed, fix) from error
     if not isinstance(row, dict):
-        raise UserError(f"{file.name}, line 1", shortened(row), "must be a JSON object", _DROP)
+        raise UserError(f"{file.name}, line 1", shortened(row), "must be a JSON object", DROP)
     texts = [name for name in _TEXTS if isinstance(row.get(name), str | list)]
     columns = [name for name, value in row.items() if column_of(name) is not None and isinstance(value, list | dict)]
     if columns and not _is_table(row, columns):
@@ -253,7 +237,7 @@ def _is_table(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
     return all(isinstance(row[name], list | dict) for name in known) and len({len(row[name]) for name in columns}) == 1
 
 
-def _keys(file: _File) -> list[str]:
+def _keys(file: TraceText) -> list[str]:
     """The names in all lines of JSON; those of a line that is damaged are left to the reader of its values."""
     import pyarrow as pa
     import pyarrow.json
@@ -269,7 +253,7 @@ def _keys(file: _File) -> list[str]:
         return list(found)
 
 
-def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) -> pa.Table:
+def _table(file: TraceText, columns: tuple[TraceColumn, ...], listed: str | None) -> pa.Table:
     import pyarrow as pa  # a tenth of a second, and only traces need it
     import pyarrow.csv
     import pyarrow.json
@@ -305,7 +289,7 @@ def _table(file: _File, columns: tuple[TraceColumn, ...], listed: str | None) ->
     raise _NotReadable(str(why)) from why
 
 
-def _within_quotes(file: _File, rows: int) -> list[str]:
+def _within_quotes(file: TraceText, rows: int) -> list[str]:
     """A sentence where cells go over several lines, as they do where one quote was lost of two."""
     if file.separator is None or b'"' not in file.content:
         return []
@@ -313,7 +297,7 @@ def _within_quotes(file: _File, rows: int) -> list[str]:
     return [f"{file.name}: {more} lines go on within quotes: {rows} rows are read"] if more > 0 else []
 
 
-def _twice(file: _File, names: Sequence[str]) -> list[str]:
+def _twice(file: TraceText, names: Sequence[str]) -> list[str]:
     """A sentence where rows have the id of another one, as in files that were joined."""
     import pyarrow as pa
     import pyarrow.csv
@@ -382,7 +366,7 @@ def _trace(
     if total is not None and (wrong := np.flatnonzero(total != prompt + output)).size:
         row = int(wrong[0])
         allowed = f"the sum of prompt and output, {prompt[row]} + {output[row]}"
-        raise UserError(f"{source}, request {row + 1}, total length", int(total[row]), allowed, _DROP)
+        raise UserError(f"{source}, request {row + 1}, total length", int(total[row]), allowed, DROP)
     if arrival_ns is not None:
         late = int(np.count_nonzero(np.diff(arrival_ns) < 0))
         if late:
@@ -409,21 +393,6 @@ def _trace(
     return RequestTrace(source, arrival_ns, prompt[:limit], output[:limit], tuple(notices), priority, why, texts)
 
 
-def _refuse_texts(file: _File, name: str) -> None:
-    """UserError that names the first line whose prompt's parts are not said as whole numbers."""
-    first = dict[str, int]()  # the line in which an id of each of two kinds stands first, which 64 bits do not hold
-    for line, cells in _rows(file):
-        ids, place = cells.get(name), f"{file.name}, line {line}, column {name}"
-        if not isinstance(ids, list) or not all(type(part) is int and -(1 << 63) <= part < 1 << 64 for part in ids):
-            allowed = "a list of whole numbers below 2^64 in every line, or no such column"
-            raise UserError(place, shortened(ids), allowed, _DROP)
-        signs = {"below 0": min(ids, default=0) < 0, "from 2^63": max(ids, default=0) >= 1 << 63}
-        first |= {sign: first.get(sign, line) for sign, there in signs.items() if there}
-        if len(first) == 2:
-            allowed = f"ids of 64 bits all with a sign or all without; line {min(first.values())} has some of the other"
-            raise UserError(place, shortened(ids), allowed, "write them all in one way")
-
-
 def _texts(listed: pa.ListArray) -> PromptTexts:
     starts = np.concatenate([[0], np.cumsum(np.from_dlpack(listed.value_lengths().cast("int64")))])
     values = listed.flatten()
@@ -445,77 +414,3 @@ def locate(path: str | Path) -> Path:
         )
 
 
-def _refuse(path: Path, file: _File, columns: tuple[TraceColumn, ...], listed: str | None, why: str) -> NoReturn:
-    """Raises the UserError that names file, line and column; without a line where none is bad by itself."""
-    _refuse_bad(file, columns)
-    for column in columns:
-        if column.role is Role.ARRIVAL:
-            _refuse_others(file, column)
-    if listed is not None:
-        _refuse_texts(file, listed)
-    for line, text in enumerate(file.lines if "surrogate" in why else (), start=1):
-        try:
-            json.dumps(json.loads(text), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            allowed = r"texts without a single \ud800 to \udfff"
-            raise UserError(f"{file.name}, line {line}", "half of a sign", allowed, _DROP) from None
-    raise TraceFileError("workload.trace", str(path), f"cannot be read ({why[:160].partition(chr(10))[0]})", _FIX)
-
-
-def _refuse_bad(file: _File, columns: tuple[TraceColumn, ...]) -> None:
-    """UserError for the first cell that does not hold what its column needs."""
-    for line, cells in _rows(file):
-        for column in columns:
-            cell = cells.get(column.name)
-            if not is_good(column, cell):
-                place = f"{file.name}, line {line}, column {column.name}"
-                unanswered = column.role is Role.OUTPUT and str(cell) in ("0", "0.0")
-                in_quotes = file.separator is None and str(cell).startswith('"') and column.format in NS_PER
-                fix = _UNANSWERED if unanswered else "write it as a number, without quotes" if in_quotes else _DROP
-                raise UserError(place, shortened(cell), ALLOWED[column.format], fix)
-
-
-def _refuse_others(file: _File, column: TraceColumn) -> None:
-    """UserError for the first arrival that is written otherwise than the first of all, or lies far from it."""
-    first = None
-    for line, cells in _rows(file):
-        cell = str(cells[column.name]).strip('"')
-        first = cell if first is None else first
-        if column.format is CellFormat.DATE:
-            alike = bool(_OFFSET.search(cell)) == bool(_OFFSET.search(first))
-            allowed = "with an offset from UTC in every line, or in none"
-        else:
-            alike = abs(float(cell) - float(first)) * NS_PER[column.format] <= LATEST_NS
-            allowed = f"within {LATEST_NS / NS_PER[column.format]:.3g} {column.format} of the first line's, {first}"
-        if not alike:
-            raise UserError(f"{file.name}, line {line}, column {column.name}", shortened(cell), allowed, _DROP)
-
-
-def _rows(file: _File) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if file.separator is None:
-        yield from _json_rows(file)
-        return
-    reader = csv.reader(file.lines, delimiter=file.separator)
-    names = next(reader)
-    for cells in reader:
-        if cells and len(cells) != len(names):
-            place = f"{file.name}, line {reader.line_num}"
-            line = shortened(file.separator.join(cells))
-            raise UserError(place, line, f"must have {len(names)} cells like the header", _DROP)
-        if cells:
-            yield reader.line_num, dict(zip(names, cells, strict=True))
-
-
-def _json_rows(file: _File) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(file.lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{file.name}, line {number}"
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(place, line.strip()[:80], f"must be a JSON object ({in_short(error)})", _DROP) from error
-        if not isinstance(row, dict):
-            raise UserError(place, line.strip()[:80], "must be a JSON object", _DROP)
-        # Text in place of a number keeps its quotes, so that it is seen as such.
-        yield number, {name: json.dumps(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
