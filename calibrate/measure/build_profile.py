@@ -135,10 +135,11 @@ def _runtime(latency: Latency, m: Measured) -> Runtime:
     around, inside = _by_batch(serving.host_s), _by_batch(host.overhead_s)
     syncs = _by_batch(host.sync_s)
     measured, none = Basis.MEASURED, Basis.DEFINITION
+    at_exit = "confidences to the host, survivors gathered, a step made for them"
+    if latency.subject.decides_exits:
+        at_exit = "who leaves is decided on the card, within a captured pass"
     sources = [
-        CostSource(
-            "sync_s", measured, f"confidences to the host, survivors gathered, a step made for them; by batch {syncs}"
-        ),
+        CostSource("sync_s", measured, f"{at_exit}; by batch {syncs}"),
         CostSource(
             "host_overhead_s", measured,
             "from the end of an iteration to the next one's, less the forward pass, when the real server "

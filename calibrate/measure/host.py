@@ -91,7 +91,8 @@ def measure_host(subject: Subject, repeats: int = REPEATS, batches: Sequence[int
     """Measure the host's costs inside the forward pass, in a second or two. `batches`: None for those of the limits."""
     chosen = batches or subject.limits.few_batches
     overheads = {batch: figure(_overheads_s(subject, batch, repeats)) for batch in chosen}
-    syncs = {batch: figure(_syncs_s(subject, batch, repeats)).median_s for batch in overheads}
+    at_exit = _leaves_s if subject.decides_exits else _syncs_s
+    syncs = {batch: figure(at_exit(subject, batch, repeats)).median_s for batch in overheads}
     per_layer, per_graph = _launches_s(subject)
     on_card = subject.device.asynchronous and not subject.model.kernels.any_lengths
     made = {batch: _step_s(subject, batch, repeats) for batch in overheads} if on_card else {}
@@ -186,6 +187,23 @@ def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:
         device.wait()
         found.append(perf_counter() - start_s)
     return found[1:]
+
+
+def _leaves_s(subject: Subject, batch: int, repeats: int) -> list[float]:
+    """Seconds of the card to decide within a captured pass who leaves at an exit."""
+    import torch
+
+    from helios_sim.live.kernels.interface import UNKNOWN, Inside
+
+    device, kernels = subject.device, subject.model.kernels
+    slots = torch.arange(batch, device=device.torch_device)
+    sure, threshold = slots.float() / batch, torch.full_like(slots, 0.5, dtype=torch.float64)
+    recorded, said = torch.full_like(threshold, UNKNOWN), torch.zeros((4, batch), device=slots.device).double()
+    rows = Inside(slots, torch.zeros_like(slots), said)
+    decide = device.prepare(
+        lambda: kernels.leave(rows, 1, sure, (slots, sure), threshold, recorded, lazy=False, last=False)
+    )
+    return [device.laps_s([decide])[0] for _ in range(repeats + 1)][1:]
 
 
 def _layers(subject: Subject, batch: int) -> Callable[[], object]:

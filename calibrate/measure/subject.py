@@ -107,6 +107,11 @@ class Subject:
         cache.values.extend(values[:used].view(shape) for _, values in self._pools)
         return cache
 
+    @property
+    def decides_exits(self) -> bool:
+        """Whether the device itself decides which decodes leave at an exit, inside of a captured pass."""
+        return self.device.asynchronous and self.model.kernels.any_lengths
+
     def holds(self, slots: int, tokens: int) -> bool:
         return slots * tokens <= self.pool_tokens
 

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from calibrate.measure import devices
+from calibrate.measure import devices, host
 from calibrate.measure.build_profile import _runtime, line_through
 from calibrate.measure.devices import TimedCuda
 from calibrate.measure.host import HostCosts, ServingCosts, measure_host
 from calibrate.measure.sampling import Clock, Points, Sampler, TimingJob, TimingPoint
 from calibrate.measure.subject import Subject, TableLimits
+from exact_torch import exact
 from helios_sim.live.checkpoint.source import random_checkpoint
-from helios_sim.live.cuda import CudaDevice
+from helios_sim.live.cuda import WARM_UP_CALLS, CudaDevice
 from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.memory import kv
 from helios_sim.live.model.decoder import SegmentedModel
@@ -70,16 +71,18 @@ def test_noise_is_drawn_once_and_repeated(kind: str, monkeypatch: pytest.MonkeyP
 def test_a_card_s_host_costs_grow_with_the_batch_and_prompts_are_issued_layer_by_layer() -> None:
     """As they are served: decodes are one launch, iterations with prompts are not captured."""
     inside = {1: 1e-4, 64: 2e-4, 256: 5e-4}
-    host = HostCosts(inside, inside, dict.fromkeys(inside, 1e-5), 9e-5, 2e-5, dict.fromkeys(inside, 4e-4))
+    inside_host = HostCosts(inside, inside, dict.fromkeys(inside, 1e-5), 9e-5, 2e-5, dict.fromkeys(inside, 4e-4))
     around = {batch: 3e-4 + 1e-5 * batch for batch in inside}
     serving = ServingCosts(around, around, around, 16)
-    subject = SimpleNamespace(device=SimpleNamespace(asynchronous=True), limits=SimpleNamespace(max_batch=256))
-    runtime = _runtime(SimpleNamespace(subject=subject), SimpleNamespace(host=host, serving=serving))
+    subject = SimpleNamespace(
+        device=SimpleNamespace(asynchronous=True), limits=SimpleNamespace(max_batch=256), decides_exits=False
+    )
+    runtime = _runtime(SimpleNamespace(subject=subject), SimpleNamespace(host=inside_host, serving=serving))
     for batch in inside:
         served_s = around[batch] + inside[batch] + 4e-4
         assert runtime.host_overhead_s + batch * runtime.host_s_per_request == pytest.approx(served_s, rel=0.1)
     assert (runtime.launch_s_per_layer, runtime.prefill_launch_s_per_layer) == (0.0, 9e-5)
-    assert HostCosts.from_json(json.loads(json.dumps(host.to_json()))) == host
+    assert HostCosts.from_json(json.loads(json.dumps(inside_host.to_json()))) == inside_host
     assert line_through({1: 3e-4, 64: 2e-4}) == (2.5e-4, 0.0)
 
 
@@ -103,6 +106,26 @@ def test_host_costs_are_those_of_captured_steps() -> None:
             found = measure_host(subject, 2, (1, 4))
     assert set(found.step_s) == set(staged) == {1, 4}
     assert all(time_s > 0 for time_s in (*found.overhead_s.values(), *found.step_s.values()))
+
+
+def test_an_exit_of_a_card_costs_what_the_card_takes_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its kernels decide within a captured pass no confidence comes to the host."""
+    cuda, decided = StrictCuda(), []
+    monkeypatch.setattr(TimedCuda, "torch_device", property(lambda self: "cpu"))
+    monkeypatch.setattr(host, "_syncs_s", None)
+    with cuda.watched(), exact() as kernels, torch.no_grad():
+        opened = CudaDevice(torch.device("cpu"), cuda, kernels)
+        monkeypatch.setattr(host, "open_device", lambda name, wanted: opened)
+        leave = type(kernels).leave
+        monkeypatch.setattr(
+            type(kernels), "leave", lambda *given, **more: decided.append(cuda.capturing) or leave(*given, **more)
+        )
+        model = SegmentedModel.load(random_checkpoint("tiny:llama-2-7b", "cpu", 0), kernels=kernels)
+        subject = Subject(model, timed(cuda), TableLimits(4, 64, 16, 32, 16))
+        found = measure_host(subject, 2, (1, 4))
+    assert set(found.sync_s) == {1, 4}
+    assert sum(graph is not None for graph in decided) == 2  # captured once for each batch
+    assert len(decided) == 2 * (1 + WARM_UP_CALLS)
 
 
 def test_decodes_are_timed_over_the_span_that_serving_reads(monkeypatch: pytest.MonkeyPatch) -> None:
