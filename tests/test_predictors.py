@@ -20,6 +20,7 @@ from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.profile.predictor import NAME, WIDTH, with_predictor
 from helios_sim.profile.resolve import find_profile
 from helios_sim.profile.store import read_profile, write_profile
+from helios_sim.study.build import build_profile
 from helios_sim.study.plan import check_study, plan_study
 from helios_sim.workload import AllAtOnce, Exponential
 from priced import line, priced_profile
@@ -220,6 +221,18 @@ def test_a_cost_that_nobody_measured_follows_from_bytes_and_says_so() -> None:
     assert first == pytest.approx(runtime.launch_s_per_layer + network_s + per_token_s)
     assert [a.name for a in found.provenance.assumptions if a not in profile.provenance.assumptions] == [NAME]
     assert with_predictor(PRICED) is PRICED
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "assumed"), [("opt-1.3b", "h100-80gb", True), ("smollm2-135m", "epyc-2core", False)]
+)
+def test_a_study_lists_what_it_derived(model: str, card: str, assumed: bool) -> None:
+    for confidence in (PREDICTOR, HEAD):
+        config = study_config("own", f"models=[{model}]", f"hardware={card}", f"exits.confidence={confidence}")
+        listed = NAME in [a.name for a in build_profile(config, model).provenance.assumptions]
+        assert listed == (assumed and confidence is PREDICTOR)
+    measured = find_profile("smollm2-135m", "epyc-2core")
+    assert measured.check_predictor.time_s[0] < measured.check.time_s[0] / 5
 
 
 def test_a_measured_cost_is_kept_with_the_profile(tmp_path) -> None:
