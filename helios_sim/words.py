@@ -100,6 +100,12 @@ def _fix_of(word: str) -> str:
         return "leave out the blanks in the name"
     if ".." in key or key.endswith("."):
         return "write one point between names"
+    if "[" in key:
+        return f"write points between names: {re.sub(r'[][]+', '.', key).strip('.')}=VALUE"
+    if value.startswith("="):
+        return "write key=value, with one ="
+    if len(key) - len(key.lstrip("+~")) > 2:
+        return "write + before a new name, ++ before one that may be there, or neither"
     if re.search(r",\s*([\]})]|$)", value):
         return "leave out the last comma, after which nothing stands"
     if any(sign in word for sign in "\u201c\u201d\u2018\u2019\u201e"):

@@ -104,6 +104,8 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
         return UserError("argument", word, "values one by one", "name them: -m key=1,2,3, or range(1,4)")
     if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^'=]+)=(.*?)'", text):
         fix = f"write {found[1]}=[...] for a list, or -m for a study of each value"
+        if found[1] in CHOSEN:
+            fix = "choose one, or begin with -m for a study of each"
         return UserError(found[1], found[2], "one value, where commas and functions stand for several", fix)
     if found := re.search(r"Interpolation key '(.*)' not found", text):
         place = next((a.split("=")[0] for a in arguments if "${" + found[1] + "}" in a), "settings")
@@ -244,6 +246,14 @@ def wrong_setting(
         return UserError(key, value, "no such setting", f"you may have meant {named}; {PRINT_ALL}")
     if near := get_close_matches(last, own, 1):
         return UserError(key, value, "no such setting", f"you may have meant {parent}.{near[0]}")
+    beside, _ = _names_in(schema, parent.rpartition(".")[0]) if parent else ([], False)
+    if parent and not own and not of_one and beside:  # the group itself is none
+        above, _, name = parent.rpartition(".")
+        near_group = get_close_matches(name, beside, 1)
+        meant = f"you may have meant {above}.{near_group[0]}".replace(" .", " ") if near_group else (
+            f"{above or 'a study'} has {', '.join(beside[:30])}")  # fmt: skip
+        exact = f"you may have meant {same}" if same and near_group and same.startswith(f"{above}.".lstrip(".")) else ""
+        return UserError(key, value, "no such setting", f"{exact or meant}; {PRINT_ALL}")
     if same and not of_one:
         return UserError(key, value, "no such setting", f"you may have meant {same}; {PRINT_ALL}")
     if 0 < len(own) < 30:
