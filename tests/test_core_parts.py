@@ -158,9 +158,9 @@ def test_a_planned_token_is_no_breach_even_after_a_cap() -> None:
     state = record(STATE, running=1, decoding=1, run_layers=4)
     rules = record(RULES, planned=1, bands=2, observe_tokens=NEVER, loaded_exit=1, rule_exit=1, n_layers=4)
     trace = Trace(
-        STORAGE.array(_whole([2, 4])), STORAGE.array(_whole([1])), STORAGE.array(_whole([1])),
+        STORAGE.array(_whole([2, 4])), STORAGE.array(_whole([1 << layout.LEAF_BITS | layout.BREACHES_THERE])),
         STORAGE.array(_whole([[1, 1]])), STORAGE.numbers(0, 0), STORAGE.array(_whole([0])),
-        STORAGE.numbers(1), STORAGE.numbers(1),
+        STORAGE.numbers(1), STORAGE.numbers(1), *(STORAGE.numbers(1) for _ in range(3)),
     )  # fmt: skip
     iteration, work = record(layout.ITERATION, decodes=1), STORAGE.rows(layout.WORK, 2)
     depths.lay_out(

@@ -200,14 +200,15 @@ def _count_tokens(
             request.evaluated_tokens += 1
         if alike:
             request.agreed_tokens += 1
+            if layers < whole:
+                request.early_tokens += 1
         else:
             layers = request.token_layers
             request.agreed_tokens += request.token_agrees
             request.microbits += request.token_microbits
             depths[layers] += 1
+            request.early_tokens += 1 if layers < whole else 0  # without a jump that is guessed wrong again and again
         request.layers_run += layers
-        if layers < whole:
-            request.early_tokens += 1
         request.generated += 1
         request.remaining -= 1
         if request.remaining == 0:

@@ -21,7 +21,20 @@ them want to: those leave, and the others wait before the next band.
 
 from __future__ import annotations
 
-from helios_sim.core.layout import EXIT_BITS, EXIT_MASK, MILLIONTHS, NEVER, Lists, Numbers, Record, Table, Trace
+from helios_sim.core.layout import (
+    AGREES_THERE,
+    BREACHES_THERE,
+    EXIT_BITS,
+    EXIT_MASK,
+    LEAF_BITS,
+    MILLIONTHS,
+    NEVER,
+    Lists,
+    Numbers,
+    Record,
+    Table,
+    Trace,
+)
 
 
 def lay_out(
@@ -126,15 +139,16 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
     leaf, layers = r.rule_exit, x.exits[r.rule_exit]
     it.alike, it.token_layers = not r.reads_trace, layers
     if r.reads_trace:
-        batch, breach, agree, microbits, scores = lists.batch, x.breach, x.agree, x.microbits, r.scores
+        batch, leaves, microbits, scores = lists.batch, x.leaves, x.microbits, r.scores
         for i in range(it.decodes):
             request = requests[batch[i]]
             row = next_row(request)
             request.observed = 0
             request.token_exit = leaf
             request.token_layers = layers
-            request.token_breach = breach[row]
-            request.token_agrees = agree[row, leaf]
+            found = leaves[row]
+            request.token_breach = 1 if found & BREACHES_THERE else 0
+            request.token_agrees = found & AGREES_THERE
             request.token_microbits = microbits[row, leaf] if scores else 0
     w, decodes = work[0], it.decodes
     w.decode_tokens = decodes
@@ -168,33 +182,42 @@ def _banded(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, owed: Numbers, work: Table
 ) -> None:
     """Tokens leave at different exits: one band between any two exits that are loaded."""
+    # What the rules say is asked for once, not once a token.
     batch, n, last, first = lists.batch, it.decodes, r.bands - 1, it.first_band
-    exit_index, breaches, n_observed, leavers = x.exit_index, x.breach, 0, it.decodes
+    leaves, exits, n_observed, leavers = x.leaves, x.exits, 0, it.decodes
+    planned, looks, lazy, regroups = r.planned, r.looks, r.lazy, r.regroups
+    reads_trace, scores = r.reads_trace, r.scores
+    observed_below = NEVER if planned else r.observe_tokens  # NEVER: none is observed
+    elsewhere = planned or looks or lazy or regroups or not reads_trace  # than at exits of their own
     new = 1 if first == 0 else 0  # K and V of a token that goes on are in the cache already
-    shared = _shared_exit(r, it, requests, lists, x) if r.lazy or r.regroups else last
+    shared = _shared_exit(r, it, requests, lists, x) if lazy or regroups else last
     for i in range(n):
         request = requests[batch[i]]
         row = next_row(request)
-        observed = not r.planned and is_observed(r, request)
-        if r.planned:
-            leaf, breach = x.planned[request.planned_first + request.generated], 0
-        elif observed:
-            leaf, breach = r.loaded_exit, 0
-            n_observed += 1
-        else:
-            leaf, breach = exit_index[row], breaches[row]
-            if r.looks:
+        observed = request.generated < observed_below
+        found = leaves[row]
+        leaf, breach, agrees = found >> LEAF_BITS, 1 if found & BREACHES_THERE else 0, found & AGREES_THERE
+        if observed or elsewhere:
+            if planned:
+                leaf, breach = x.planned[request.planned_first + request.generated], 0
+            elif observed:
+                leaf, breach = r.loaded_exit, 0
+                n_observed += 1
+            elif looks:
                 leaf = look(r, request, x, row, work)
-            elif r.lazy:
+            elif lazy:
                 leaf = shared
-            elif r.regroups:
+            elif regroups:
                 request.held = 0 if leaf <= shared else shared + 1
                 leavers -= 1 if request.held else 0
                 leaf = shared
+            agrees = x.agree[row, leaf] if reads_trace else 1
         request.observed = observed
         request.token_exit = leaf
         request.token_breach = breach
-        _leaves_at(r, x, request, row, leaf)
+        request.token_layers = exits[leaf]
+        request.token_agrees = agrees
+        request.token_microbits = x.microbits[row, leaf] if scores else 0
         w = work[leaf]
         w.decode_tokens += 1
         w.kv_tokens += request.context_tokens + new
@@ -264,7 +287,7 @@ def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace)
     deepest = 0
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
-        request.token_exit = x.exit_index[next_row(request)]
+        request.token_exit = x.leaves[next_row(request)] >> LEAF_BITS
         deepest = max(deepest, request.token_exit)
     return split_at(r, it, requests, lists, x) if r.regroups else deepest
 
@@ -282,7 +305,7 @@ def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Tr
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
         row = next_row(request)
-        leaf = x.exit_index[row]
+        leaf = x.leaves[row] >> LEAF_BITS
         request.observed = request.token_breach = 0
         request.token_exit = leaf
         _leaves_at(r, x, request, row, leaf)
@@ -330,7 +353,7 @@ def _prompts(
         elif looks:
             leaf = r.loaded_exit
         elif r.clairvoyant:
-            leaf = x.exit_index[row]
+            leaf = x.leaves[row] >> LEAF_BITS
         chunks[p].layers = x.exits[leaf]
         if p < it.finishing:
             request.observed = looks

@@ -49,6 +49,7 @@ FCFS, PRIORITY, SHORTEST_PROMPT = range(3)
 # Kinds of trigger.
 BREACHES, COMPLETIONS, DRAINED, AT_TIME, QUEUE_ABOVE, PROBED, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE = range(9)
 MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
+LEAF_BITS, BREACHES_THERE, AGREES_THERE = 2, 2, 1  # of `Trace.leaves`
 EXIT_BITS, EXIT_MASK = 6, 63  # of one exit among those of a request's latest tokens
 
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
@@ -326,8 +327,8 @@ class Trace(NamedTuple):
     """E exits, T tokens as the exit rule replays them."""
 
     exits: Numbers  # (E,) depths
-    exit_index: Numbers  # (T,)
-    breach: Numbers  # (T,)
+    leaves: Numbers  # (T,) of each token in one number, since each look at a trace takes its time:
+    # its exit << LEAF_BITS, BREACHES_THERE if it is a breach, AGREES_THERE if its exit says what full depth says
     agree: Numbers  # (T, E)
     microbits: Numbers  # (T, E), or (0, 0)
     planned: Numbers  # exits of the tokens that a service plan names

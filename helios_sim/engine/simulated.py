@@ -11,9 +11,21 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from helios_sim.core.layout import EXIT_BITS, FOREVER_NS, MILLIONTHS, NEVER, Drafter, IntArray, Storage, Trace
+from helios_sim.core.layout import (
+    AGREES_THERE,
+    BREACHES_THERE,
+    EXIT_BITS,
+    FOREVER_NS,
+    LEAF_BITS,
+    MILLIONTHS,
+    NEVER,
+    Drafter,
+    IntArray,
+    Storage,
+    Trace,
+)
 from helios_sim.errors import UserError
-from helios_sim.exits.replay import replay
+from helios_sim.exits.replay import Replay, replay
 from helios_sim.exits.rule import (
     MEASURES,
     Clairvoyant,
@@ -224,7 +236,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
     }
     microbits = np.zeros((0, 0), np.int64) if trace.microbits is None else trace.microbits
     seen = Trace(
-        _frozen(np.array(trace.exits, np.int64)), _frozen(replayed.exit_index), _frozen(replayed.breach.view(np.uint8)),
+        _frozen(np.array(trace.exits, np.int64)), _frozen(_leaves(replayed)),
         _frozen(agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
         np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
         split_above,
@@ -248,6 +260,14 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         (banded.table(storage), storage.array(banded.class_layers)),
         drafts,
     )
+
+
+def _leaves(replayed: Replay) -> NDArray[np.int16]:
+    """As `Trace.leaves` has them."""
+    found = replayed.exit_index.astype(np.int16) << LEAF_BITS
+    found[replayed.breach] |= BREACHES_THERE
+    found[replayed.agreed] |= AGREES_THERE
+    return found
 
 
 def _checks_at(rule: ExitRule, depth: int) -> bool:
