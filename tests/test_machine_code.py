@@ -29,7 +29,7 @@ COMMAND = (
 )  # fmt: skip
 
 
-# Machine code that was made before takes the place of what takes some 20 s to make. All else is as ever.
+# Machine code that was made before takes the place of what takes some 10 s to make. All else is as ever.
 MADE_BEFORE = """
 import sys
 from pathlib import Path

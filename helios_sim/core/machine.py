@@ -253,6 +253,9 @@ def _quickly_compiled() -> Iterator[None]:
     finally:
         overloads._get_impl, record.__repr__ = by_flags, in_full
         if collects:
+            if not gc.get_freeze_count():  # all that is there is old from now on: nobody looks through it at once
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from helios_sim.study.live import LiveRun
 
 ROOFLINE = 1.001  # sums over iterations are rounded to nanoseconds
-WORTH_COMPILING = 30_000  # requests: compiling takes some 20 s, and 300 of the quickstart's are 0.2 s quicker with it
+WORTH_COMPILING = 15_000  # requests: compiling takes some 10 s, and 300 of the quickstart's are 0.2 s quicker with it
 
 
 @dataclass(frozen=True)
