@@ -264,3 +264,57 @@ def test_sums_and_lengths_that_cannot_be(tmp_path: Path) -> None:
         (clients / "chunk-0-dataset.json").write_text(json.dumps({"0": lengths}))
         with pytest.raises(UserError, match=f"whole numbers from 0 to 2147483647, unlike {length}"):
             read_folder(clients, (0.0, 600.0))
+
+
+def _late(tool: str) -> Change:
+    """The second request that is listed was planned 40 s before it was sent."""
+    if tool == "vllm":
+        return lambda run: run.update(queue_times=[0.0, 40.0, 0.0, 0.05])
+    if tool == "guidellm":
+        return lambda report: _answered(report)[1]["info"]["timings"].update(
+            targeted_start=_answered(report)[1]["info"]["timings"]["request_start"] - 40
+        )
+    if tool == "aiperf":
+        return lambda records: records[1]["metadata"].update(
+            credit_issued_ns=records[1]["metadata"]["request_start_ns"] - 40 * 10**9
+        )
+    return lambda requests: [one.update(scheduled_time=one["start_time"]) for one in requests] + [
+        requests[1].update(scheduled_time=requests[1]["start_time"] - 40)
+    ]
+
+
+@pytest.mark.parametrize("tool", ["vllm", "guidellm", "aiperf", "inference-perf"])
+def test_a_client_that_was_late_is_told(tmp_path: Path, tool: str) -> None:
+    def told(log: RequestLog) -> list[str]:
+        return [notice for notice in log.notices if "planned" in notice]
+
+    assert told(changed(tmp_path, tool, lambda log: None)) == []
+    late = changed(tmp_path, tool, _late(tool))
+    assert len(told(late)) == 1
+    assert re.search("sent 1 of [3-5] requests later than it planned, by up to 40 s", told(late)[0])
+    assert late.arrival_s is not None
+    assert late.arrival_s[-1] < 10  # when they were sent counts
+
+
+def test_a_client_that_sends_when_it_can_was_not_late(tmp_path: Path) -> None:
+    def throughput(report: Any) -> None:
+        _late("guidellm")(report)
+        report["benchmarks"][0]["config"]["strategy"] = {"type_": "throughput", "max_concurrency": 64}
+
+    assert not any("planned" in notice for notice in changed(tmp_path, "guidellm", throughput).notices)
+
+
+@pytest.mark.parametrize(("by_s", "when"), [(0.2, "later"), (-0.2, "earlier"), (0.05, None)])
+def test_lateness_counts_from_the_plan_of_observe_and_blis(tmp_path: Path, by_s: float, when: str | None) -> None:
+    row = {"prompt_tokens": 9, "output_tokens": 2, "status": "ok", "ttft_s": 0.05, "e2e_s": 0.07}
+    rows = [{"index": i, "arrival_s": 10.0 + i, "planned_s": 10.0 + i - (by_s if i == 1 else 0), **row}
+            for i in range(3)]  # fmt: skip
+    own_log = tmp_path / "log.jsonl"
+    own_log.write_text("".join(f"{json.dumps(one)}\n" for one in [{"helios_log": 1, "model": "m"}, *rows]))
+    table = samples.write_blis(tmp_path / "blis", row_2={"arrival_time_us": str(250_000 - max(int(by_s * 1e6), 0))})
+    for path in (own_log, table) if by_s > 0 else (own_log,):  # BLIS: since the one that was sent best
+        log = read_tool(opened(path))
+        assert log is not None
+        told = [notice for notice in log.notices if "than it planned" in notice]
+        assert len(told) == (when is not None)
+        assert not told or f"1 of 3 requests {when} than it planned, by up to 0.2 s" in told[0]

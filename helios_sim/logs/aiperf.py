@@ -100,11 +100,11 @@ _SETUP = ("http_req_blocked", "http_req_dns_lookup", "http_req_connecting")
 _HTTP = ("http_req_waiting", "http_req_sending", "http_req_receiving")
 _SPECULATIVE = "speculative decoding was on: several tokens an iteration, which the simulation lacks"
 _RECORD = Known(
-    read=r"metadata\.(x_request_id|turn_index|request_(start|end)_ns|benchmark_phase|was_cancelled"
+    read=r"metadata\.(x_request_id|turn_index|request_(start|end)_ns|benchmark_phase|was_cancelled|credit_issued_ns"
          r"|source_id|endpoint_url)|error(\..*)?|metrics",
     effects={"spec_decode_acceptance": _SPECULATIVE},
     harmless=r"trace_data(\..*)?|metadata\.(session_num|agent_depth|x_correlation_id|conversation_id|request_ack_ns|worker_id"
-             r"|record_processor_id|cancellation_time_ns|credit_issued_ns|context_overflow_skip)",
+             r"|record_processor_id|cancellation_time_ns|context_overflow_skip)",
 )  # fmt: skip
 _METRICS = Known(
     read="time_to_first_token|request_latency|inter_chunk_latency|usage_(prompt|completion)_tokens|error_isl",
@@ -223,7 +223,9 @@ def _row(place: str, record: Fields) -> Row:
     )
     if end_ns < start_ns:
         raise UserError(f"{place}: request_end_ns", end_ns, f"no earlier than request_start_ns, {start_ns}", FIX)
-    arrival_s = start_ns / NS_PER_S
+    arrival_s, planned_s = start_ns / NS_PER_S, None
+    if about.value("credit_issued_ns", None) is not None:
+        planned_s = stamp_ns(place, "credit_issued_ns", about.integer("credit_issued_ns", 0, 1 << 62)) / NS_PER_S
     warm_up = about.text("benchmark_phase", ("warmup", "profiling")) == "warmup"
     error = record.value("error", None)
     failed = error is not None or about.flag("was_cancelled", False)
@@ -234,7 +236,8 @@ def _row(place: str, record: Fields) -> Row:
         code = fields.value("code", None)
         default = "cancelled by the client" if error is None else None
         why = reason(fields.value("message", None), fields.value("type", None), default)
-        return Row(place, arrival_s, prompt, output, failure=why if code is None else f"{code}: {why}", warm_up=warm_up)
+        return Row(place, arrival_s, prompt, output, failure=why if code is None else f"{code}: {why}", warm_up=warm_up,
+                   planned_s=planned_s)  # fmt: skip
     ttft_s, e2e_s = seconds("time_to_first_token"), seconds("request_latency")
     took_s = (end_ns - start_ns) / NS_PER_S
     if e2e_s is not None and e2e_s > 1.01 * took_s + _SLACK_S:
@@ -253,4 +256,4 @@ def _row(place: str, record: Fields) -> Row:
         if e2e_s is not None and not 0.5 * e2e_s - 0.01 <= times[-1] <= 1.05 * e2e_s + _SLACK_S:
             told = f"{times[-1]:.6g} s with the time to first token"
             raise UserError(f"{place}: inter_chunk_latency", told, f"about request_latency, {e2e_s:.6g} s", FIX)
-    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up)
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, warm_up=warm_up, planned_s=planned_s)

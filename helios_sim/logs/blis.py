@@ -99,6 +99,10 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         rows.append(_row(place, row, real, len(rows) < warm_up, priorities))
         plain = {name: _count(place, row, name) if name in _COUNTS else cell for name, cell in row.items()}
         look.at(place, plain, None if rows[-1].failure is not None else plain)
+    ahead_s = min((row.arrival_s - row.planned_s for row in rows if row.arrival_s is not None
+                   and row.planned_s is not None), default=0.0)  # fmt: skip
+    for one in rows:  # planned times are since the run began, which the one that was sent best is taken to show
+        one.planned_s = None if one.planned_s is None else one.planned_s + ahead_s
     notices = look.notices()
     stated: dict[str, object] = {}
     models: list[object] = list(row_models)
@@ -162,6 +166,7 @@ def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities:
 
     sent_us, first_us, last_us = (count(f"{name}_time_us") for name in ("send", "first_chunk", "last_chunk"))
     planned_us = count("arrival_time_us")
+    planned_s = planned_us / 1e6 if real and sent_us else None
     arrival_s = (sent_us if sent_us else planned_us) / 1e6
     # What is written is the prompt without the prefix that it shares; the server's count, where there is one, is whole.
     prompt = count("server_input_tokens") or count("input_tokens") + count("prefix_length")
@@ -173,7 +178,7 @@ def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities:
         why = row.get("error_message", "").strip().splitlines()
         known = bool(sent_us) or not real
         return Row(place, arrival_s if known else None, prompt, output, failure=why[0][:200] if why else status,
-                   priority=priority, warm_up=warm_up)  # fmt: skip
+                   priority=priority, warm_up=warm_up, planned_s=planned_s)  # fmt: skip
     if not sent_us and real:
         raise UserError(f"{place}: send_time_us", 0, "a time in a request that was answered", _LINE)
     streamed = _FLAGS.get(row["streaming"].strip().lower())
@@ -185,4 +190,5 @@ def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities:
         raise UserError(place, told, "times in that order", _LINE)
     ttft_s = (first_us - base_us) / 1e6 if streamed and first_us else None
     e2e_s = (last_us - base_us) / 1e6 if last_us else None
-    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, priority=priority, warm_up=warm_up)
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, priority=priority, warm_up=warm_up,
+               planned_s=planned_s)  # fmt: skip

@@ -34,6 +34,7 @@ from helios_sim.untrusted import Fields, shortened
 
 SCHEMA = 2  # of the report
 _APART_S = 60.0  # between a request and the time of the run that is measured, which warm-up and cool-down cut
+_AS_IT_CAN = ("synchronous", "concurrent", "throughput")  # strategies that plan no times
 _ENDS = ("successful", "incomplete", "errored")
 _EFFECTS = {
     "cached_tokens": "how much of prompts the prefix cache served, which is computed anew here",
@@ -82,7 +83,7 @@ def _ms(time_s: float | None) -> float | None:
 
 _KNOWN = Known(
     read=r"request_id|info\.(status|error|turn_index|history_len)|prompt_tokens|output_tokens"
-         r"|info\.timings\.(request_(start|end)|(first|last)_token_iteration)",
+         r"|info\.timings\.(targeted_start|request_(start|end)|(first|last)_token_iteration)",
     figures=(
         exactly("total_tokens", lambda one, _: one.prompt + one.output if one.output else None, "the sum of both"),
         exactly(r"input_metrics\.total_tokens", lambda one, _: one.prompt, "as prompt_tokens says"),
@@ -114,7 +115,7 @@ _KNOWN = Known(
              r"|turn_\w+_delay|time_to_last_round_trip_ms|avg_round_trip_time_ms"
              r"|info\.(request_id|conversation_id|preceding_nodes|node_id|agent_id|parent_node_ids|traceback|settings"
              r"|scheduler_(node_id|process_id|start_time))"
-             r"|info\.timings\.(targeted_start|predecessor_completed|queued|dequeued|scheduled_at|resolve_(start|end)"
+             r"|info\.timings\.(predecessor_completed|queued|dequeued|scheduled_at|resolve_(start|end)"
              r"|(first|last)_request_iteration|first_output_token_iteration|request_iterations|finalized"
              r"|last_request_sent|(request_sent|token_received)_(sum|count))"
              r"|(in|out)put_metrics\.\w+_(words|characters|count|pixels|bytes|frames|seconds|samples)"
@@ -241,6 +242,9 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     where = f"{document.name}: benchmark {place + 1}"
     benchmark = Fields(benchmarks[place], where, FIX)
     requests = benchmark.inner("requests")
+    config = benchmark.inner("config", {})
+    backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
+    is_planned = strategy.value("type_", None) not in _AS_IT_CAN
     rows: list[Row] = []
     answered: list[_One] = []
     ids, look, turns = dict[str, str](), Look(where, _KNOWN), 0
@@ -251,6 +255,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         for i, one in enumerate(listed, 1):
             row, facts = _row(f"{where}, {end} request {i}", one, end)
             look.at(row.place, one, facts)
+            row.planned_s = row.planned_s if is_planned else None
             rows.append(row)
             answered += [] if facts is None else [facts]
             only_once(row.place, "request_id", one.get("request_id"), ids)
@@ -269,8 +274,6 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         if duration_s > 0:
             notices.append(f"{where}: requests of its {end} {duration_s:.3g} s ({phase}) are not in the report, "
                            "so the engine had more to do then.")  # fmt: skip
-    config = benchmark.inner("config", {})
-    backend, strategy = config.inner("backend", {}), config.inner("strategy", {})
     stated = {
         "model": backend.value("model", None), "strategy": strategy.value("type_", None),
         "in_flight_at_most": strategy.value("streams", strategy.value("max_concurrency", None)),
@@ -300,12 +303,12 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
         value = timings.value(name, None)
         return None if value is None else number(place, f"timings.{name}", value)
 
-    start_s = time_s("request_start")
+    start_s, planned_s = time_s("request_start"), time_s("targeted_start")
     lengths = [fields.value(name, None) for name in ("prompt_tokens", "output_tokens")]
     if end != "successful":
         why = reason(info.value("error", None), f"the run ended before it did ({info.value('status', end)})")
         prompt, output = (whole(place, "tokens", length or 0) for length in lengths)
-        return Row(place, start_s, prompt, output, failure=why), None
+        return Row(place, start_s, prompt, output, failure=why, planned_s=planned_s), None
     prompt, output = (counted(place, n, v) for n, v in zip(("prompt_tokens", "output_tokens"), lengths, strict=True))
     if start_s is None:
         raise UserError(f"{place}: timings.request_start", None, "a time in a request that was answered", FIX)
@@ -318,7 +321,7 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
         raise UserError(f"{place}: info", told, "completed, and no error, as requests.successful says", FIX)
     facts = _One(start_s, first_s, last_s, end_s, prompt, output, time_s("first_output_token_iteration"),
                  timings.integer("token_iterations", 0, LONGEST, 0) or None)  # fmt: skip
-    return Row(place, start_s, prompt, output, ttft_s, e2e_s), facts
+    return Row(place, start_s, prompt, output, ttft_s, e2e_s, planned_s=planned_s), facts
 
 
 def _check_span(where: str, benchmark: Fields, rows: Sequence[Row]) -> tuple[float, float] | None:

@@ -53,7 +53,7 @@ def _end(request: _Asked, _: re.Match[str]) -> tuple[float, float] | None:
 
 
 _KNOWN = Known(
-    read=rf"start_time|error(\..*)?|{_USAGE}(prompt|completion)_tokens|info(\.response_metrics)?\.output_token_times"
+    read=rf"start_time|scheduled_time|error(\..*)?|{_USAGE}(prompt|completion)_tokens|info(\.response_metrics)?\.output_token_times"
          r"|info\.response_metrics\.chunk_times",
     figures=(
         Figure("end_time", _end, 0.0, told=_END),
@@ -75,7 +75,7 @@ _KNOWN = Known(
             "requests that were sent again count from when the attempt that was answered was sent",
         "session_id": "what the turns of a session share is computed anew for each",
     },
-    harmless=r"scheduled_time|request|response|stage_id|request_id|\w+_slo_sec|info\.labels(\..*)?"
+    harmless=r"request|response|stage_id|request_id|\w+_slo_sec|info\.labels(\..*)?"
              rf"|{_USAGE}(prompt|completion)_tokens_details(\..*)?|info\.response_metrics\.response_chunks"
              r"|info\.retries_attempted",
 )  # fmt: skip
@@ -148,6 +148,8 @@ def _row(place: str, request: Fields) -> Row:
     start_s, end_s = (number(place, name, request.value(name)) for name in ("start_time", "end_time"))
     if end_s < start_s:
         raise UserError(f"{place}: end_time", end_s, f"no earlier than start_time, {start_s}", FIX)
+    planned = request.value("scheduled_time", None)
+    planned_s = None if planned is None else number(place, "scheduled_time", planned)
     info = request.inner("info", {})
     wasted = info.value("retry_wasted_sec", None)  # until then, attempts failed before the engine had the request
     if wasted is not None and request.value("error", None) is None:
@@ -159,11 +161,12 @@ def _row(place: str, request: Fields) -> Row:
     if request.value("error", None) is not None:
         error = request.inner("error")
         why = f"{error.text('error_type', default='error')}: {error.text('error_msg', default='')}"
-        return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[0][:200])
+        return Row(place, start_s, prompt, output, failure=why.strip().splitlines()[0][:200],
+                   planned_s=planned_s)  # fmt: skip
     chunks, times = (_stamps(place, answer, name, start_s, end_s) for name in ("chunk_times", "output_token_times"))
     if chunks and times and (times[0] < chunks[0] - _APART_S or times[-1] > chunks[-1] + _APART_S):
         told = f"{chunks[0]:.6g} to {chunks[-1]:.6g} s after start_time"
         allowed = f"around output_token_times, {times[0]:.6g} to {times[-1]:.6g} s"
         raise UserError(f"{place}: chunk_times", told, allowed, FIX)
     ttft_s, e2e_s = (times[0], times[-1]) if times else (None, end_s - start_s)
-    return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None)
+    return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None, planned_s=planned_s)

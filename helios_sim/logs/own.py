@@ -32,13 +32,13 @@ class _Answer:
 
 
 _KNOWN = Known(
-    read="arrival_s|prompt_tokens|output_tokens|ttft_s|e2e_s|token_times_s|task|priority|status",
+    read="arrival_s|planned_s|prompt_tokens|output_tokens|ttft_s|e2e_s|token_times_s|task|priority|status",
     figures=(
         Figure("asked_tokens", lambda one, _: (one.tokens, math.inf), 0.0, 0.0, told=_MORE, zero=True),
         Figure("asked_tokens", lambda one, _: (0.0, one.tokens) if one.by_length else None, 0.0, 0.0, told=_SHORT),
     ),
     effects={"cached_tokens": "what of the prompts the prefix cache served is computed anew here"},
-    harmless="index|planned_s|finish_reason",
+    harmless="index|finish_reason",
 )
 DECLARED = (("*.", _KNOWN),)  # lines after the header
 
@@ -80,6 +80,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 def _row(place: str, fields: Fields) -> Row:
     arrival_s = number(place, "arrival_s", fields.value("arrival_s"))
     prompt, output = (whole(place, name, fields.value(name, 0)) for name in ("prompt_tokens", "output_tokens"))
+    planned_s = fields.maybe("planned_s", 0.0, 1e9)
     status, task = fields.text("status"), fields.value("task", None)
     if task is not None and not isinstance(task, str):
         raise UserError(f"{place}: task", shortened(task), "a text", FIX)
@@ -88,5 +89,7 @@ def _row(place: str, fields: Fields) -> Row:
     given = fields.value("priority", None)
     priority = None if given is None else whole(place, "priority", given, -LONGEST)
     if status != OK:
-        return Row(place, arrival_s, prompt, output, failure=status, task=task, priority=priority)
-    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, task=task, priority=priority)
+        return Row(place, arrival_s, prompt, output, failure=status, task=task, priority=priority,
+                   planned_s=planned_s)  # fmt: skip
+    return Row(place, arrival_s, prompt, output, ttft_s, e2e_s, token_s=times, task=task, priority=priority,
+               planned_s=planned_s)  # fmt: skip

@@ -29,6 +29,7 @@ SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond
 _SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the share of those that no engine has
 _RATES, _TIMED = 2.0, 20  # times by which rates may differ before it is told, and requests from which they are known
 _PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
+_LATE_S = 0.1  # between when a request was planned and sent, from which it is told
 _LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
 _ROUNDED_S = 1e-3  # tools round single times to a millisecond
@@ -127,6 +128,7 @@ class Row:
     priority: int | None = None
     task: str | None = None
     warm_up: bool = False  # it was served, and the tool does not count its times
+    planned_s: float | None = None  # when the client meant to send it, by the clock of arrival_s
 
 
 def number(place: str, key: str, value: object, low: float = 0.0, high: float = _LATEST_S) -> float:
@@ -211,7 +213,7 @@ def gathered(
         task=tuple(str(row.task) for row in found) if _all(found, "task") else None,
         stated=dict(stated or {}),
         notices=(*notices, *_of_chunks(source, answered), *_of_warm_up(source, found), *_of_pause(source, arrival_s),
-                 *_of_rate(source, arrival_s, stated or {})),
+                 *_of_rate(source, arrival_s, stated or {}), *_of_plan(source, rows)),
     )
     _check_pace(log, answered)
     _check_gaps(log, answered)
@@ -355,6 +357,18 @@ def _of_rate(source: str, arrival_s: FloatColumn | None, stated: Mapping[str, An
     if limited or asked / _RATES <= found <= asked * _RATES:
         return []
     return [f"{source}: it says {asked:g} requests/s, and its requests came at {found:.3g} requests/s, which count."]
+
+
+def _of_plan(source: str, rows: Sequence[Row]) -> list[str]:
+    """Sentences where the client did not send requests when it had planned to."""
+    late_s = [row.arrival_s - row.planned_s for row in rows if row.arrival_s is not None and row.planned_s is not None]
+    found = []
+    for off_s, when in ((late_s, "later"), ([-time_s for time_s in late_s], "earlier")):
+        far_s = [time_s for time_s in off_s if time_s > _LATE_S]
+        if far_s:
+            told = f"the client sent {len(far_s)} of {len(rows)} requests {when} than it planned, by up to"
+            found.append(f"{source}: {told} {max(far_s):.3g} s: they come when they were sent.")
+    return found
 
 
 def pause_told(source: str, arrival_s: FloatColumn) -> str | None:

@@ -97,7 +97,7 @@ def _took_at_most(run: _Run, _: re.Match[str]) -> Ours:
 _LONG = "duration is {said} s, and the requests of its lists took {ours} s with twice the time and a minute"
 _STATISTIC = r"(mean|median|std|p(?:100|\d\d?)(?:\.\d+)?)"
 _KNOWN = Known(
-    read="|".join((*_LISTS, "latencies|start_times|model_id|num_prompts|request_rate|max_concurrency")),
+    read="|".join((*_LISTS, "latencies|start_times|queue_times|model_id|num_prompts|request_rate|max_concurrency")),
     figures=(
         exactly("completed", lambda run, _: len(run.done), _BY_LISTS),
         exactly("failed", lambda run, _: len(run.rows) - len(run.done), _BY_LISTS),
@@ -123,7 +123,7 @@ _KNOWN = Known(
         r"probe_\w+": "probes were sent besides and are not in the lists, so the engine had more to do",
         "rtfx": "prompts had audio, which is not counted",
     },
-    harmless=r"queue_times|date|endpoint_type|backend|label|tokenizer_id|burstiness|generated_texts|rps_change_events"
+    harmless=r"date|endpoint_type|backend|label|tokenizer_id|burstiness|generated_texts|rps_change_events"
              r"|ramp_up_(strategy|start_rps|end_rps)",
 )  # fmt: skip
 
@@ -149,7 +149,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             raise UserError(where, "diffusion decoding", "a model that writes token by token", "take another log")
         raise UserError(f"{where}: {missing[0]}", shortened(run.get(missing[0])), "a list of all requests", _DETAILED)
     lists: dict[str, list[Any]] = {name: fields.value(name) for name in _LISTS}
-    for name in ("start_times", "latencies"):
+    for name in ("start_times", "latencies", "queue_times"):
         if fields.has(name):
             lists[name] = fields.value(name)
     count = len(lists["ttfts"])
@@ -179,12 +179,16 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
     place = f"{where}, request {i + 1}"
     starts = lists.get("start_times")
     arrival_s = None if starts is None else number(place, "start_times", starts[i])
+    planned_s = None
+    if arrival_s is not None and "queue_times" in lists:  # of the client, before it sends
+        planned_s = arrival_s - number(place, "queue_times", lists["queue_times"][i])
     prompt, output = (whole(place, name, lists[name][i]) for name in ("input_lens", "output_lens"))
     error = lists["errors"][i]
     if not isinstance(error, str):
         raise UserError(f"{place}: errors", shortened(error), 'a text, "" for an answer', FIX)
     if error or output == 0:
-        return Row(place, arrival_s, prompt, output, failure=reason(error, "no answer, and no reason is given"))
+        return Row(place, arrival_s, prompt, output, failure=reason(error, "no answer, and no reason is given"),
+                   planned_s=planned_s)  # fmt: skip
     ttft_s = number(place, "ttfts", lists["ttfts"][i])
     if ttft_s == 0.0:
         raise UserError(f"{place}: ttfts", 0.0, "above 0 in an answered request: its first token was not timed", FIX)
@@ -197,7 +201,7 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
         if not close_to(latency_s, times[-1], 0.01, 0.01):
             told = f"{latency_s:.6g} s"
             raise UserError(f"{place}: latencies", told, f"ttfts and itls together, {times[-1]:.6g} s", FIX)
-    return Row(place, arrival_s, prompt, output, ttft_s, times[-1], token_s=times)
+    return Row(place, arrival_s, prompt, output, ttft_s, times[-1], token_s=times, planned_s=planned_s)
 
 
 def _of(fields: Fields, rows: Sequence[Row]) -> _Run:
