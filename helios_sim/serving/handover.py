@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -98,11 +99,12 @@ def _arrivals(replica: Replica) -> None:
     if arrived == replica.counted_arrivals:
         return
     first = max(replica.counted_arrivals, arrived - RECENT) - first_row
-    latest = tuples(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id"))
-    replica.recent.arrived(arrival_ns for arrival_ns, _ in latest)
+    latest = numbers_of(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id"))
+    replica.recent.arrived(latest[:, 0].tolist())
     replica.counted_arrivals = arrived
-    waiting = [ref for ref in replica.line.ref[: int(s.waiting)].tolist() if ref >= 0]
-    replica.inbox.forget_before(s, min(waiting, default=arrived))
+    if replica.inbox.may_forget(s, arrived):
+        waiting = [ref for ref in replica.line.ref[: int(s.waiting)].tolist() if ref >= 0]
+        replica.inbox.forget_before(s, min(waiting, default=arrived))
 
 
 def _observations(replica: Replica) -> None:
@@ -128,8 +130,8 @@ def _completed(replica: Replica) -> None:
     if len(slots) > RECENT:
         why = numbers_of(replica.requests, slots, ("why", "request_id"))[:, 0]
         slots = np.array(slots)[why == layout.COMPLETED][-RECENT:].tolist()
-    rows = tuples(replica.requests, slots, _RECENT_FIELDS)
-    replica.recent.completed([recent for *recent, why in rows if why == layout.COMPLETED])
+    rows = numbers_of(replica.requests, slots, _RECENT_FIELDS)
+    replica.recent.completed(rows[rows[:, -1] == layout.COMPLETED, :-1])
 
 
 def _records(replica: Replica) -> None:
@@ -178,9 +180,12 @@ def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
 
 
 def _drop_reason(replica: Replica, why: int, model: int) -> str | None:
-    if not why:
-        return None
-    return DROP_REASONS[why].format(model=replica.models[model], tokens=int(replica.rules.place_tokens))
+    return _told(why, replica.models[model], int(replica.rules.place_tokens)) if why else None
+
+
+@lru_cache(maxsize=64)
+def _told(why: int, model: str, place_tokens: int) -> str:
+    return DROP_REASONS[why].format(model=model, tokens=place_tokens)
 
 
 def _depart(replica: Replica, slot: int, now_ns: int) -> None:

@@ -144,11 +144,15 @@ class Inbox:
         room = max(2 * known, known + n)
         self.rows = self._storage.grown(ARRIVAL, self.rows, room)
 
+    def may_forget(self, state: Record, number: int) -> bool:
+        """Whether the rows before this request are so many that it pays to forget them."""
+        return int(number - state.first_row) >= max(_LEAST_ROOM, int(state.known - state.first_row) // 2)
+
     def forget_before(self, state: Record, number: int) -> None:
         """Rows of requests before this one are not needed any more."""
-        gone, known = int(number - state.first_row), int(state.known - state.first_row)
-        if gone < max(_LEAST_ROOM, known // 2):
+        if not self.may_forget(state, number):
             return
+        gone, known = int(number - state.first_row), int(state.known - state.first_row)
         kept = known - gone
         room = max(_LEAST_ROOM, 2 * kept)
         self.rows = _moved(self._storage, ARRIVAL, self.rows, gone, known, room)

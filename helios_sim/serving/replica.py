@@ -96,6 +96,8 @@ class Replica:
         storage, situation = self.storage, self.situation
         self.state: Record = storage.record(STATE)
         self.rules: Record = storage.record(RULES)
+        for name, value in self._rules_of_run().items():
+            setattr(self.rules, name, int(value))
         self.iteration: Record = storage.record(ITERATION)
         self.raw_records = tuple(layout.raw(each) for each in (self.state, self.rules, self.iteration))
         self.inbox = Inbox(storage, self.models, self._tokens_of)
@@ -209,23 +211,9 @@ class Replica:
         rule = deployment.exit_rule
         drafts = rule if isinstance(rule, SelfSpeculation | DraftModel) else None
         values = {
-            "order": line.ORDERS[situation.order],
-            "block_tokens": situation.memory.block_tokens,
-            "block_mask": _mask(situation.memory.block_tokens),
-            "batch_tokens": situation.max_batch_tokens,
             "running_limit": limit,
             "context_limit": profile.model.max_context_tokens,
             "place_tokens": NEVER if places is None else places.tokens,
-            "closed_loop": self._closed_loop,
-            "live": not self.foresees,
-            "vllm_v1": situation.vllm_v1,
-            "prefill_first": situation.prefill_first,
-            "keeps_answers": situation.keeps_answers,
-            "wait_iterations": situation.wait_iterations,
-            "wait_tokens": situation.wait_tokens,
-            "whole_prompts": situation.whole_prompts,
-            "shares": situation.shares,
-            "refinds": situation.refinds,
             # What the host must see first is a barrier: nothing is planned across an exit check or a verification.
             "ahead": situation.schedule_ahead > 0 and not seen_first,
             "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,
@@ -234,8 +222,6 @@ class Replica:
             "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
             "drafts_apart": isinstance(rule, DraftModel) and deployment.plan is None,
             "n_layers": profile.model.n_layers,
-            **_power(situation, self.foresees),
-            **_levels(situation.slo),
         }
         if self.foresees:
             self.terms = terms = cast(Foresees, self.engine).terms(deployment, situation, self.storage)
@@ -252,6 +238,28 @@ class Replica:
             s, deployment.plan, lambda model: situation.candidates[model].offline.exits
         ):
             self._plan_running()
+
+    def _rules_of_run(self) -> dict[str, int]:
+        """Those that hold whatever the deployment."""
+        situation = self.situation
+        return {
+            "order": line.ORDERS[situation.order],
+            "block_tokens": situation.memory.block_tokens,
+            "block_mask": _mask(situation.memory.block_tokens),
+            "batch_tokens": situation.max_batch_tokens,
+            "closed_loop": self._closed_loop,
+            "live": not self.foresees,
+            "vllm_v1": situation.vllm_v1,
+            "prefill_first": situation.prefill_first,
+            "keeps_answers": situation.keeps_answers,
+            "wait_iterations": situation.wait_iterations,
+            "wait_tokens": situation.wait_tokens,
+            "whole_prompts": situation.whole_prompts,
+            "shares": situation.shares,
+            "refinds": situation.refinds,
+            **_power(situation, self.foresees),
+            **_levels(situation.slo),
+        }
 
     def _begin_anew(self) -> None:
         """Tokens that wait at an exit are computed from the first layer again: their hidden states are of no use now.

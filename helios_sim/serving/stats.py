@@ -6,7 +6,7 @@ Integrals are whole numbers, so they add up to the same bits in any order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from operator import add
@@ -197,13 +197,11 @@ class Recent:
         self._moments_ns: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT)
         self._hit_tokens: deque[int] = deque(maxlen=RECENT)
 
-    def completed(self, rows: Sequence[Sequence[int]]) -> None:
-        """Of each request its prompt tokens, those generated last and earlier, when it arrived, was scheduled and had
-        its first and last token, and how many tokens of its prompt were cached."""
-        if not rows:
-            return
-        prompts, generated, earlier, *moments_ns, hits = zip(*rows, strict=True)
-        outputs = tuple(map(add, generated, earlier))
+    def completed(self, rows: NDArray[np.int64]) -> None:
+        """Of each request, (n, 8): its prompt tokens, those generated last and earlier, when it arrived, was scheduled
+        and had its first and last token, and how many tokens of its prompt were cached."""
+        prompts, generated, earlier, *moments_ns, hits = rows.T.tolist()
+        outputs = list(map(add, generated, earlier))
         self._prompt_tokens.extend(prompts)
         self._hit_tokens.extend(hits)
         self._output_tokens.extend(outputs)
