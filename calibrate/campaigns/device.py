@@ -102,6 +102,7 @@ def _copies(device: TimedDevice, n_bytes: int, kind: str) -> dict[str, float]:
     host = device.host_buffer(n_bytes, kind)
     place = torch.empty(n_bytes, dtype=torch.uint8, device=device.torch_device)
     found = {}
+    device.wait()
     for name, pair in (("to_device_bytes_per_s", (host, place)), ("to_host_bytes_per_s", (place, host))):
         device.start_copy([pair]).wait_s()
         found[name] = n_bytes / figure([device.start_copy([pair]).wait_s() for _ in range(REPEATS)]).median_s

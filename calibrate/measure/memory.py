@@ -167,6 +167,7 @@ def measure_loads(subject: Subject, reload: Callable[[], int] | None = None) -> 
     for kind in device.host_buffers:
         sources = device.host_buffer(moved, kind).split([t.nbytes for t in targets])
         pairs[kind] = list(zip(sources, targets, strict=True))
+        device.wait()  # for what was issued before to the memory of the targets, on another stream
         device.start_copy(pairs[kind]).wait_s()
         times = figure([device.start_copy(pairs[kind]).wait_s() for _ in range(REPEATS)])
         rates[kind], spread[kind] = moved / times.median_s, times.iqr_s / times.median_s

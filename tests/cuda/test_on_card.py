@@ -174,6 +174,25 @@ def test_a_row_without_a_number_gives_the_next_step_no_token_beyond_the_words(ti
     assert int(graphs.numbers[1][0, 0]) == model.architecture.vocab_size - 1
 
 
+@pytest.mark.parametrize("layers", [4, LAYERS])
+def test_an_iteration_of_decodes_is_two_launches(
+    tiny: LiveModel, kernels: Kernels, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers, and the look at the logits, below the last layer with the confidence."""
+    cuda, launched, run = StrictCuda(), [], Forward.run
+
+    def watched(forward: Forward, rows: Any, chunks: Any) -> Any:
+        before = cuda.replays
+        found = run(forward, rows, chunks)
+        if not chunks:
+            launched.append(cuda.replays - before)
+        return found
+
+    monkeypatch.setattr(Forward, "run", watched)
+    served(cuda, tiny, cut(layers, tiny), kernels)
+    assert set(launched) == {2}
+
+
 def banded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnePass, "pays", lambda one_pass, rows: False)
 

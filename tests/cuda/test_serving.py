@@ -112,6 +112,7 @@ def test_nothing_is_captured_while_time_runs(cuda: StrictCuda, models: dict[str,
     def act(env: Any, engine: LiveEngine, server: Any) -> None:
         ahead(env, engine, server)
         at_start.append(cuda.captures)
+        assert {name for name, graphs in engine.work._captured.items() if graphs._steps} == set(models)
 
     first, second = (
         replace(early(models[name], KvRule.PROPAGATE), active=Placement(name, LAYERS), triggers=(Completed(2),))
