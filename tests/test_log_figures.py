@@ -37,7 +37,7 @@ def changed(folder: Path, tool: str, change: Change) -> RequestLog:
     return log
 
 
-def _answered(report: Any) -> Any:
+def answered(report: Any) -> Any:
     return report["benchmarks"][0]["requests"]["successful"]
 
 
@@ -54,10 +54,10 @@ def _usage(total: int) -> Change:
 
 def _attribute(key: str, value: int) -> Change:
     given = {"key": key, "value": {"intValue": str(value)}}
-    return lambda batches: _spans(batches[1])[0]["attributes"].append(given)
+    return lambda batches: spans_of(batches[1])[0]["attributes"].append(given)
 
 
-def _spans(batch: Any) -> Any:
+def spans_of(batch: Any) -> Any:
     return batch["resourceSpans"][0]["scopeSpans"][0]["spans"]
 
 
@@ -78,12 +78,12 @@ def _answer(requests: Any) -> Any:
         ("vllm", lambda v: v["ttfts"].__setitem__(1, 0.0), "request 2: ttfts=0.0: above 0"),
         ("vllm", lambda v: v.update(max_concurrency="2"), "kept in flight='2': null, or a whole number"),
         ("vllm", lambda v: v.update(max_concurrency=1.0, start_times=[1000.0, 1000.01, 1000.02, 1000.03]), "at most 1"),
-        ("guidellm", lambda v: _answered(v)[0].update(output_tokens_per_second=9e3), "output_tokens_per_second=9000.0"),
-        ("guidellm", lambda v: _answered(v)[0].update(tokens_per_second=4.0), "tokens_per_second=4.0: 43"),
-        ("guidellm", lambda v: _answered(v)[0].update(time_per_output_token_ms=73.9), "time_per_output_token_ms=73.9"),
-        ("guidellm", lambda v: _answered(v)[0].update(request_start_time=1796030000.0), "request_start_time"),
-        ("guidellm", lambda v: _answered(v)[0].update(request_end_time=1796030999.0), "request_end_time"),
-        ("guidellm", lambda v: _answered(v)[0]["info"].update(status="errored"), "info='errored': completed"),
+        ("guidellm", lambda v: answered(v)[0].update(output_tokens_per_second=9e3), "output_tokens_per_second=9000.0"),
+        ("guidellm", lambda v: answered(v)[0].update(tokens_per_second=4.0), "tokens_per_second=4.0: 43"),
+        ("guidellm", lambda v: answered(v)[0].update(time_per_output_token_ms=73.9), "time_per_output_token_ms=73.9"),
+        ("guidellm", lambda v: answered(v)[0].update(request_start_time=1796030000.0), "request_start_time"),
+        ("guidellm", lambda v: answered(v)[0].update(request_end_time=1796030999.0), "request_end_time"),
+        ("guidellm", lambda v: answered(v)[0]["info"].update(status="errored"), "info='errored': completed"),
         ("guidellm", lambda v: v["benchmarks"][0].update(duration=4e3), "duration=4000.0: 0.43"),
         ("guidellm", lambda v: v["benchmarks"][0].update(start_time=1.0, end_time=1.43), "within the run"),
         ("guidellm", lambda v: v["benchmarks"][0]["metrics"].update(
@@ -104,7 +104,7 @@ def _answer(requests: Any) -> Any:
         ("guidellm", lambda v: _of_run(v, "time_to_first_token_ms")["percentiles"].update(p99=9e3), "p99=9000.0: 23"),
         ("guidellm", lambda v: _of_run(v, "inter_token_latency_ms").update(median=9.0), "median=9.0: 2.205.* to 2.339"),
         ("guidellm", lambda v: _of_run(v, "requests_per_second").update(mean=900.0), "mean=900.0: 6.97.* to 9.293"),
-        ("guidellm", lambda v: _answered(v)[0]["info"].update(completed_at=1796030399.5),
+        ("guidellm", lambda v: answered(v)[0]["info"].update(completed_at=1796030399.5),
          r"completed_at=1796030399.5: 1796030303.123, as its timings say"),
         ("vllm", lambda v: v.update(max_output_tokens_per_s=900.0), "max_output_tokens_per_s=900.0: 6.1 to 11.9"),
         ("vllm", lambda v: v.update(max_concurrent_requests=90), "max_concurrent_requests=90: 1 to 3"),
@@ -139,7 +139,7 @@ def test_what_is_stated_twice_is_compared(tmp_path: Path, tool: str, change: Cha
                                     **dict.fromkeys((*SUMS, "latencies"))), "such as 6 of 1: a chunk holds at least"),
         ("guidellm", lambda v: [one["info"]["timings"].update(token_iterations=1) or one.update(
             output_tokens=8, total_tokens=None, **dict.fromkeys(RATES)) or one["output_metrics"].update(total_tokens=8)
-            for one in _answered(v)] and v["benchmarks"][0].update(metrics={}), "several at once, as with speculative"),
+            for one in answered(v)] and v["benchmarks"][0].update(metrics={}), "several at once, as with speculative"),
         ("inference-perf", lambda v: v[0].update(end_time=900.0), "ended long after their last tokens"),
         ("inference-perf", lambda v: v[0].update(session_id="a"), "session_id is not read: what the turns"),
         ("inference-perf", lambda v: _answer(v)["server_usage"].update(total_tokens=9000), "9,000 in place of 103"),
@@ -160,9 +160,9 @@ def test_right_figures_are_no_contradiction(tmp_path: Path) -> None:
     assert len(bench) == 4
 
     def means(report: Any) -> None:
-        answered = _answered(report)
+        ones = answered(report)
         for metric, key in (("request_latency", "request_latency"), ("prompt_token_count", "prompt_tokens")):
-            mean = sum(one[key] for one in answered) / len(answered)
+            mean = sum(one[key] for one in ones) / len(ones)
             report["benchmarks"][0]["metrics"][metric] = {"successful": {"mean": mean}}
 
     assert len(changed(tmp_path, "guidellm", means)) == 5
@@ -192,7 +192,7 @@ def test_requests_of_several_models_are_told(tmp_path: Path) -> None:
 def test_texts_may_hold_what_other_tools_take_for_ends_of_lines(tmp_path: Path) -> None:
     """JSON allows U+2028 and U+0085 within a text, and a cell of CSV may be a whole prompt."""
     text = {"key": "gen_ai.prompt.0.content", "value": {"stringValue": "a\u2028b\u0085c"}}
-    assert len(changed(tmp_path, "spans", lambda v: _spans(v[1])[0]["attributes"].append(text))) == 3
+    assert len(changed(tmp_path, "spans", lambda v: spans_of(v[1])[0]["attributes"].append(text))) == 3
     samples.write_blis(tmp_path, row_2={"error_message": "x" * 200_000})
     log = read_tool(opened(tmp_path / "trace.csv"))
     assert log is not None
@@ -264,57 +264,3 @@ def test_sums_and_lengths_that_cannot_be(tmp_path: Path) -> None:
         (clients / "chunk-0-dataset.json").write_text(json.dumps({"0": lengths}))
         with pytest.raises(UserError, match=f"whole numbers from 0 to 2147483647, unlike {length}"):
             read_folder(clients, (0.0, 600.0))
-
-
-def _late(tool: str) -> Change:
-    """The second request that is listed was planned 40 s before it was sent."""
-    if tool == "vllm":
-        return lambda run: run.update(queue_times=[0.0, 40.0, 0.0, 0.05])
-    if tool == "guidellm":
-        return lambda report: _answered(report)[1]["info"]["timings"].update(
-            targeted_start=_answered(report)[1]["info"]["timings"]["request_start"] - 40
-        )
-    if tool == "aiperf":
-        return lambda records: records[1]["metadata"].update(
-            credit_issued_ns=records[1]["metadata"]["request_start_ns"] - 40 * 10**9
-        )
-    return lambda requests: [one.update(scheduled_time=one["start_time"]) for one in requests] + [
-        requests[1].update(scheduled_time=requests[1]["start_time"] - 40)
-    ]
-
-
-@pytest.mark.parametrize("tool", ["vllm", "guidellm", "aiperf", "inference-perf"])
-def test_a_client_that_was_late_is_told(tmp_path: Path, tool: str) -> None:
-    def told(log: RequestLog) -> list[str]:
-        return [notice for notice in log.notices if "planned" in notice]
-
-    assert told(changed(tmp_path, tool, lambda log: None)) == []
-    late = changed(tmp_path, tool, _late(tool))
-    assert len(told(late)) == 1
-    assert re.search("sent 1 of [3-5] requests later than it planned, by up to 40 s", told(late)[0])
-    assert late.arrival_s is not None
-    assert late.arrival_s[-1] < 10  # when they were sent counts
-
-
-def test_a_client_that_sends_when_it_can_was_not_late(tmp_path: Path) -> None:
-    def throughput(report: Any) -> None:
-        _late("guidellm")(report)
-        report["benchmarks"][0]["config"]["strategy"] = {"type_": "throughput", "max_concurrency": 64}
-
-    assert not any("planned" in notice for notice in changed(tmp_path, "guidellm", throughput).notices)
-
-
-@pytest.mark.parametrize(("by_s", "when"), [(0.2, "later"), (-0.2, "earlier"), (0.05, None)])
-def test_lateness_counts_from_the_plan_of_observe_and_blis(tmp_path: Path, by_s: float, when: str | None) -> None:
-    row = {"prompt_tokens": 9, "output_tokens": 2, "status": "ok", "ttft_s": 0.05, "e2e_s": 0.07}
-    rows = [{"index": i, "arrival_s": 10.0 + i, "planned_s": 10.0 + i - (by_s if i == 1 else 0), **row}
-            for i in range(3)]  # fmt: skip
-    own_log = tmp_path / "log.jsonl"
-    own_log.write_text("".join(f"{json.dumps(one)}\n" for one in [{"helios_log": 1, "model": "m"}, *rows]))
-    table = samples.write_blis(tmp_path / "blis", row_2={"arrival_time_us": str(250_000 - max(int(by_s * 1e6), 0))})
-    for path in (own_log, table) if by_s > 0 else (own_log,):  # BLIS: since the one that was sent best
-        log = read_tool(opened(path))
-        assert log is not None
-        told = [notice for notice in log.notices if "than it planned" in notice]
-        assert len(told) == (when is not None)
-        assert not told or f"1 of 3 requests {when} than it planned, by up to 0.2 s" in told[0]

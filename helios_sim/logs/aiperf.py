@@ -201,6 +201,13 @@ def _plain(metrics: object) -> tuple[dict[str, Any], _Said, dict[str, float]]:
     return plain, _Said(by_name, gaps_s), units
 
 
+def _stamp(place: str, about: Fields, name: str) -> int:
+    """Nanoseconds since 1970. Tables of Python write them as floats, which are right to 256 ns."""
+    value = about.value(name)
+    is_whole = isinstance(value, float) and value.is_integer() and 0 <= value < 1 << 62
+    return stamp_ns(place, name, int(value) if is_whole else about.integer(name, 0, 1 << 62))
+
+
 def _row(place: str, record: Fields) -> Row:
     about, metrics = record.inner("metadata"), record.inner("metrics", {})
 
@@ -218,14 +225,12 @@ def _row(place: str, record: Fields) -> Row:
         found = next((figure(name) for name in names if metrics.has(name)), None)
         return whole(place, names[0], found or 0) if failed else counted(place, names[-1], found)
 
-    start_ns, end_ns = (
-        stamp_ns(place, name, about.integer(name, 0, 1 << 62)) for name in ("request_start_ns", "request_end_ns")
-    )
+    start_ns, end_ns = (_stamp(place, about, name) for name in ("request_start_ns", "request_end_ns"))
     if end_ns < start_ns:
         raise UserError(f"{place}: request_end_ns", end_ns, f"no earlier than request_start_ns, {start_ns}", FIX)
     arrival_s, planned_s = start_ns / NS_PER_S, None
     if about.value("credit_issued_ns", None) is not None:
-        planned_s = stamp_ns(place, "credit_issued_ns", about.integer("credit_issued_ns", 0, 1 << 62)) / NS_PER_S
+        planned_s = _stamp(place, about, "credit_issued_ns") / NS_PER_S
     warm_up = about.text("benchmark_phase", ("warmup", "profiling")) == "warmup"
     error = record.value("error", None)
     failed = error is not None or about.flag("was_cancelled", False)

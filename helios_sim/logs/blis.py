@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 from helios_sim.errors import UserError
 from helios_sim.logs.document import Document
 from helios_sim.logs.figures import MORE_CHUNKS, Figure, Known, Look
-from helios_sim.logs.record import EARLIEST_S, FIX, Begins, RequestLog, Row, gathered, not_read, only_once, other_models
+from helios_sim.logs.record import (
+    EARLIEST_S,
+    FIX,
+    LATEST_S,
+    Begins,
+    RequestLog,
+    Row,
+    gathered,
+    not_read,
+    only_once,
+    other_models,
+)
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import MIB, Fields, check_name, check_quotes, parse_yaml, read_text, reading, shortened
 
@@ -52,6 +64,7 @@ _KNOWN = Known(
 DECLARED = (("*.", _KNOWN),)
 _FLAGS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _LINE = "correct or remove the line"
+_ROUNDED = re.compile(r"\d[.,]?\d*[eE]\+?\d+")
 _OF_HEADER = ("trace_version", "time_unit", "mode", "warm_up_requests", "server", "created_at", "workload_seed",
               "workload_spec", "network", "goodput_slo_targets", "session_context_growth")  # fmt: skip
 
@@ -156,7 +169,8 @@ def _text(path: Path) -> bytes:
 def _count(place: str, row: dict[str, str], name: str) -> int:
     text = row[name].strip() or ("" if name in _NEEDED else "0")
     if not text.isascii() or not text.isdecimal():
-        raise UserError(f"{place}: {name}", shortened(row[name]), "a whole number of at least 0", _LINE)
+        fix = "take the table as BLIS wrote it: a spreadsheet has rounded it" if _ROUNDED.fullmatch(text) else _LINE
+        raise UserError(f"{place}: {name}", shortened(row[name]), "a whole number of at least 0", fix)
     return int(text)
 
 
@@ -166,6 +180,8 @@ def _row(place: str, row: dict[str, str], real: bool, warm_up: bool, priorities:
 
     sent_us, first_us, last_us = (count(f"{name}_time_us") for name in ("send", "first_chunk", "last_chunk"))
     planned_us = count("arrival_time_us")
+    if sent_us > LATEST_S * 1e6:
+        raise UserError(f"{place}: send_time_us", sent_us, "microseconds since 1970: it is in another unit", FIX)
     planned_s = planned_us / 1e6 if real and sent_us else None
     arrival_s = (sent_us if sent_us else planned_us) / 1e6
     # What is written is the prompt without the prefix that it shares; the server's count, where there is one, is whole.

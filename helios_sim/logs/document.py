@@ -84,6 +84,9 @@ class Document:
 
     def array(self) -> list[Any]:
         """The value of a file that holds one JSON array. UserError where it does not."""
+        if not self.content.rstrip().endswith(b"]"):
+            fix = "it ends in the middle: take the whole file"
+            raise UserError(self.name, "damaged", "one JSON array, which ends with ]", fix)
         with reading(self.name, "damaged", "one JSON array", FIX):
             found = parse_json(self.content, plain_names=True)
             if not isinstance(found, list):

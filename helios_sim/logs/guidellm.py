@@ -42,6 +42,7 @@ _EFFECTS = {
     "audio_tokens": "prompts had audio, which is counted as text",
     "video_tokens": "prompts had video, which is counted as text",
 }
+_DELAYS = "{count} of {all} delays since a request was planned are not those of its timings: {said} s and not {ours}"
 _BY_TIMINGS, _BY_REQUESTS = "as its timings say", "as its requests say"
 
 
@@ -57,6 +58,7 @@ class _One:
     output: int
     output_first_s: float | None = None
     chunks: int | None = None  # that held tokens; None: nothing was streamed
+    planned_s: float | None = None
 
     @property
     def took_s(self) -> float | None:
@@ -107,11 +109,15 @@ _KNOWN = Known(
         Figure(r"info\.timings\.token_iterations", lambda one, _: (0.0, one.output + 2.0), 0.0, told=MORE_CHUNKS),
         Figure(r"info\.timings\.token_iterations", lambda one, _: (one.output / 1.5 - 2.0, math.inf), 0.0,
                told=FEWER_CHUNKS),
+        Figure("request_dispatch_delay", lambda one, _: None if one.planned_s is None else one.start_s - one.planned_s,
+               0.05, told=_DELAYS, zero=True),
+        Figure("request_scheduled_latency", lambda one, _: None if one.planned_s is None or one.end_s is None
+               else one.end_s - one.planned_s, 0.05, told=_DELAYS, zero=True),
         server_counted(r"input_metrics\.text_tokens", "prompt tokens", lambda one, _: one.prompt),
         server_counted(r"output_metrics\.text_tokens", "output tokens", lambda one, _: one.output),
     ),
     effects={rf"(input_metrics\.)?{name}": why for name, why in _EFFECTS.items()},
-    harmless=r"type_|request_(args|dispatch_delay|scheduled_latency)|response_(id|metrics)|output|reasoning_output"
+    harmless=r"type_|request_args|response_(id|metrics)|output|reasoning_output"
              r"|turn_\w+_delay|time_to_last_round_trip_ms|avg_round_trip_time_ms"
              r"|info\.(request_id|conversation_id|preceding_nodes|node_id|agent_id|parent_node_ids|traceback|settings"
              r"|scheduler_(node_id|process_id|start_time))"
@@ -304,6 +310,9 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
         return None if value is None else number(place, f"timings.{name}", value)
 
     start_s, planned_s = time_s("request_start"), time_s("targeted_start")
+    delay_s = fields.maybe("request_dispatch_delay", -1e9, 1e9)
+    if planned_s is None and start_s is not None and delay_s is not None:
+        planned_s = start_s - delay_s
     lengths = [fields.value(name, None) for name in ("prompt_tokens", "output_tokens")]
     if end != "successful":
         why = reason(info.value("error", None), f"the run ended before it did ({info.value('status', end)})")
@@ -320,7 +329,7 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
         told = shortened(error or status)
         raise UserError(f"{place}: info", told, "completed, and no error, as requests.successful says", FIX)
     facts = _One(start_s, first_s, last_s, end_s, prompt, output, time_s("first_output_token_iteration"),
-                 timings.integer("token_iterations", 0, LONGEST, 0) or None)  # fmt: skip
+                 timings.integer("token_iterations", 0, LONGEST, 0) or None, planned_s)  # fmt: skip
     return Row(place, start_s, prompt, output, ttft_s, e2e_s, planned_s=planned_s), facts
 
 
@@ -345,6 +354,7 @@ def _check_whole(where: str, benchmark: Fields, requests: Fields) -> None:
     totals = benchmark.inner("metrics", {}).inner("request_totals", {})
     for end in _ENDS:
         served, listed = totals.value(end, None), len(requests.value(end, []))
-        if served is not None and whole(where, f"request_totals.{end}", served) != listed:
+        if served is not None and (count := whole(where, f"request_totals.{end}", served)) != listed:
             fix = "run guidellm without a limit of sampled requests (--metrics), or take another log"
+            fix = "take each report as guidellm wrote it: lists were joined" if listed > count else fix
             raise UserError(f"{where}: requests.{end}", f"{listed} requests", f"all {served} of the run", fix)

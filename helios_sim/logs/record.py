@@ -30,7 +30,7 @@ _SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the 
 _RATES, _TIMED = 2.0, 20  # times by which rates may differ before it is told, and requests from which they are known
 _PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
 _LATE_S = 0.1  # between when a request was planned and sent, from which it is told
-_LATEST_S = 4e9  # no clock of seconds shows more, until 2096
+LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
 _ROUNDED_S = 1e-3  # tools round single times to a millisecond
 FIX = "correct the log, or take another one"
@@ -131,7 +131,7 @@ class Row:
     planned_s: float | None = None  # when the client meant to send it, by the clock of arrival_s
 
 
-def number(place: str, key: str, value: object, low: float = 0.0, high: float = _LATEST_S) -> float:
+def number(place: str, key: str, value: object, low: float = 0.0, high: float = LATEST_S) -> float:
     """The value as a finite number in the range. UserError naming the place and the key where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UserError(f"{place}: {key}", shortened(value), f"a number from {low:g} to {high:g}", FIX)
@@ -228,7 +228,7 @@ def _all(rows: Sequence[Row], name: str) -> bool:
 def _check(row: Row) -> None:
     """UserError for what one request cannot have."""
     if row.arrival_s is not None:
-        number(row.place, "arrival", row.arrival_s, -_LATEST_S)
+        number(row.place, "arrival", row.arrival_s, -LATEST_S)
     if row.failure is not None:
         return
     if row.prompt_tokens < 1:

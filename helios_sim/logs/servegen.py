@@ -74,7 +74,9 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> 
             told = f"about {expected:.3g} requests in these {span_s[1] - span_s[0]:g} s"
             raise UserError("from_log.span_s", list(span_s), f"fewer seconds: {told}", "draw a shorter time")
         if windows:
-            lengths, others = _lengths(path.with_name(path.name.split("-trace")[0] + "-dataset.json"))
+            plain = path.with_name(path.name.split("-trace")[0] + "-dataset.json")
+            packed = plain.with_name(f"{plain.name}.gz")
+            lengths, others = _lengths(packed if packed.is_file() and not plain.exists() else plain)
             left |= dict.fromkeys(others)
             rows += _drawn(path, windows, lengths, span_s, rng)
     if not rows:

@@ -37,12 +37,16 @@ _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
 _TTFT, _E2E, _QUEUE = (f"gen_ai.latency.{name}" for name in ("time_to_first_token", "e2e", "time_in_queue"))
 _WRITES = ("chat", "text_completion", "generate_content", None)  # operations that write tokens
 _MODEL = ("gen_ai.request.model", "gen_ai.response.model")
+_SERVICE = ("service.name", "service.instance.id")
+_SAMPLED = re.compile(r"(?:^|,)ot=(?:[^,]*;)?(?:th:(?!0+(?:[;,]|$))|p:(?!0(?:[;,]|$)))")  # of now, and before
 _ERROR = (2, "STATUS_CODE_ERROR")
 _EFFECTS = {
     "gen_ai.usage.cache_read.input_tokens": "what of the prompts the prefix cache served is computed anew here",
     "gen_ai.usage.cached_tokens": "what of the prompts the prefix cache served is computed anew here",
     **dict.fromkeys(("gen_ai.request.n", "gen_ai.request.choice.count", "n"),
                     "several answers to one prompt, which are counted as one"),
+    **dict.fromkeys(("sampling.probability", "sampling.ratio"),
+                    "spans are those of a sample, and the requests beside them are missing, so the load was higher"),
     **dict.fromkeys(("gen_ai.conversation.id", "session.id"),
                     "what the turns of a session share is computed anew for each"),
 }  # fmt: skip
@@ -92,7 +96,10 @@ def is_it(document: Document) -> bool:
 def read(document: Document, part: int | None = None) -> RequestLog:
     """UserError for a line that is no batch of spans, a span that cannot be, or where no span counts tokens."""
     document.chosen(part or 1, ["the file"], "runs")
-    spans = [(place, span, _attributes(place, span)) for place, span in _spans(document)]
+    spans, servers = list[_Told](), dict[str, str]()
+    for place, span, server in _spans(document):
+        spans.append((place, span, _attributes(place, span)))
+        servers[place] = server
     told = [(place, span, said) for place, span, said in spans if _first(said, _OUTPUT) is not None]
     skipped = Counter(str(said.get("gen_ai.operation.name")) for _, _, said in told if not _writes(said))
     told, twice = _once([one for one in told if _writes(one[2])])
@@ -119,22 +126,44 @@ def read(document: Document, part: int | None = None) -> RequestLog:
     for place, _, said in inner:
         look.at(place, said, said)
     notices += look.notices()
+    notices += _of_sampling(document.name, inner)
+    several = dict.fromkeys(filter(None, (servers[place] for place, _, _ in inner)))
+    if len(several) > 1:
+        told_of = f"spans are of {len(several)} services or instances, {', '.join(list(several)[:3])}"
+        notices.append(f"{document.name}: {told_of}: here all go to one server, or to server.replicas.")
     models = dict.fromkeys(str(_first(said, _MODEL)) for _, _, said in inner if _first(said, _MODEL))
     notices += other_models(document.name, models)
     stated = {"model": next(iter(models), None)}
     return gathered(document.source, NAME, rows, Begins.RECEIVED if any(of_server) else Begins.SENT, stated, notices)
 
 
-def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_sampling(source: str, inner: list[_Told]) -> list[str]:
+    """A sentence where the trace state says that only a part of all spans was kept (th: the share that was not)."""
+    part = [str(state) for _, span, _ in inner if _SAMPLED.search(state := str(span.get("traceState") or ""))]
+    told = f"{len(part)} of {len(inner)} spans are those of a sample (traceState {part[0][:40]})" if part else ""
+    return [f"{source}: {told}: the requests beside them are missing, so the load was higher."] if part else []
+
+
+def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each with its place, and the service and instance that its resource names."""
     for place, batch in document.numbered_objects():
         found = 0
         for resource in _list(place, batch, "resourceSpans"):
+            server = _service(resource.get("resource"))
             # by the name of today, and that before OTLP 1.0
             scopes = _list(place, resource, "scopeSpans") + _list(place, resource, "instrumentationLibrarySpans")
             for scope in scopes:
                 for span in _list(place, scope, "spans"):
                     found += 1
-                    yield f"{place}, span {found}", span
+                    yield f"{place}, span {found}", span, server
+
+
+def _service(resource: Any) -> str:
+    """The names of a server; empty where it has none."""
+    said = resource.get("attributes") if isinstance(resource, dict) else None
+    named = {str(one.get("key")): one.get("value") for one in said or () if isinstance(one, dict)}
+    return " ".join(str(*value.values()) for name in _SERVICE
+                    if isinstance(value := named.get(name), dict) and len(value) == 1)  # fmt: skip
 
 
 def _list(place: str, value: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ TOOLS = (
 )  # fmt: skip
 _NAMES = ("benchmarks.json", "benchmarks.yaml", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
 _OBSERVE = "drive the server with python -m helios_sim.observe, or vllm bench serve --save-result --save-detailed"
+_PAGES = "save the page itself, twice or more in one folder: curl -s http://SERVER/metrics > metrics_$(date +%s).prom"
 _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of tools that are known and not read
     (("sharegpt_output_len", "random_input_len"), "a report of SGLang's bench_serving, without arrivals", _OBSERVE),
     (("elapsed_time", "num_requests", "tokens_per_second"), "a summary of vllm bench throughput", _OBSERVE),
@@ -45,6 +46,7 @@ _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of t
     (("aggregated_metrics", "individual_request_metrics"), "genai-bench's requests, without arrivals", _OBSERVE),
     (("number_input_tokens", "inter_token_latency_s"), "LLMPerf's requests, without arrivals", _OBSERVE),
     (("traceID", "operationName"), "a trace of Jaeger", "let the OpenTelemetry collector write OTLP/JSON to a file"),
+    (("metric", "values", "timestamps"), "an export of series", _PAGES),
     (("resourceSpans",), "an array of batches of spans", "write one batch in each line"),
     (("aiperf_version", "request_latency"), "AIPerf's summary", "take profile_export.jsonl (--export-level records)"),
     (("metadata", "payload", "responses"), "AIPerf's raw export", "take profile_export.jsonl beside it"),
@@ -63,11 +65,16 @@ def tool_of(document: Document) -> Tool | None:
             if names == ("resourceSpans",) and document.begins_with(b"{"):
                 continue
             raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)
+    if document.begins_with(b'{__name__="'):
+        raise UserError(document.name, "a dump of Prometheus' series", "pages of /metrics of the server", _PAGES)
     found = next((tool for tool in TOOLS if tool.is_it(document)), None)
     if document.begins_with(b"["):  # that of inference-perf is an array, whose names are those of others too
         inside = Document(document.path, document.head[1:].lstrip())
         within = next((tool for tool in TOOLS if tool.is_it(inside)), None)
         if within is not None and within is not found:
+            if within.name == "vllm bench" and not document.names("ttfts"):
+                detailed = "run vllm bench serve with --save-result --save-detailed, and take the file of one run"
+                raise UserError(document.name, "summaries of vllm bench", "the lists of all requests", detailed)
             fix = f"write each in a line of its own: jq -c '.[]' {document.name} > log.jsonl"
             raise UserError(document.name, f"an array of objects of {within.name}", "its objects one by one", fix)
     return found
