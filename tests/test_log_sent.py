@@ -12,7 +12,7 @@ import pytest
 
 import log_samples as samples
 from helios_sim.errors import UserError
-from helios_sim.logs import RequestLog, read_tool
+from helios_sim.logs import RequestLog, read_folder, read_tool
 from helios_sim.logs.tools import opened
 from test_log_figures import Change, answered, changed, spans_of
 
@@ -151,3 +151,49 @@ def test_lists_of_two_reports_that_were_joined_are_no_sample(tmp_path: Path) -> 
 def test_stamps_of_blis_that_cannot_be(tmp_path: Path, cell: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         read_tool(opened(samples.write_blis(tmp_path, row_0={"send_time_us": cell})))
+
+
+def _first(requests: Any, **said: Any) -> None:
+    requests[0]["info"]["response_metrics"].update(said)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda requests: requests[0].update(end_time=requests[0]["start_time"] + 0.05), "its end_time"),
+    (lambda requests: _first(requests, output_tokens=None, server_usage=None), "no number of them"),
+])  # fmt: skip
+def test_answers_of_inference_perf_end_after_their_tokens_and_count_them(
+    tmp_path: Path, change: Change, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        changed(tmp_path, "inference-perf", change)
+
+
+def test_a_benchmark_of_guidellm_by_itself_is_no_request(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) for one in samples.guidellm()["benchmarks"]))
+    with pytest.raises(UserError, match="take the whole report"):
+        read_tool(opened(path))
+
+
+def test_a_rate_below_zero_is_told(tmp_path: Path) -> None:
+    told = changed(tmp_path, "vllm", lambda run: run.update(request_rate=-5.0)).notices
+    assert any("-5 requests/s, which cannot be" in notice for notice in told)
+
+
+def test_tables_of_blis_with_tabs_are_refused(tmp_path: Path) -> None:
+    table = samples.write_blis(tmp_path)
+    table.write_text(table.read_text().replace(",", "\t"))
+    with pytest.raises(UserError, match="commas"):
+        read_tool(opened(table))
+
+
+def test_edges_of_buckets_and_lengths_of_clients_are_named(tmp_path: Path) -> None:
+    pages = samples.write_scrapes(tmp_path / "pages")
+    for page in pages.iterdir():
+        page.write_text(page.read_text().replace('le="0.05"', 'le="NaN"'))
+    with pytest.raises(UserError, match="edge of a bucket"):
+        read_folder(pages)
+    clients = samples.write_servegen(tmp_path / "clients")
+    (clients / "chunk-0-dataset.json").write_text('{"0": {"image_tokens": "{9: 1.0}", "output_tokens": "{9: 1.0}"}}')
+    with pytest.raises(UserError, match="input_tokens"):
+        read_folder(clients, (0.0, 600.0))

@@ -74,6 +74,9 @@ def is_it(document: Document) -> bool:
         fix = "name the table beside it, such as trace.csv"
         raise UserError("log", document.path.name, f"the requests of a {NAME}, of which this is the header", fix)
     first = document.head.split(b"\n", 1)[0]
+    if b"arrival_time_us\t" in first or b"arrival_time_us;" in first:
+        fix = "take the table as BLIS wrote it, or write it with commas"
+        raise UserError(document.name, "a table with tabs or semicolons", f"commas between the cells of a {NAME}", fix)
     return b"arrival_time_us" in first and b"first_chunk_time_us" in first and b"," in first
 
 

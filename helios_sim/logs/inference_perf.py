@@ -25,6 +25,7 @@ FILE = "per_request_lifecycle_metrics.json"
 _TEXTS = ("{count} requests have other input_tokens in info than in request_metrics.text, such as {ours} and {said}: "
           "the former, where the server counted none")  # fmt: skip
 _USAGE = r"info\.response_metrics\.server_usage\."
+_NOTED_S = 1e-3  # up to which an end may be noted before what came last
 _APART_S = 0.1  # chunks and tokens are noted one after the other
 _END = "{count} of {all} requests ended long after their last tokens, which count: such as at {said}, not {ours}"
 _Asked = Mapping[str, Any]  # a request as the file has it
@@ -138,7 +139,7 @@ def _stamps(place: str, answer: Fields, name: str, start_s: float, end_s: float)
     if not isinstance(stamps, list):
         raise UserError(f"{place}: {name}", shortened(stamps), "a list of times", FIX)
     times = [number(place, name, stamp) - start_s for stamp in stamps]
-    if times and (times[0] < 0 or times[-1] > end_s - start_s + 0.1):
+    if times and (times[0] < 0 or times[-1] > end_s - start_s + _NOTED_S):
         told = f"{times[0]:.6g} to {times[-1]:.6g} s after start_time"
         raise UserError(f"{place}: {name}", told, f"from 0 to {end_s - start_s:.6g} s, its end_time", FIX)
     return times
@@ -168,5 +169,8 @@ def _row(place: str, request: Fields) -> Row:
         told = f"{chunks[0]:.6g} to {chunks[-1]:.6g} s after start_time"
         allowed = f"around output_token_times, {times[0]:.6g} to {times[-1]:.6g} s"
         raise UserError(f"{place}: chunk_times", told, allowed, FIX)
+    if times and not output:
+        told = f"{len(times)} times of tokens and no number of them"
+        raise UserError(f"{place}: output tokens", told, "output_tokens, or completion_tokens of the server", FIX)
     ttft_s, e2e_s = (times[0], times[-1]) if times else (None, end_s - start_s)
     return Row(place, start_s, prompt, output, ttft_s, e2e_s, token_s=times or None, planned_s=planned_s)

@@ -348,7 +348,10 @@ def _of_pause(source: str, arrival_s: FloatColumn | None) -> list[str]:
 
 def _of_rate(source: str, arrival_s: FloatColumn | None, stated: Mapping[str, Any]) -> list[str]:
     """A sentence where requests came at another rate than the log says that they were sent at, without a limit."""
-    asked, times = stated.get("request_rate"), None if arrival_s is None else arrival_s[~np.isnan(arrival_s)]
+    asked = stated.get("request_rate")
+    if isinstance(asked, int | float) and asked < 0:
+        return [f"{source}: it says {asked:g} requests/s, which cannot be: the times of its requests count."]
+    times = None if arrival_s is None else arrival_s[~np.isnan(arrival_s)]
     if times is None or len(times) < _TIMED or not isinstance(asked, int | float) or not 0 < asked < math.inf:
         return []
     span_s = float(times[-1] - times[0])

@@ -6,6 +6,7 @@ says what was drawn and what no page can tell.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def read(paths: Sequence[Path]) -> Scrapes:
             if name.endswith("_bucket"):
                 of = bounds.setdefault(time_s, {}).setdefault(name.removesuffix("_bucket"), {})
                 edge = _float(place, labels.get("le", ""))
+                if math.isnan(edge):
+                    raise UserError(f"{place}: le", labels["le"], "the edge of a bucket, a number or +Inf", _FIX_LINE)
                 of[edge] = of.get(edge, 0.0) + amount
             else:
                 at = samples.setdefault(time_s, {})

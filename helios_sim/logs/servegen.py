@@ -117,7 +117,9 @@ def _lengths(path: Path) -> tuple[dict[int, Mapping[str, _Pdf]], list[str]]:
     others: dict[str, None] = {}
     with reading(path.name, "damaged", "a JSON object of distributions by time", FIX):
         for time, fields in parse_json(read_text(path, 256 * MIB, FIX)).items():
-            prompt = next(name for name in _PROMPTS if name in fields)
+            prompt = next((name for name in _PROMPTS if name in fields), "")
+            if not prompt or "output_tokens" not in fields:
+                raise ValueError(f"{_PROMPTS[0]} (or {_PROMPTS[1]}) and output_tokens at {time}")
             known = {"prompt": _pdf(fields[prompt]), "output": _pdf(fields["output_tokens"])}
             # an empty one: the client sent nothing then
             if all(len(values) for values, _ in known.values()):

@@ -65,6 +65,9 @@ def tool_of(document: Document) -> Tool | None:
             if names == ("resourceSpans",) and document.begins_with(b"{"):
                 continue
             raise UserError(document.name, what, f"a log of one of {', '.join(FORMATS)}", fix)
+    is_part = document.begins_with(b"{") and not document.names("guidellm_version")
+    if is_part and document.names("request_totals", "requests"):
+        raise UserError(document.name, "a benchmark of guidellm by itself", "its report", "take the whole report")
     if document.begins_with(b'{__name__="'):
         raise UserError(document.name, "a dump of Prometheus' series", "pages of /metrics of the server", _PAGES)
     found = next((tool for tool in TOOLS if tool.is_it(document)), None)

@@ -147,7 +147,8 @@ def read(document: Document, part: int | None = None) -> RequestLog:
             raise UserError(where, "embeddings", "a run of a model that writes tokens", "take another log")
         if any(str(name).startswith("diffusion_") for name in run):
             raise UserError(where, "diffusion decoding", "a model that writes token by token", "take another log")
-        raise UserError(f"{where}: {missing[0]}", shortened(run.get(missing[0])), "a list of all requests", _DETAILED)
+        fix = "take the file as vllm bench wrote it" if run.get(missing[0]) else _DETAILED
+        raise UserError(f"{where}: {missing[0]}", shortened(run.get(missing[0])), "a list of all requests", fix)
     lists: dict[str, list[Any]] = {name: fields.value(name) for name in _LISTS}
     for name in ("start_times", "latencies", "queue_times"):
         if fields.has(name):
