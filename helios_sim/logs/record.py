@@ -370,7 +370,8 @@ def _of_plan(source: str, rows: Sequence[Row]) -> list[str]:
         far_s = [time_s for time_s in off_s if time_s > _LATE_S]
         if far_s:
             told = f"the client sent {len(far_s)} of {len(rows)} requests {when} than it planned, by up to"
-            found.append(f"{source}: {told} {max(far_s):.3g} s: they come when they were sent.")
+            most = f"{max(far_s):,.0f}" if max(far_s) >= 100 else f"{max(far_s):.3g}"
+            found.append(f"{source}: {told} {most} s: they come when they were sent.")
     return found
 
 
