@@ -197,3 +197,24 @@ def test_edges_of_buckets_and_lengths_of_clients_are_named(tmp_path: Path) -> No
     (clients / "chunk-0-dataset.json").write_text('{"0": {"image_tokens": "{9: 1.0}", "output_tokens": "{9: 1.0}"}}')
     with pytest.raises(UserError, match="input_tokens"):
         read_folder(clients, (0.0, 600.0))
+    (clients / "chunk-0-dataset.json.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="remove one"):
+        read_folder(clients, (0.0, 600.0))
+
+
+def test_pages_of_two_servers_are_no_sum(tmp_path: Path) -> None:
+    pages = samples.write_scrapes(tmp_path)
+    for page in list(pages.iterdir()):
+        (pages / f"other_{page.name}").write_text(page.read_text())
+    with pytest.raises(UserError, match="pages of one server"):
+        read_folder(pages)
+    for page in pages.glob("other_*"):  # engines of one server may have pages of their own
+        page.write_text(page.read_text().replace('engine="0"', 'engine="1"'))
+    assert any("2 engines" in notice for notice in read_folder(pages).notices)
+
+
+def test_requests_of_inference_perf_within_an_object_are_no_request(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps({"requests": samples.inference_perf()}))
+    with pytest.raises(UserError, match="an array of requests"):
+        read_tool(opened(path))

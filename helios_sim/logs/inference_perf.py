@@ -121,7 +121,11 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 def _requests(document: Document) -> list[tuple[str, Any]]:
     """Each with the place where it stands."""
     if document.begins_with(b"{"):
-        return list(document.numbered_objects())
+        found = list(document.numbered_objects())
+        if len(found) == 1 and not any(name in found[0][1] for name in _OF_ONE):
+            told, fix = f"an object of {shortened(list(found[0][1]))}", f"take {FILE} as inference-perf wrote it"
+            raise UserError(document.name, told, "an array of requests, or one in each line", fix)
+        return found
     return [(f"{document.name}, request {i}", value) for i, value in enumerate(document.array(), 1)]
 
 

@@ -97,6 +97,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
     models: dict[str, None] = {}
     engines: dict[float, set[str]] = {}
     by_write, others = 0, dict[str, None]()
+    finished = dict[tuple[float, str], str]()  # by time and labels: the page that counts it
     for path in paths:
         own, seen = None, set[int]()
         if len(paths) > 1:
@@ -126,6 +127,9 @@ def read(paths: Sequence[Path]) -> Scrapes:
             if (sample := hash((time_s, name, found[2]))) in seen:
                 raise UserError(place, line[:80], "each sample once at a time", "take pages that were not joined")
             seen.add(sample)
+            if name == _FINISHED and (first := finished.setdefault((time_s, str(found[2])), path.name)) != path.name:
+                told, allowed = f"{line[:60]}, as in {first}", "the pages of one server, each of another time"
+                raise UserError(place, told, allowed, "take the pages of one server")
             if name.endswith("_bucket"):
                 of = bounds.setdefault(time_s, {}).setdefault(name.removesuffix("_bucket"), {})
                 edge = _float(place, labels.get("le", ""))

@@ -76,7 +76,10 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> 
         if windows:
             plain = path.with_name(path.name.split("-trace")[0] + "-dataset.json")
             packed = plain.with_name(f"{plain.name}.gz")
-            lengths, others = _lengths(packed if packed.is_file() and not plain.exists() else plain)
+            if packed.is_file() and plain.exists():
+                told = f"{plain.name} and {packed.name}"
+                raise UserError(f"{folder.name}: client {_number(path)}", told, "one of them", "remove one")
+            lengths, others = _lengths(packed if packed.is_file() else plain)
             left |= dict.fromkeys(others)
             rows += _drawn(path, windows, lengths, span_s, rng)
     if not rows:
