@@ -93,7 +93,6 @@ SETTINGS = [
     ("workload.arrivals.kind=closed_loop workload.arrivals.users=0", ["users=0", "Fix"]),
     ("workload.arrivals.kind=trace workload.arrivals.trace=none.csv", ["none.csv", "Fix"]),
     ("workload.lengths.output.minimum=-3", ["minimum=-3", "Fix"]),
-    ("workload.lengths.output.maximum=5", ["workload.lengths.output.maximum=5", "at least the median", "clipped"]),
     ("workload.lengths.output.p50=20 workload.lengths.output.p95=1", ["workload.lengths.output.p95", "1.0", "Fix"]),
     ("workload.mix.tasks.gsm8k=-1", ["workload.mix.tasks", "-1.0", "0 or more"]),
     ("workload.mix.drift=step workload.mix.at=0.5", ["workload.mix.", "after"]),

@@ -196,7 +196,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report = log_samples.guidellm()
     report["benchmarks"] = [*report["benchmarks"], json.loads(json.dumps(report["benchmarks"][0]))]
     report["benchmarks"][1]["requests"]["successful"].pop()
-    report["benchmarks"][1]["metrics"]["request_totals"] |= {"successful": 3, "total": 4}
+    totals = report["benchmarks"][1]["metrics"]["request_totals"] | {"successful": 3, "total": 4}
+    report["benchmarks"][1]["metrics"] = {"request_totals": totals}  # the others would be of four requests
     (folder / "two.json").write_text(json.dumps(report))
     bare = folder / "bare"
     shutil.copytree(made["plain"], bare)

@@ -57,9 +57,6 @@ class Lognormal:
         require_positive("workload.lengths.median", self.median, "give a length above 0")
         require_positive("workload.lengths.sigma", self.sigma, "use a fixed length for no spread")
         _require_clip(self.minimum, self.maximum)
-        if self.maximum is not None and self.median > self.maximum:
-            allowed = f"must be at least the median, {self.median:g}: more than half would be clipped to it"
-            raise UserError("workload.lengths.maximum", self.maximum, allowed, "raise it, or lower the median")
 
     @classmethod
     def from_mean(cls, mean: float, sigma: float, minimum: int = 1, maximum: int | None = None) -> Lognormal:
