@@ -288,10 +288,13 @@ def test_a_damaged_tokenizer_in_the_cache_is_made_again(tmp_path: Path, monkeypa
     text = "The bridge keeper"
     want = find_checkpoint(str(path)).tokenizer()(text)["input_ids"]
     kept = next((tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json"))
-    for content in (b"{", b"", b"\xff"):
+    whole = kept.read_bytes()
+    other = json.dumps(json.loads(whole) | {"normalizer": {"type": "Lowercase"}}).encode()  # which reads other tokens
+    for content in (b"{", b"", b"\xff", other):
         kept.write_bytes(content)
         path.touch()  # a new object, which reads the cache again
         assert find_checkpoint(str(path)).tokenizer()(text)["input_ids"] == want
+        assert kept.read_bytes() == whole
 
 
 def heads_in(folder: Path, change: Callable[[dict[str, Any], dict[int, dict[str, torch.Tensor]]], None]) -> Path:

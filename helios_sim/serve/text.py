@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder, is_as_written
 from helios_sim.untrusted import in_short
 
 PASSAGE = (
@@ -158,7 +158,8 @@ def known_folder(model: str, named: Mapping[str, str]) -> str | None:
     beside = Path(model).expanduser()
     places = [beside if beside.is_dir() else beside.parent] if beside.exists() else []
     if model in KNOWN:
-        places.append(cache_folder() / "tokenizers" / KNOWN[model].sha256)
+        kept = cache_folder() / "tokenizers" / KNOWN[model].sha256
+        places += [kept] if is_as_written(kept) else []
     return next((str(place) for place in places if (place / "tokenizer.json").is_file()), None)
 
 

@@ -9,6 +9,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from helios_sim.contents import digest_of
+
+_WRITTEN = "written"  # beside a kept tokenizer: the digest of its files as they were written
+
 
 @dataclass(frozen=True, slots=True)
 class KnownWeights:
@@ -72,3 +76,20 @@ def hub_snapshot(hub_id: str) -> Path | None:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+def seal_tokenizer(folder: Path) -> None:
+    """Notes what a tokenizer's files hold, now that all are written."""
+    (folder / _WRITTEN).write_text(_digest(folder))
+
+
+def is_as_written(folder: Path) -> bool:
+    """Whether a kept tokenizer is what was written there: one that changed would read other tokens without a word."""
+    try:
+        return (folder / _WRITTEN).read_text() == _digest(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(folder: Path) -> str:
+    return digest_of(*sorted(path for path in folder.iterdir() if path.name != _WRITTEN))

@@ -24,7 +24,7 @@ from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.gguf_file import GgufFile
 from helios_sim.live.checkpoint.hub_config import not_read
 from helios_sim.live.checkpoint.hub_folder import OF_MODELS, SafetensorsFolder
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN, cache_folder, is_as_written, seal_tokenizer
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
 from helios_sim.live.model.delta import HEADER as DELTA, WeightsDelta, read_header
@@ -147,12 +147,14 @@ def _tried(tokenizer: Any, where: str) -> Any:
 
 
 def _kept(folder: Path) -> Any | None:
-    """The cached tokenizer; None if there is none. One that cannot be read is removed, and made again."""
+    """The cached tokenizer; None if there is none. One that is not as it was written is removed, and made again."""
     if not (folder / "tokenizer.json").exists():
         return None
     import transformers
 
     try:
+        if not is_as_written(folder):
+            raise ValueError("it is not what was written there")
         return _tried(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder))
     except Exception as error:  # a damaged cache costs time, and is never an error
         _log.warning("the tokenizer kept in %s is damaged and is made again: %s", folder, in_short(error))
@@ -166,6 +168,7 @@ def _keep(tokenizer: Any, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             tokenizer.save_pretrained(Path(scratch) / "whole")
+            seal_tokenizer(Path(scratch) / "whole")
             os.replace(Path(scratch) / "whole", folder)
     except OSError as error:
         _log.warning("the tokenizer is not kept in %s: %s", folder, error)
