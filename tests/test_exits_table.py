@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,7 @@ def without(*names: str):
         (without("agree_12"), ["no agree_12"]),
         (without("log_prob_24"), ["no log_prob_24"]),
         (lambda wide: wide | {"confidence_6": [1.5] * 60}, ["1.5", "0 to 1"]),
+        (lambda wide: wide | {"confidence_6": [92.5] * 60}, ["92.5", "0 to 1"]),  # per cent
         (lambda wide: wide | {"confidence_6": [float("nan")] * 60}, ["confidence", "not finite"]),
         (lambda wide: wide | {"agree_6": [2] * 60}, ["2", "0 or 1"]),
         (lambda wide: wide | {"agree_24": [False] * 60}, ["agree"]),
@@ -146,12 +148,30 @@ def without(*names: str):
         (lambda wide: wide | {"log_prob_6": [0.5] * 60}, ["log_prob", "0.5"]),
         (lambda wide: {name: values[:0] for name, values in wide.items()}, ["mine.parquet"]),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_one_message(tmp_path: Path, change, words: list[str]) -> None:
     path = written(tmp_path, change(columns()))
     with pytest.raises(UserError) as said:
         read_table(path, "m", Told(human_text=False))
     assert all(word in str(said.value) for word in words), said.value
+
+
+def test_confidences_as_logarithms_are_refused(tmp_path: Path) -> None:
+    bare = without(*(f"log_prob_{depth}" for depth in EXITS))(columns()) | {"confidence_6": [-0.25] * 60}
+    with pytest.raises(UserError, match=r"confidence.*-0\.25.*0 to 1"):
+        read_table(written(tmp_path, bare), "m", Told())
+
+
+def test_a_table_of_very_many_columns_is_refused_at_once(tmp_path: Path) -> None:
+    many = columns() | {f"c{i}": [0] * 60 for i in range(20_000)}
+    path = tmp_path / "many.csv"
+    rows = zip(*many.values(), strict=True)
+    path.write_text("\n".join([",".join(many), *(",".join(str(int(c) if isinstance(c, bool) else c) for c in row)
+                                                 for row in list(rows)[:3])]) + "\n")  # fmt: skip
+    began_s = time.process_time()
+    with pytest.raises(UserError, match="1000 columns"):
+        read_table(path, "m", Told(human_text=False))
+    assert time.process_time() - began_s < 5
 
 
 def test_a_token_without_one_of_its_exits_is_named(tmp_path: Path) -> None:

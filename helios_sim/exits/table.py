@@ -18,6 +18,7 @@ read, and named.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +117,12 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
     schema = _schema(path, content)
     if not pq.read_metadata(pa.BufferReader(content)).num_rows:
         raise UserError(str(path), "no rows", "a row for each token", _FIX)
-    is_long = "layer" in schema.names
+    names = Counter(schema.names)
+    is_long = "layer" in names
     kinds: dict[str, str] = {}
-    for name in schema.names:
-        kind = schema.field(name).type if schema.names.count(name) == 1 else None
+    for field in schema:
+        name = field.name
+        kind = field.type if names[name] == 1 else None
         per_exit = name if is_long and name in _PER_EXIT else _depth(name)[0] if not is_long else ""
         whole = "flag" if kind is not None and pa.types.is_boolean(kind) else "whole"
         if kind is not None and pa.types.is_floating(kind):
@@ -134,7 +137,7 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
             raise UserError(f"{path}: {name}", name, "depths from 1, 01 is none: so many layers have run", "rename it")
     for name in ("prompt", *(_LONG if is_long else ())):
         if name not in kinds:
-            raise UserError(str(path), ", ".join(schema.names[:12]), f"a column {name} is missing", _FIX)
+            raise UserError(str(path), ", ".join(list(names)[:12]), f"a column {name} is missing", _FIX)
     return kinds
 
 

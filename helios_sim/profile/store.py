@@ -32,6 +32,8 @@ PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
 WHOLE_MODEL = -1
 HEADER, TERMS = "profile.json", "terms.parquet"
 MOST_CLASSES, MOST_ROWS = 64, 1_000_000  # of a profile, and of one of its tables
+# Dense work, prompts' attention and decodes' attention together take at least as long as the longest of the three.
+_LEAST_FACTOR = 1 / 3
 _SCALARS = (
     "activation_reserve_bytes", "load_bytes_per_s", "load_slowdown", "mixed_factor", "unequal_kv_factor", "time_factor",
 )  # fmt: skip
@@ -136,8 +138,8 @@ def read_profile(path: Path) -> Profile:
             load_slowdown=header.number("load_slowdown", 0, 1e300),
             time_factor=header.number("time_factor", 0, 1e300),
             disk_bytes_per_s=_disk_rate(header, provenance),
-            mixed_factor=header.maybe("mixed_factor", -1e300, 1e300),
-            unequal_kv_factor=header.maybe("unequal_kv_factor", -1e300, 1e300),
+            mixed_factor=header.maybe("mixed_factor", _LEAST_FACTOR, 1e300),
+            unequal_kv_factor=header.maybe("unequal_kv_factor", _LEAST_FACTOR, 1e300),
         )
         header.refuse_rest("no such key is known")
         for tables in (rows, grids, terms):
