@@ -18,7 +18,7 @@ from calibrate.measure.devices import TimedCpu  # noqa: E402
 from calibrate.measure.host import ServingCosts  # noqa: E402
 from calibrate.measure.latency import CHECK_CLASSIFIER, CLASSIFIER_ALONE, WHOLE_MODEL, Latency  # noqa: E402
 from calibrate.measure.memory import Loads, grown  # noqa: E402
-from calibrate.measure.profile import MeasurePlan, ProfileOrigin, measure_profile  # noqa: E402
+from calibrate.measure.profile import MeasurePlan, ProfileOrigin, in_words, measure_profile  # noqa: E402
 from calibrate.measure.sampling import Clock, Points, Sampler, TimingPoint  # noqa: E402
 from calibrate.measure.subject import Subject, TableLimits  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
@@ -267,3 +267,17 @@ def test_a_check_that_noise_hides_is_charged_what_it_takes_alone(tmp_path: Path)
         {TimingPoint(CHECK_CLASSIFIER, WHOLE_MODEL, 8): 5e-6, TimingPoint(CLASSIFIER_ALONE, WHOLE_MODEL, 8): 9e-6}
     )
     assert [latency.rows_figure(CHECK_CLASSIFIER, rows).median_s for rows in (1, 8)] == [9e-6, 5e-6]
+
+
+@pytest.mark.parametrize(
+    ("short", "said"),
+    [
+        ({"disturbed": 12}, "12 of 80 samples were disturbed by other processes"),
+        ({"brief": ["host", "load"]}, "briefly measured or assumed: host, load"),
+        ({"by_ends_alone": ["dense"], "disturbed": 80},
+         "known at their ends alone: dense; 80 of 80 samples were disturbed by other processes"),
+    ],
+)  # fmt: skip
+def test_what_a_short_measurement_lacks_is_said(short: dict[str, Any], said: str) -> None:
+    nothing = {"by_ends_alone": [], "brief": [], "disturbed": 0, "samples": 80, "within": 0.07, "judged_by": "a guess"}
+    assert in_words(nothing | short) == f"times within about 7 % (a guess); {said}"

@@ -76,6 +76,24 @@ def test_every_stage_goes_by_the_code_that_measures(tmp_path: Path) -> None:
         assert [part for part in parts if not (Path(package.__path__[0]) / part).exists()] == []
 
 
+def test_free_memory_is_no_part_of_what_a_calibration_is_known_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a calibration on a CPU goes on where more or less of it is free than when it began."""
+    pytest.importorskip("torch")
+    from calibrate.inputs import Inputs
+    from calibrate.schema import CalibrateConfig, ModelConfig
+    from calibrate.work import stages_of
+
+    asked = CalibrateConfig(model=ModelConfig("t", "tiny:smollm2-135m"), device="cpu", dtype="float32", threads=1)
+    found = []
+    for free_kilobytes in (4_000_000, 3_999_999):
+        monkeypatch.setattr("calibrate.measure.devices._kilobytes", lambda path, key, free=free_kilobytes: free)
+        inputs = Inputs(asked)
+        known = [inputs.identity(), {stage.name: stage.settings for stage in stages_of(inputs)}]
+        found.append((inputs.device.facts.memory_bytes, known))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
+
+
 def test_what_is_served_live_is_made_of_torch_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     live = Config(models=["smollm2-135m"], hardware="epyc-2core", mode="live")

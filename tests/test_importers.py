@@ -209,6 +209,8 @@ def test_writing_the_cache_is_part_of_attention(tmp_path: Path) -> None:
     after = vidur(folder).layer_tables[0]
     for name in ("decode_attention", "prefill_attention"):
         assert getattr(after, name).time_s == pytest.approx(getattr(before, name).time_s + 0.5e-3)
+    assert before.decode_attention.time_s[1, 1] == pytest.approx(2_049e-6)
+    assert after.decode_attention.time_s[1, 1] == pytest.approx(2_549e-6)
 
 
 @pytest.mark.parametrize(

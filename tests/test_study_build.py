@@ -211,6 +211,7 @@ def test_a_trace_counts_tokens_of_the_model_served_unless_a_number_says_otherwis
     (block,) = generate(parts.workload, 0)
     assert parts.workload.chars_per_token == 4.0 == parts.models["small"].profile.model.chars_per_token
     assert parts.models["small"].profile.model.tokens_of_many(block.prompt_chars).tolist() == [1000] * 5
+    assert parts.models["small"].profile.model.tokens_of_many(block.output_chars).tolist() == [100] * 5
     assert block.arrival_ns.tolist() == [i * 10**9 for i in range(5)]
     told = build(traced(tmp_path, chars_per_token=3), 0)
     assert [b.prompt_chars.tolist() for b in generate(told.workload, 0)] == [[3000] * 5]

@@ -165,6 +165,17 @@ def test_a_sweep_of_which_every_design_fails_is_a_mistake(command, tmp_path):
     assert "Traceback" not in said.err
 
 
+def test_a_line_of_a_journal_is_on_the_disk_when_it_counts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((tmp_path / "finished.jsonl").read_bytes()))
+    journal, outcome = Journal(tmp_path, OutcomeLines()), Outcome(None, "no such luck", 1.0)
+    for n, key in enumerate("ab"):
+        journal.add(Task(key, {"design": key}, ()), outcome)
+        assert len(synced) == n + 1
+        assert synced[-1] == (tmp_path / "finished.jsonl").read_bytes()
+        assert synced[-1].count(b"\n") == n + 1
+
+
 EDITED = '{"key": "a", "error": 3, "metrics": null, "wall_s": 1, "sha256": "0"}'
 
 

@@ -1,8 +1,8 @@
 """Gives every loader changed files and counts what it makes of them: read, refused with one message, or something bad.
 
 `python experiments/faults/mutants.py [--count 1000] [--seed 1] [loader ...]` writes mutants.json and mutants.md beside
-itself, each loader as it is done. The mutators and the judge are those of the tests (`tests/faults`). Loaders of
-weights need torch.
+itself, each loader as it is done; where loaders are named, the rows of the others stay. The mutators and the judge are
+those of the tests (`tests/faults`). Loaders of weights need torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ LOADERS = {
     "profiles": "profiles",
     "measured_tables": "tables of measured kernels",
     "serving_logs": "serving logs: settings, requests, series",
+    "tool_logs": "logs of benchmark tools, spans and scrapes",
+    "exit_tables": "tables of exits of one's own: CSV and Parquet",
     "gguf_files": "GGUF checkpoints",
     "hub_folders": "checkpoint folders: config, safetensors, index, tokenizer",
     "head_folders": "exit heads",
     "own_models": "shapes of models (config.json) and cards (YAML), priced",
+    "settings_files": "settings of a study: YAML, composed and checked",
     "campaign_archives": "archives of calibration campaigns",
 }
 
@@ -49,6 +52,12 @@ def tried(loader: str, count: int, seed: int) -> dict[str, object]:
         "loader": loader, "tried": len(verdicts), "read": outcomes["read"], "refused": outcomes["refused"],
         "bad": len(bad(verdicts)), "wall_s": round(perf_counter() - started_s), "bad_ones": bad(verdicts),
     }  # fmt: skip
+
+
+def recorded(seed: int) -> dict[str, dict[str, object]]:
+    """The rows that are there, by loader; none if they are of another seed."""
+    there = json.loads((FOLDER / "mutants.json").read_text())
+    return {row["loader"]: row for row in there["rows"]} if there["seed"] == seed else {}
 
 
 def table(rows: list[dict[str, object]], seed: int) -> str:
@@ -73,13 +82,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("loaders", nargs="*", help=", ".join(LOADERS))
     options = parser.parse_args()
-    rows = []
-    for loader in options.loaders or list(LOADERS):
-        rows.append(tried(loader, options.count, options.seed))
-        print({name: value for name, value in rows[-1].items() if name != "bad_ones"}, flush=True)
+    found = recorded(options.seed) if options.loaders else {}
+    now = options.loaders or list(LOADERS)
+    for loader in now:
+        found[loader] = tried(loader, options.count, options.seed)
+        print({name: value for name, value in found[loader].items() if name != "bad_ones"}, flush=True)
+        rows = [found[name] for name in LOADERS if name in found]
         files.write_text(FOLDER / "mutants.json", json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
         files.write_text(FOLDER / "mutants.md", table(rows, options.seed))
-    return 1 if any(row["bad"] for row in rows) else 0
+    return 1 if any(found[loader]["bad"] for loader in now) else 0
 
 
 if __name__ == "__main__":
