@@ -131,3 +131,8 @@ def test_settings_may_be_of_numpy_and_pathlib(tmp_path: Path) -> None:
              "server.max_running_requests": 7}  # fmt: skip
     assert with_settings(Config(), given) == with_settings(Config(), plain)
     assert with_settings(Config(), {"profile_folder": tmp_path}).profile_folder == str(tmp_path)
+
+
+def test_a_setting_has_a_name() -> None:
+    with pytest.raises(UserError, match="the dotted name of a setting"):
+        with_settings(Config(), {"": 1})

@@ -93,6 +93,8 @@ SETTINGS = [
     ("workload.arrivals.kind=closed_loop workload.arrivals.users=0", ["users=0", "Fix"]),
     ("workload.arrivals.kind=trace workload.arrivals.trace=none.csv", ["none.csv", "Fix"]),
     ("workload.lengths.output.minimum=-3", ["minimum=-3", "Fix"]),
+    (f"workload.lengths.output.minimum={10**30}", ["minimum", "at most", "lower it"]),
+    (f"workload.lengths.output={{kind:fixed,value:{10**30}}}", ["value", "at most", "lower it"]),
     ("workload.lengths.output.p50=20 workload.lengths.output.p95=1", ["workload.lengths.output.p95", "1.0", "Fix"]),
     ("workload.mix.tasks.gsm8k=-1", ["workload.mix.tasks", "-1.0", "0 or more"]),
     ("workload.mix.drift=step workload.mix.at=0.5", ["workload.mix.", "after"]),

@@ -47,6 +47,8 @@ def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
 
 def _names_in(config: Any, path: str) -> _Names:
     """The names in a dotted path. An entry of a mapping may have dots in its own name, as arms of a model's name do."""
+    if not path:
+        raise UserError("setting", path, "the dotted name of a setting, such as server.replicas", "name one")
     place, left, names = config, path, []
     while left:
         keys = [str(key) for key in place if f"{left}.".startswith(f"{key}.")] if isinstance(place, dict) else []

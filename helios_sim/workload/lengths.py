@@ -36,6 +36,7 @@ class Fixed:
 
     def __post_init__(self) -> None:
         require_count("workload.lengths.value", self.value, "give a length of at least 1")
+        _require_at_most("workload.lengths.value", self.value)
 
     def sampler(self, rng: Generator) -> LengthSampler:
         return lambda n: np.full(n, self.value, dtype=np.int64)
@@ -155,6 +156,7 @@ Lengths = DrawnLengths | TraceLengths
 
 def _require_clip(minimum: int, maximum: int | None) -> None:
     require_count("workload.lengths.minimum", minimum, "a request has at least 1")
+    _require_at_most("workload.lengths.minimum", minimum)
     if maximum is not None and not minimum <= maximum <= LONGEST:
         raise UserError(
             "workload.lengths.maximum",
@@ -162,6 +164,11 @@ def _require_clip(minimum: int, maximum: int | None) -> None:
             f"must lie from the minimum, {minimum}, to {LONGEST}",
             "widen the range",
         )
+
+
+def _require_at_most(key: str, value: int) -> None:
+    if value > LONGEST:
+        raise UserError(key, value, f"must be at most {LONGEST}", "lower it")
 
 
 def _whole(lengths: NDArray[np.float64], minimum: int, maximum: int | None) -> NDArray[np.int64]:
