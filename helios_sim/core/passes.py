@@ -81,7 +81,7 @@ def compiler_class() -> Any:
             return str(self.module())
 
         def get_asm_str(self) -> str:
-            raise NotImplementedError
+            raise NotImplementedError  # of a part there is none: machine code is emitted of the whole
 
     class Lowering(typed.NativeLowering):  # type: ignore[misc]
         _name = "collected_lowering"

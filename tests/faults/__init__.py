@@ -41,6 +41,16 @@ class Mutant:
     write: Callable[[Path], Path]
 
 
+def one_file(what: str, name: str, content: bytes) -> Mutant:
+    """A mutant that is one file of this name."""
+
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return Mutant(what, write)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a reader made of a mutant: `outcome` is "read", "refused", or what is bad about it."""

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from faults import Mutant, changed_bytes, main
+from faults import Mutant, changed_bytes, main, one_file
 from faults.profiles import changed_parquet
 from faults.text_tables import changed_table
 
@@ -18,7 +18,7 @@ NAMES = ("wide.csv", "long.csv", "wide.parquet", "long.parquet")
 
 def mutants(seed: int) -> Iterator[Mutant]:
     rng = random.Random(seed)
-    yield _written("unchanged", NAMES[0], _tables()[NAMES[0]])
+    yield one_file("unchanged", NAMES[0], _tables()[NAMES[0]])
     while True:
         name = rng.choice(NAMES)
         content = _tables()[name]
@@ -28,7 +28,7 @@ def mutants(seed: int) -> Iterator[Mutant]:
             what, changed = changed_table(content.decode(), rng)
         else:
             what, changed = changed_parquet(content, rng)
-        yield _written(f"{name}: {what}", name, changed)
+        yield one_file(f"{name}: {what}", name, changed)
 
 
 def read(path: Path) -> None:
@@ -58,14 +58,6 @@ def _tables() -> dict[str, bytes]:
                 name = f"{layout}.{ending}"
                 found[name] = written(Path(folder), table, name).read_bytes()
     return found
-
-
-def _written(what: str, name: str, content: bytes) -> Mutant:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return Mutant(what, write)
 
 
 if __name__ == "__main__":

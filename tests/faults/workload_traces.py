@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 
-from faults import Mutant, changed_bytes, changed_json, main
+from faults import Mutant, changed_bytes, changed_json, main, one_file
 from faults.text_tables import changed_table, packed
 
 ROWS = 60
@@ -39,7 +39,7 @@ TABLES = {
 
 def mutants(seed: int) -> Iterator[Mutant]:
     rng = random.Random(seed)
-    yield _written("own.csv", "unchanged", _table("own.csv").encode())
+    yield one_file("unchanged", "own.csv", _table("own.csv").encode())
     while True:
         name = rng.choice((*TABLES, "mooncake.jsonl", "array.json"))
         if name in TABLES:
@@ -49,7 +49,7 @@ def mutants(seed: int) -> Iterator[Mutant]:
         if rng.random() < 0.15:
             how, content = packed(content, rng)
             name, what = f"{name}.gz", f"{what}; {how}"
-        yield _written(name, f"{name}: {what}", content)
+        yield one_file(f"{name}: {what}", name, content)
 
 
 def read(path: Path) -> None:
@@ -120,14 +120,6 @@ def _changed_rows(name: str, rng: random.Random) -> tuple[str, bytes]:
     text = "[" + ",\n".join(lines) + "]" if name.endswith(".json") else "\n".join(lines) + "\n"
     content = text.encode(errors="surrogatepass")
     return changed_bytes(content, rng) if kind == "bytes" else (what, content)
-
-
-def _written(name: str, what: str, content: bytes) -> Mutant:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return Mutant(what, write)
 
 
 if __name__ == "__main__":
