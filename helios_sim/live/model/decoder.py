@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import check_fits
-from helios_sim.live.kernels.interface import TORCH, Kernels, normed
+from helios_sim.live.kernels.interface import TORCH, Kernels, linear, normed
 from helios_sim.live.model.architecture import Architecture, Rope, values
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
 
@@ -136,7 +136,7 @@ def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, atten
     """Compute and store only the layer's K and V for hidden (N, d_model)."""
     x = normed(a, hidden, w.attention_norm, w.attention_norm_bias)
     bias = None if w.qkv_bias is None else w.qkv_bias[a.q_width :]
-    kv = F.linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
+    kv = linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
     k, v = kv[:, : a.n_kv_heads], kv[:, a.n_kv_heads :]
     if w.k_norm is not None:
         k = normed(a, k, w.k_norm, None)
