@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.report.format import code_span, markdown, metric_with_interval
 from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band
@@ -264,6 +264,10 @@ def _table(rows: list[list[str]]) -> list[str]:
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
+def main(words: list[str]) -> None:
+    for word in words:
+        print(record(Path(word)))
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(record(Path(argument)))
+    script(__file__, main)

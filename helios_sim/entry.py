@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
+from pathlib import Path
+from typing import NoReturn
 
 from helios_sim.streams import open_streams
 
@@ -43,6 +45,21 @@ def run(name: str, work: Callable[[list[str]], int], arguments: Sequence[str] | 
             raise
         print(f"{name}: {message}", file=sys.stderr)
         return 1
+
+
+def script(file: str, work: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a script as commands are run. A file that it needs and that is not there is a message too."""
+
+    def told(words: list[str]) -> int:
+        try:
+            return work(words) or 0
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            from helios_sim.errors import UserError
+
+            fix = "name one that is there; the head of the script says what it reads"
+            raise UserError("file", error.filename or str(error), "must be there", fix) from error
+
+    sys.exit(run(Path(file).stem, told))
 
 
 def answers(page: str, command: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from helios_sim import files, simulate
+from helios_sim.entry import script
 from helios_sim.policy.drafts import pass_time, tokens_per_pass
 from helios_sim.policy.prediction import Depths, decode_time_s, fixed_depth
 from helios_sim.profile.profile import Profile
@@ -297,7 +298,11 @@ def _figure(found: list[Row]) -> Drawing:
     return Drawing("claims", "Self-speculation with the acceptance that was published", "", figure)
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
     claims = rows()
     files.write_text(FOLDER / "results.md", page(claims))
     files.write_bytes(FOLDER / "claims.png", to_png(_figure(claims)))
+
+
+if __name__ == "__main__":
+    script(__file__, main)

@@ -26,6 +26,7 @@ from calibrate.exits.reliability import at_agreement, fit_logistic
 from calibrate.exits.texts import Split
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS, ExitOutputs, observe
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.decoder import SegmentedModel
@@ -39,7 +40,7 @@ TEXT_TOKENS, TEXTS = 256, 64  # what is trained on
 TRAINING_CHARS, CALIBRATION_CHARS, HELDOUT_SHARE = 180_000, 9_000, 0.13
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(2)
     began = time.monotonic()
 
@@ -69,7 +70,7 @@ def main() -> None:
     say(f"{texts.numel()} tokens to train on, {sum(len(p.tokens) for p in heldout)} held out")
 
     def trained(plan: LowRankPlan) -> Any:
-        kept = Path(sys.argv[1]) / f"rank_{plan.rank}.pt" if len(sys.argv) > 1 else None
+        kept = Path(words[0]) / f"rank_{plan.rank}.pt" if words else None
         if kept is not None and kept.exists():
             with torch.serialization.safe_globals([Factors]):  # nothing else is made of what the file names
                 return torch.load(kept, weights_only=True)
@@ -154,4 +155,4 @@ def _logit(p: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

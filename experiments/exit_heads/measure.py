@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from calibrate.exits.reliability import CurvePoint, at_agreement, expected_calibration_error, point
 from calibrate.exits.texts import domain_of
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.exits.replay import joint_exits
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.exits.store import SHIPPED, load_trace
@@ -42,7 +43,7 @@ def by_head(trace: ExitTrace) -> NDArray[np.float32]:
     return trace.recorded(Confidence.MAX_PROBABILITY)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     traces = {name: load_trace(name, "reference") for name in MODELS if (SHIPPED / f"{name}@reference").is_dir()}
     lines = [
         "# Exit heads: results",
@@ -297,4 +298,4 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

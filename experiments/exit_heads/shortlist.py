@@ -24,6 +24,7 @@ from calibrate.exits.texts import Split, domain_of
 from calibrate.exits.traces import HELDOUT_CHARS, PASSAGE_CHARS
 from calibrate.exits.training import choices
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import load_trace
 from helios_sim.live.checkpoint.source import find_checkpoint
@@ -38,7 +39,7 @@ CALIBRATION_CHARS = 32_000
 PASSES, CONTEXT = 40, 128
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(2)
     checkpoint = find_checkpoint(NAME)
     model = SegmentedModel.load(checkpoint, dtype=torch.bfloat16)
@@ -49,7 +50,7 @@ def main() -> None:
     read = [p.tokens for p in passages if p.split is Split.TRAIN]
     frequent = frequent_tokens(read, max(COUNTS), model.architecture.vocab_size)
     words = {n: torch.from_numpy(frequent[:n]) for n in COUNTS}
-    if sys.argv[1:] == ["time"]:
+    if words == ["time"]:
         found = json.loads(RESULT.read_text()) | {"measured": measured(model, heads, words)}
     else:
         calibration = [p for p in passages if p.split is Split.CALIBRATION]
@@ -155,4 +156,4 @@ def measured(model: SegmentedModel, heads: ExitHeads, words: Any) -> dict[str, A
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

@@ -15,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 from time import perf_counter
 
+from helios_sim.entry import script
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
 
@@ -100,11 +102,11 @@ def table(found: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     found = told_apart(tried(options.faults, options.seed))
     print({name: value for name, value in found.items() if name != "bad_ones"}, flush=True)
     (FOLDER / "inject.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -113,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(__file__, main)

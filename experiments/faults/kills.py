@@ -36,6 +36,7 @@ import httpx
 import pyarrow.parquet
 
 from helios_sim import files
+from helios_sim.entry import script
 
 FOLDER = Path(__file__).parent
 STUDY = ("+experiment=quickstart", "workload.n_requests=60", "seeds=[0,1,2,3]")
@@ -440,13 +441,13 @@ def further(place: Path) -> list[Further | Serving]:
     ]
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--further", type=int, default=5, help="of each further kind of command")
     parser.add_argument("--only", help="one further kind of command, by its name")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rng, rows, wrong = random.Random(options.seed), [], []
     if options.only is not None:
         before = json.loads((FOLDER / "kills.json").read_text())
@@ -502,4 +503,4 @@ def record(seed: int, rows: list[dict[str, object]], wrong: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(__file__, main)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(FOLDER))
 from kills import CALIBRATION, left_over, of_calibration, results  # noqa: E402
 
 from helios_sim import files  # noqa: E402
+from helios_sim.entry import script  # noqa: E402
 
 LONGEST_S = 120.0
 HALF_WRITTEN = (".tmp", ".part", ".partial")
@@ -340,12 +341,12 @@ def table(rows: Sequence[dict[str, object]], seed: int) -> str:
     return "\n".join([*lines, "", f"In all {total['tried']} tried, {total['bad']} bad.", ""])
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="faults or commands with this word in their names")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rows: list[dict[str, object]] = []
     for target in TARGETS:
         faults = [fault for fault in FAULTS if options.only in fault or options.only in target.name]
@@ -359,4 +360,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(__file__, main)

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from helios_sim import files
+from helios_sim.entry import script
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
@@ -76,12 +77,12 @@ def table(rows: list[dict[str, object]], seed: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("loaders", nargs="*", help=", ".join(LOADERS))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     found = recorded(options.seed) if options.loaders else {}
     now = options.loaders or list(LOADERS)
     for loader in now:
@@ -94,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(__file__, main)

@@ -8,7 +8,7 @@ between a client and the engine's loop, from time to first token of the rows who
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from helios_sim.api import study_config
+from helios_sim.entry import script
 from helios_sim.study.schema import Config
 from helios_sim.validate.silicon import INFERENCEMAX, SHIPPED, Row, job_of, predict, preset_for, read_rows
 from helios_sim.vary.settings import with_settings
@@ -81,5 +82,11 @@ def fit_front(preset: str, rows: Sequence[Row], ttft_ms: NDArray[np.float64]) ->
     print(f"  mean error of TTFT {np.abs(found.fun).mean():.1%}, bias {found.fun.mean():+.1%}")
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=SHIPPED)
+    main(parser.parse_args(words).file)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else SHIPPED)
+    script(__file__, command)

@@ -7,11 +7,12 @@ the run is simulated under twenty such draws, beside the run without it.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
+from helios_sim.entry import script
 from helios_sim.study.modes import FidelityConfig
 from helios_sim.validate.logs import ServingLog, Times, read_log
 from helios_sim.validate.replay import Quantities, Shared, estimate, estimated_from, run_once
@@ -65,6 +66,14 @@ def main(folder: Path, prompts: int, tokens: int) -> None:
         print("  with over measured:        " + ", ".join(f"{x:+.1%}" for x in np.mean(found, axis=0) / measured - 1))
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("prompts", nargs="?", type=int, default=32)
+    parser.add_argument("tokens", nargs="?", type=int, default=608)
+    options = parser.parse_args(words)
+    main(options.log, options.prompts, options.tokens)
+
+
 if __name__ == "__main__":
-    numbers = [int(word) for word in sys.argv[2:]] or [32, 608]
-    main(Path(sys.argv[1]), *numbers)
+    script(__file__, command)

@@ -8,13 +8,13 @@ run.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helios_sim import files, simulate, study_config
+from helios_sim.entry import script
 from helios_sim.report.metrics import DEFINITIONS, Band, Better
 from helios_sim.study.schema import Config
 from helios_sim.vary.settings import with_settings
@@ -173,4 +173,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script(__file__, main)

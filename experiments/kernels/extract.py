@@ -10,7 +10,7 @@ the wheel is read.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from helios_sim.entry import script
 
 TARGET = Path(__file__).parents[2] / "helios_sim" / "data" / "kernels"
 TABLES = "aiconfigurator_core/systems/data"
@@ -109,5 +111,11 @@ def of_trtllm(source: Path, card: str, folder: Path) -> int:
     return total + written(table, "custom_allreduce", folder / "custom_allreduce.parquet")
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    main(parser.parse_args(words).wheel)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    script(__file__, command)

@@ -9,7 +9,7 @@ folder that it was unpacked into) those are held against the 8-bit weights that 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from extract import only, read
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from helios_sim.entry import script
 from helios_sim.profile.catalog import published_model
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of
@@ -153,5 +154,11 @@ def main(wheel: Path | None) -> None:
     integers(WEIGHTS, (4, 8), wheel)
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", nargs="?", type=Path)
+    main(parser.parse_args(words).wheel)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    script(__file__, command)

@@ -7,11 +7,13 @@ experts, which it was not made from, are printed beside it.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 from extract import read
+
+from helios_sim.entry import script
 
 LEAST_MS = 0.1
 QUANTILES = (0.05, 0.5, 0.95)
@@ -33,5 +35,11 @@ def main(wheel: Path) -> None:
     print(f"while iterations run: {found['decodes'][0]:.0f} to {found['prompts'][-1]:.0f} W")
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    main(parser.parse_args(words).wheel)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    script(__file__, command)

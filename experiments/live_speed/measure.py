@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.exits.artificial import no_exits
 from helios_sim.exits.replay import offline_exits
 from helios_sim.exits.rule import Confidence, FullDepth
@@ -216,7 +217,7 @@ def _agreement(
     return {"same_tokens_share": share, "logit_gaps_at_first_difference": gaps}
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float32"))
@@ -225,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kept", type=Path, help="folder for the unpacked weights of the other side")
     parser.add_argument("--record", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.threads:
         torch.set_num_threads(options.threads)
     checkpoint = find_checkpoint(options.model)
@@ -260,4 +261,4 @@ def _transformers_version() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

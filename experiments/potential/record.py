@@ -6,11 +6,11 @@ Each OUT is the folder of a `python -m calibrate +task=potential`. Writes result
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.report.figures.style import (
     BASELINE_COLOR,
     MODEL_COLORS,
@@ -77,4 +77,4 @@ def _figure(found: list[dict[str, Any]]) -> Drawing:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script(__file__, main)

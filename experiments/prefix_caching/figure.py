@@ -7,7 +7,7 @@ serve the same trace, with a mark at every switch and raise.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,6 +17,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
+
+from helios_sim.entry import script
 
 ARMS = {  # colour, and what the line says
     "cap": ("#0fa08a", "16 of 32 layers: a token takes half the memory"),
@@ -55,5 +57,11 @@ def main(output: Path) -> None:
     figure.savefig(Path(__file__).with_name("found.png"), dpi=150)
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    main(parser.parse_args(words).output)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    script(__file__, command)

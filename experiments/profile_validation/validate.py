@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from helios_sim import files
+from helios_sim.entry import script
 from helios_sim.profile.catalog import HARDWARE, MODELS
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.devices import device_of
@@ -249,7 +250,11 @@ def tables() -> str:
     return "\n".join((held_out(), layer_operations(), attention(), end_to_end(), rules()))
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
     text = tables()
     print(text)
     files.write_text(Path(__file__).parent / "tables.md", text)
+
+
+if __name__ == "__main__":
+    script(__file__, main)

@@ -1,4 +1,4 @@
-"""What replaying a trace leaves out: `python experiments/replay_gap/measure.py [MODEL] [requests=N]`.
+"""What replaying a trace leaves out: `python experiments/replay_gap/measure.py [MODEL] [--requests N]`.
 
 Serves the same prompts live at full depth, under every cap, and with per-token exits under both KV rules. What a
 replay predicts for each rule is read off the full-depth answers: their exits, scored in one pass. Beside it stands what
@@ -9,8 +9,8 @@ results.md beside this file. Times are not measured here, so nothing else need r
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from calibrate.exits.hidden import start_token, states
 from calibrate.exits.traces import observe
 from helios_sim import files
 from helios_sim.config import register, to_config
+from helios_sim.entry import script
 from helios_sim.exits.rule import Confidence, PerToken
 from helios_sim.help import conf_folder
 from helios_sim.live.model.decoder import SegmentedModel
@@ -257,7 +258,13 @@ def write_tables() -> None:
     files.write_text(FOLDER / "results.md", "\n".join(lines).rstrip() + "\n")
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="smollm2-135m", choices=sorted(THRESHOLDS))
+    parser.add_argument("--requests", type=int, default=40)
+    options = parser.parse_args(words)
+    main(options.model, options.requests)
+
+
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if "=" not in word]
-    counts = [int(word.split("=")[1]) for word in sys.argv[1:] if word.startswith("requests=")]
-    main(words[0] if words else "smollm2-135m", counts[0] if counts else 40)
+    script(__file__, command)

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from helios_sim import files
+from helios_sim.entry import script
 
 FOLDER = Path(__file__).parent
 RUNS = FOLDER / "runs.jsonl"
@@ -99,11 +100,11 @@ def draw(runs: list[Run]) -> None:
         figure.savefig(out, dpi=120)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sizes", nargs="*", metavar="REQUESTSxREPLICAS")
     parser.add_argument("--draw", action="store_true", help="draw and print what was recorded, run nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for size in [] if options.draw else options.sizes or SIZES:
         requests, replicas = (int(part) for part in size.split("x"))
         run = timed(requests, replicas)
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

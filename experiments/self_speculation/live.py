@@ -1,4 +1,4 @@
-"""Self-speculation on a real model: `python experiments/self_speculation/live.py [requests=N]`.
+"""Self-speculation on a real model: `python experiments/self_speculation/live.py [--requests N]`.
 
 Serves the same prompts live in float32 at full depth and with drafts at each exit, and compares the texts token by
 token. Beside the acceptance stands what is predicted of it: by one pass over the full-depth answers that looks at every
@@ -8,7 +8,7 @@ measured here, so nothing else need rest meanwhile.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from helios_sim import files, load_trace, study_config
+from helios_sim.entry import script
 from helios_sim.exits.rule import SelfSpeculation
 from helios_sim.live.answers import Answer, score
 from helios_sim.live.exits import ExitReader
@@ -125,7 +126,7 @@ def accepted(texts: Iterable[Sequence[bool]]) -> float:
 def page(outcomes: Sequence[Outcome], requests: int) -> str:
     first = outcomes[0]
     said = f"{MODEL} in float32, {first.answers} answers, {first.tokens:,} tokens, {DRAFTS} drafts a pass"
-    command = f"`python experiments/self_speculation/live.py requests={requests}`"
+    command = f"`python experiments/self_speculation/live.py --requests {requests}`"
     lines = ["# self_speculation: live", "", f"Made by {command}: {said}."]
     lines += ["", "| exit | answers equal to full depth's | acceptance | one pass over the answers | shipped trace |"]
     lines += ["| ---: | ---: | ---: | ---: | ---: |"]
@@ -135,6 +136,11 @@ def page(outcomes: Sequence[Outcome], requests: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=40)
+    main(parser.parse_args(words).requests)
+
+
 if __name__ == "__main__":
-    (count,) = [int(word.removeprefix("requests=")) for word in sys.argv[1:]] or [40]
-    main(count)
+    script(__file__, command)

@@ -1,4 +1,4 @@
-"""The speed of drafts on a real model: `python experiments/self_speculation/speed.py [seconds=150] [passes=3]`.
+"""The speed of drafts on a real model: `python experiments/self_speculation/speed.py [--seconds 150] [--passes 3]`.
 
 SmolLM2 in float32 on one thread is measured (`seconds` for its profile), then serves the same prompts at full depth and
 with drafts in turns, full depth first and last. Full depth's answers, looked at once more at every exit, are the trace
@@ -11,6 +11,7 @@ weights and texts of `make models`.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from helios_sim import files, study_config
 from helios_sim.engine.simulated import ModelData
+from helios_sim.entry import script
 from helios_sim.exits.rule import Confidence, SelfSpeculation
 from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.live import engine, pace
@@ -258,7 +260,7 @@ def span_ns(records: Records) -> int:
 
 
 def page(found: Mapping[str, Compared], seconds: float, passes: int) -> str:
-    command = f"`python experiments/self_speculation/speed.py seconds={seconds:g} passes={passes}`"
+    command = f"`python experiments/self_speculation/speed.py --seconds {seconds:g} --passes {passes}`"
     lines = ["# self_speculation: speed, live and simulated", ""]
     lines += [f"Made by {command}: {MODEL} in float32 on one thread, simulated at the machine's pace. Times are the "
               "processor's.", ""]  # fmt: skip
@@ -285,6 +287,13 @@ def page(found: Mapping[str, Compared], seconds: float, passes: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=150.0, help="for the profile")
+    parser.add_argument("--passes", type=int, default=3)
+    options = parser.parse_args(words)
+    main(options.seconds, options.passes)
+
+
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    main(float(given.get("seconds", 150)), int(given.get("passes", 3)))
+    script(__file__, command)

@@ -26,6 +26,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from helios_sim.entry import script
+
 HERE = Path(__file__).parent
 TOKENS, PROMPT, REQUESTS, AT_ONCE = 24, 64, 32, 2
 NEAR_MS, NEAR = 2.0, 0.02
@@ -291,14 +293,14 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{found['about']}\n"
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=Path, default=Path(".venv-clients"))
     parser.add_argument("--tokenizer", type=Path, help="of SmolLM2; left out: the one that the cache holds")
     parser.add_argument("--calibrate_s", type=float, default=50.0, help="for each client; 0: the shipped profile")
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--write", action="store_true", help="keep the result beside this script")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     from helios_sim.live.checkpoint.known import KNOWN, cache_folder
 
     known = cache_folder() / "tokenizers" / KNOWN["smollm2-135m"].sha256
@@ -331,4 +333,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(__file__, main)

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helios_sim.entry import script
+
 HERE = Path(__file__).parent
 KEY = "stress-" + "k" * 20
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
@@ -305,7 +307,7 @@ def _mib(one: dict[str, Any]) -> str:
     return " / ".join(f"{one['memory_mib'][name]:.0f}" for name in ("engine", "front"))
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=24)
@@ -313,7 +315,7 @@ def main() -> int:
     parser.add_argument("--speedup", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="keep the result beside this script")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     found = asyncio.run(run(arguments))
     if arguments.write:
         (HERE / "stress.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -325,4 +327,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     socket.setdefaulttimeout(300)
-    sys.exit(main())
+    script(__file__, main)

@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 
 from helios_sim import files
+from helios_sim.entry import script
 
 FOLDER = Path(__file__).parent
 # Byte code is kept, as for any user: to compile the sources of the package takes 0.2 s.
@@ -182,11 +183,11 @@ def markdown(machine: dict[str, str], rows: list[Row], unit_cpu_s: float) -> str
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     cores = os.cpu_count() or 1
     machine = {"machine": platform.machine(), "cores": str(cores), "python": platform.python_version()}
     machine |= {name: version(name) for name in LIBRARIES}
@@ -205,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from helios_sim.__main__ import collect_rarely
 from helios_sim.config import register, to_config
+from helios_sim.entry import script
 from helios_sim.help import conf_folder
 from helios_sim.request import RequestRecord
 from helios_sim.simulation import Run
@@ -53,12 +54,12 @@ def digest(records: list[RequestRecord], run: Run) -> str:
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiment", default="speed_w1")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for job in jobs(options.experiment, options.overrides):
         fleet = build_fleet(job.config, job.seed)
         wall_s, cpu_s = [], []
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(__file__, main)

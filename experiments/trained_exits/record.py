@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from calibrate.report.page import Table
 from calibrate.report.trained import by_agreement, by_exit
 from helios_sim import files
 from helios_sim.api import simulate
+from helios_sim.entry import script
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import read_trace
 from helios_sim.exits.trace import ExitTrace
@@ -163,4 +163,4 @@ def figure(traces: dict[str, ExitTrace]) -> Drawing:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script(__file__, main)
