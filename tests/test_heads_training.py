@@ -126,7 +126,7 @@ def test_own_heads_have_no_check() -> None:
 
 
 def test_the_largest_logits_are_those_of_topk() -> None:
-    from calibrate.exits.training import largest
+    from helios_sim.live.model.predictors import largest
 
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 1_001)))
     values, places = largest(logits, 6, run=64)

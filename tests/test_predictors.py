@@ -12,10 +12,10 @@ from helios_sim import study_config
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
 from helios_sim.exits.replay import replay
-from helios_sim.exits.rule import WORDS, Confidence, FixedCap, Near, PerToken, require_live
+from helios_sim.exits.rule import WORDS, Confidence, FixedCap, Near, PerToken
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.answers import fault_of
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement, require_live as live_deployment
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
 from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.profile.predictor import NAME, WIDTH, with_predictor
 from helios_sim.profile.resolve import find_profile
@@ -192,10 +192,6 @@ def test_what_a_predictor_cannot_tell_is_refused_by_name() -> None:
             workload(1, 5, 4), make_policy(
                 "early_exit", {"threshold": 0.5, "confidence": "predictor", "checkpoints": [3]}), trace,
         )  # fmt: skip
-    with pytest.raises(UserError, match=r"exits.confidence='predictor'"):
-        require_live(PREDICTOR)
-    with pytest.raises(UserError, match="near_tokens"):
-        live_deployment(PerToken(0.5, HEAD, None, NEAR), BatchingRule.EACH_TOKEN, KvRule.PROPAGATE)
     known = run(workload(1, 5, 4), full_depth(layers=N_LAYERS), trace).run.servers[0]._replica.situation
     for wrong in (
         exiting(PerToken(0.5, HEAD, (2,), Near(11, 1))), exiting(PerToken(0.5, HEAD, (2,), Near(2, -1))),

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibrate.exits.hidden import Passage, batches, start_token, states
-from calibrate.exits.training import largest
 from calibrate.stages import NotEnoughTime
-from helios_sim.exits.rule import WORDS
-from helios_sim.live.model.predictors import Predictors, Tensors, features, logit, normed, untrained
+from helios_sim.live.model.predictors import Predictors, Tensors, features, likeliest, logit, normed, untrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +30,7 @@ SURE = 0.5  # from which SpecEE asks the head
 
 def proposed(model: SegmentedModel, heads: ExitHeads, first: Tensor) -> Tensor:
     """The words (n, WORDS) that the first exit finds likeliest, from the states (n, d) there."""
-    return largest(normed(model, heads, 0, first) @ model.outer.head.T, WORDS)[1]
-
-
-def signed(predicted: Tensor, choice: Tensor, words: Tensor) -> Tensor:
-    """The measure `predictor`, (n,): negative where the exit's own word (n,) is none of the words (n, WORDS)."""
-    return predicted * ((words == choice[:, None]).any(-1).float() * 2 - 1)
+    return likeliest(normed(model, heads, 0, first) @ model.outer.head.T)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,14 @@ from numpy.typing import NDArray
 
 from calibrate.drafts import kept
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
-from calibrate.exits.predictors import proposed, signed
+from calibrate.exits.predictors import proposed
 from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
-from calibrate.exits.training import largest
 from calibrate.measure.devices import cpuinfo
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
-from helios_sim.live.model.predictors import features
+from helios_sim.live.model.predictors import features, largest, signed
 from helios_sim.provenance import Provenance, ProvenanceClass
 
 if TYPE_CHECKING:

@@ -258,10 +258,7 @@ def look(r: Record, request: Record, x: Trace, row: int, work: Table) -> int:
 
     With predictors the first exit's head proposes words. Its own word is among them, and it is not asked again.
     """
-    checks, past, leaf, last = r.always_checks, request.recent, 0, r.rule_exit
-    while past:
-        checks |= x.near[(past & EXIT_MASK) - 1]
-        past >>= EXIT_BITS
+    checks, leaf, last = looking(r.always_checks, request.recent, x.near), 0, r.rule_exit
     sure, asked = x.sure[row], x.sure[row] | x.in_vain[row]
     if r.proposes:
         work[0].checked_tokens += 1
@@ -278,8 +275,22 @@ def look(r: Record, request: Record, x: Trace, row: int, work: Table) -> int:
                 break
         leaf += 1
     if r.recent_mask:
-        request.recent = ((request.recent << EXIT_BITS) | (leaf + 1)) & r.recent_mask
+        request.recent = remembered(request.recent, leaf, r.recent_mask)
     return leaf
+
+
+def looking(always: int, recent: int, near: Numbers) -> int:
+    """The exits that look at a request's next token, as bits: those that always do, and those near its latest."""
+    checks = always
+    while recent:
+        checks |= near[(recent & EXIT_MASK) - 1]
+        recent >>= EXIT_BITS
+    return checks
+
+
+def remembered(recent: int, leaf: int, mask: int) -> int:
+    """The exits of a request's latest tokens once one has left at this exit."""
+    return ((recent << EXIT_BITS) | (leaf + 1)) & mask
 
 
 def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:

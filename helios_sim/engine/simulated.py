@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from helios_sim.core.layout import (
     AGREES_THERE,
     BREACHES_THERE,
-    EXIT_BITS,
     FOREVER_NS,
     LEAF_BITS,
     MILLIONTHS,
@@ -36,6 +35,7 @@ from helios_sim.exits.rule import (
     ReleaseEarly,
     SelfSpeculation,
 )
+from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import BoundTrace, ExitTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
 from helios_sim.policy.telemetry import Observation, Released, Situation
@@ -283,21 +283,17 @@ def _looks(trace: ExitTrace, rule: ExitRule | None) -> tuple[dict[str, int], tup
     none = np.zeros(0, np.int64)
     if not isinstance(rule, PerToken) or not rule.looks:
         return {"looks": 0, "proposes": 0, "always_checks": 0, "recent_mask": 0}, (none, none, none)
-    depths, proposes = np.array(trace.exits), MEASURES[rule.confidence].proposes
-    bits = np.left_shift(1, np.arange(len(depths) - 1))
-    always = np.array([rule.checks_at(depth) or (proposes and e == 0) for e, depth in enumerate(trace.exits[:-1])])
-    tokens, layers = (0, -1) if rule.near is None else (rule.near.tokens, rule.near.layers)
+    schedule, proposes = schedule_of(trace.exits, rule), MEASURES[rule.confidence].proposes
+    bits = np.left_shift(1, np.arange(len(trace.exits) - 1))
     rules = {
-        "looks": 1, "proposes": int(proposes), "always_checks": int(always @ bits),
-        "recent_mask": (1 << EXIT_BITS * tokens) - 1,
+        "looks": 1, "proposes": int(proposes), "always_checks": schedule.always, "recent_mask": schedule.recent_mask,
     }  # fmt: skip
     sure: IntArray = trace.confident_at(rule.threshold, rule.confidence)[:, :-1].astype(np.int64) @ bits
     in_vain: IntArray = np.zeros_like(sure)
     if proposes:
         asked = trace.recorded(rule.confidence)[:, :-1] <= -np.float32(rule.threshold)
         in_vain = asked.astype(np.int64) @ bits
-    near: IntArray = (np.abs(depths[:, None] - depths[:-1]) <= layers).astype(np.int64) @ bits
-    return rules, (sure, in_vain, near)
+    return rules, (sure, in_vain, schedule.near)
 
 
 def _released(

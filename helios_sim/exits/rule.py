@@ -14,11 +14,11 @@ reads it, and settings accept its name.
   suits all exits; values can lie below 0.
 - hidden_similarity: the cosine of the hidden states after the exit's layer and after the layer before it, 0 where it is
   negative (CALM's hidden-state saturation: a state that no longer moves will give the same token). An exit trace
-  records it; live serving keeps only the state after the exit.
+  records it; live serving keeps only the states after exits.
 - predictor: SpecEE's (arXiv 2504.08850): a small network reads what an exit says of `WORDS` words that the first exit's
   head proposed, and predicts whether one of them is the exit's word and full depth's. Where it says so, the head is
   asked, and the token leaves if the head's word is one of those. Where it is none of them, the measure is negative: the
-  head is asked in vain. Live serving does not keep the words.
+  head is asked in vain.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ class Measure:
     by_head: bool = True
     probability: bool = False  # it is meant as the probability of agreement, so its reliability can be judged
     lowest: float = 0.0
-    neighbours: bool = False  # it compares the states of two layers, which live serving does not keep
-    proposes: bool = False  # it looks at words that the first exit proposed, which live serving does not keep either
+    neighbours: bool = False  # it compares the states of two neighbouring layers, which live serving does not keep
+    proposes: bool = False  # it looks at words that the first exit proposed
 
     @property
     def live(self) -> bool:
-        return not (self.neighbours or self.proposes)
+        return not self.neighbours
 
 
 MEASURES: Mapping[Confidence, Measure] = {
@@ -156,7 +156,7 @@ def require_live(confidence: Confidence) -> None:
     if not MEASURES[confidence].live:
         live = listed(c for c, measure in MEASURES.items() if measure.live)
         raise UserError(
-            "exits.confidence", confidence.value, f"live serving keeps the state after an exit's layer alone: {live}",
+            "exits.confidence", confidence.value, f"live serving keeps no state of the layer before an exit's: {live}",
             "choose one of these, or simulate with a trace that records it",
         )  # fmt: skip
 

@@ -72,8 +72,7 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
                             "correct the path")  # fmt: skip
         return read_table(Path(source).expanduser(), model)[0]
     with reading("exits.source", shortened(source), "is no path", "name a folder, or a shipped source"):
-        shipped = SHIPPED / f"{model}@{source}"
-        folder = shipped if (shipped / HEADER).is_file() else Path(source).expanduser()
+        folder = folder_of(model, source)
     if not is_there(folder / HEADER):
         names = sorted(p.parent.name for p in SHIPPED.glob(f"*/{HEADER}"))
         raise UserError(
@@ -88,6 +87,12 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
             "exits.source", source, f"the trace there is of {trace.model}, not {model}", "name another folder"
         )
     return trace
+
+
+def folder_of(model: str, source: str) -> Path:
+    """Where a recorded trace would lie: that of a shipped source's name, or the path itself."""
+    shipped = SHIPPED / f"{model}@{source}"
+    return shipped if (shipped / HEADER).is_file() else Path(source).expanduser()
 
 
 def _sources_of(model: str) -> str:

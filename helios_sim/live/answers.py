@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helios_sim.exits.rule import ExitRule, FixedCap, PerToken
+from helios_sim.exits.rule import MEASURES, ExitRule, FixedCap, PerToken
 from helios_sim.live.exits import ExitReader, ObservedToken, OwedToken
+from helios_sim.live.looks import Foresight
 from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
@@ -96,13 +97,15 @@ def score(
     n = len(answer.tokens)
     ids = [*answer.prompt, *answer.tokens][: model.architecture.max_context_tokens]
     measure = exit_rule.confidence if isinstance(exit_rule, FixedCap | PerToken) else None
+    foresight = Foresight(model, exits) if measure is not None and MEASURES[measure].proposes else None
     hidden, step = _embedded(model, ids[:-1])
     choices, confidences, start = [], [], 0
-    for depth in data.exits:
+    for e, depth in enumerate(data.exits):
         hidden = model.run(hidden, start, depth, step)
-        said = exits.read(model, depth, hidden[-n:], measure)
+        said = exits.read(model, depth, hidden[-n:], measure if foresight is None else None)
         choices.append(said.tokens)
-        confidences.append(said.confidence or [0.0] * len(said.tokens))
+        sure = said.confidence if foresight is None else foresight.says(e, hidden[-n:], said)
+        confidences.append(sure or [0.0] * len(said.tokens))
         start = depth
     return observation(data, answer, np.array(choices).T, np.array(confidences).T, exit_rule, now_ns)
 

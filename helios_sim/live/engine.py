@@ -12,8 +12,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
+
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import Clairvoyant, Confidence, ExitRule, FixedCap, PerToken, SelfSpeculation
+from helios_sim.exits.rule import MEASURES, Clairvoyant, Confidence, ExitRule, FixedCap, PerToken, SelfSpeculation
+from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
 from helios_sim.live.clock import WallClock
@@ -259,9 +262,11 @@ class LiveEngine:
         return answer
 
     def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
-        per_token = isinstance(plan.exit_rule, PerToken)
+        per_token, schedule = isinstance(plan.exit_rule, PerToken), None
+        if isinstance(plan.exit_rule, PerToken) and plan.exit_rule.looks:
+            schedule = schedule_of(self._models[plan.model].exits, plan.exit_rule)
         rows = []
-        for answer in answers[: plan.decoding]:
+        for answer, member in zip(answers[: plan.decoding], plan.members, strict=False):
             seen = ObservedToken() if _observed(plan, answer) else None
             deep = per_token or seen is not None
             slot, at = self.work.slots.of(answer.request.request_id), answer.cached
@@ -269,6 +274,7 @@ class LiveEngine:
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
                 asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
                 more=len(answer.tokens) + 1 < answer.planned_tokens,
+                checks=None if schedule is None else schedule.looking(member.recent),
             ))  # fmt: skip
         return rows
 
@@ -396,7 +402,7 @@ class LiveEngine:
         ]
         return Outcome(
             end_ns=max(now_ns + 1, self._env.wall_ns),
-            profile=self._models[plan.model].profile,
+            profile=self._models[plan.model].pricing(plan.exit_rule),
             composition=tally.composition(plan, chunks),
             decoded=[self._token(answer, row) for answer, row in zip(answers, rows, strict=False)],
             prefilled=[self._token(answer, row) for answer, row in first],
@@ -468,7 +474,7 @@ class ReplayingEngine(LiveEngine):
     def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
         rows = super()._rows(plan, answers)
         for row, answer, member in zip(rows, answers, plan.members, strict=False):
-            row.recorded = self._confident(plan, answer, member)
+            row.recorded, row.asked = self._confident(plan, answer, member), self._asked(plan, answer, member)
         return rows
 
     def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
@@ -496,6 +502,16 @@ class ReplayingEngine(LiveEngine):
         trace, span = self._models[plan.model].trace.trace, member.span
         at = span.first + (span.start + len(answer.tokens)) % span.length
         return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
+
+    def _asked(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
+        """Whether predictors ask the head at each depth, in vain or not; None where none look."""
+        rule = plan.exit_rule
+        if not isinstance(rule, PerToken) or not MEASURES[rule.confidence].proposes:
+            return None
+        trace, span = self._models[plan.model].trace.trace, member.span
+        at = span.first + (span.start + len(answer.tokens)) % span.length
+        asked = abs(trace.recorded(rule.confidence)[at]) >= np.float32(rule.threshold)
+        return dict(zip(trace.exits, asked.tolist(), strict=True))
 
     def _recorded(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule

@@ -18,6 +18,7 @@ from torch import Tensor
 from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, FixedCap, PerToken, require_live
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
+from helios_sim.live.model.predictors import Predictors
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.serving.iteration import Plan
 
@@ -59,6 +60,8 @@ class Row:
     owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
     sure: bool = False  # was confident at some exit
     recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
+    asked: Mapping[int, bool] | None = None  # the same where predictors look: whether the head is asked there
+    checks: int | None = None  # exits that look at it, as bits; None: those of the rule
     choice: Choice | None = None  # of the next token; None: the likeliest
     more: bool = False  # another token of its request is planned after the next
     chosen: int | None = None  # the next token
@@ -150,8 +153,8 @@ class HeadOutput:
 class ExitReader:
     """Reads a model's exits by depth. At a depth without heads the model's own norm and LM head are used."""
 
-    def __init__(self, heads: ExitHeads, n_layers: int) -> None:
-        self.heads = heads
+    def __init__(self, heads: ExitHeads, n_layers: int, predictors: Predictors | None = None) -> None:
+        self.heads, self.predictors = heads, predictors
         self._index = {depth: i for i, depth in enumerate((*heads.exits, n_layers))}
 
     @torch.inference_mode()
@@ -309,12 +312,12 @@ class ExitDecider:
         on the hidden state get their token in `finish`. `said`: what the head says, where that is known already.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
-        asking = [i for i, row in enumerate(rows) if row.asks and i not in stops and self._checks_at(end)]
+        asking = [i for i, row in enumerate(rows) if row.asks and i not in stops and self._asks(row, band, end)]
         leaving: set[int] = set()
         if asking and not self._by_head:
             tally.add("classifier_tokens", band, len(asking))
             assert self._measure is not None
-            sure = self._exits.check(end, _some(states, asking), self._measure) >= self._threshold
+            sure = self._exits.check(end, some(states, asking), self._measure) >= self._threshold
             leaving = self._exiting(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
@@ -326,7 +329,7 @@ class ExitDecider:
         asks_head = self._by_head and bool(asking)
         measure = self._measure if observed or watched or asks_head else None
         if said is None:
-            said = self._said(end, [rows[i] for i in through], _some(states, through), measure)
+            said = self._said(end, [rows[i] for i in through], some(states, through), measure)
         confidence = said.confidence or [0.0] * len(through)
         if asks_head:
             by_row = dict(zip(through, confidence, strict=True))
@@ -346,6 +349,9 @@ class ExitDecider:
                 row.breach = i in watched and self._measure is not None and not (
                     row.sure or _confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
+
+    def _asks(self, row: Row, band: int, end: int) -> bool:
+        return self._checks_at(end) if row.checks is None else bool(row.checks >> band & 1)
 
     def _said(self, end: int, rows: Sequence[Row], states: Tensor, measure: Confidence | None) -> HeadOutput:
         """What the head says of the rows' states; captured, unless a row chooses from the logits itself."""
@@ -372,7 +378,7 @@ class ExitDecider:
         for row in left:
             row.layers = end
         tally.sampled(len(left))
-        adapted = self._exits.adapted(self._model, end, _some(states, going))
+        adapted = self._exits.adapted(self._model, end, some(states, going))
         self._waiting.append((left, adapted.clone() if adapted is states else adapted))  # a later band may overwrite it
 
     def _exiting(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
@@ -388,5 +394,6 @@ def _confident(row: Row, depth: int, sure: bool) -> bool:
     return sure if row.recorded is None else row.recorded[depth]
 
 
-def _some(states: Tensor, rows: Sequence[int]) -> Tensor:
+def some(states: Tensor, rows: Sequence[int]) -> Tensor:
+    """The states (n, ...) of these rows, which ascend."""
     return states if len(rows) == len(states) else states[list(rows)]

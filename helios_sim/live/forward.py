@@ -14,8 +14,9 @@ from torch import Tensor
 
 from helios_sim.exits.rule import PerToken
 from helios_sim.live.ahead import RunAhead
-from helios_sim.live.exits import Chunk, ExitDecider, ExitReader, OwedToken, Row, Tally
+from helios_sim.live.exits import Chunk, ExitReader, OwedToken, Row, Tally
 from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.looks import decider
 from helios_sim.live.memory.decodes import Decodes, decode_step
 from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
@@ -56,7 +57,7 @@ class Forward:
         self._exits, self._captured, self._ahead = exits, captured, ahead
         self._one_pass = one_pass
         self._lazy = plan.batching is BatchingRule.LAZY
-        self._leaving = ExitDecider(model, exits, plan.exit_rule, self._lazy, captured)
+        self._leaving = decider(model, exits, plan.exit_rule, self._lazy, captured)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from helios_sim.errors import UserError, WeightsError, lacking
+from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, PerToken
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.interrupt import is_asked
 from helios_sim.live.checkpoint.known import cache_folder
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from helios_sim.live.checkpoint.source import Checkpoint
     from helios_sim.live.model.heads import ExitHeads
+    from helios_sim.live.model.predictors import Predictors
     from helios_sim.live.model.weights import TensorSource
 
 LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
@@ -104,9 +106,14 @@ class LiveModel:
     profile: Profile
     trace: BoundTrace
     replays: bool = False
+    predictors: Predictors | None = None  # of the heads' exits; None: there are none
     start_token: int | None = field(init=False)  # begins a text, if the vocabulary has one
+    _where_predictors_look: Profile = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        there = self.profile.check_predictor is not None
+        looking = self.profile.checking(Confidence.PREDICTOR) if there else self.profile
+        object.__setattr__(self, "_where_predictors_look", looking)
         # Looked up once, since get_vocab() builds the dictionary anew at every call.
         object.__setattr__(self, "start_token", start_token(self.tokenizer, self.checkpoint.architecture.vocab_size))
 
@@ -121,6 +128,11 @@ class LiveModel:
     def exits(self) -> tuple[int, ...]:
         """Depths at which a token may exit; the last is full depth."""
         return self.trace.trace.exits
+
+    def pricing(self, rule: ExitRule) -> Profile:
+        """The profile that prices what runs under the rule."""
+        looks = isinstance(rule, PerToken) and MEASURES[rule.confidence].proposes
+        return self._where_predictors_look if looks else self.profile
 
     def lengths(self, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         """Prompt tokens, including what was answered so far, and the span of what is still to be answered."""
@@ -164,7 +176,10 @@ def start_token(tokenizer: Any, vocab_size: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class OpenSettings:
-    """How to open models. `weights` and `heads` are given by model, if not to be found by the model's name."""
+    """How to open models. `weights` and `heads` are given by model, if not to be found by the model's name.
+
+    `predictors`: by model the folder in which they lie, where some are to be read.
+    """
 
     device: str = "cpu"  # cpu, cuda, cuda:N
     dtype: str | None = None  # None: the profile's
@@ -172,6 +187,7 @@ class OpenSettings:
     weights: Mapping[str, str] | None = None
     heads: Mapping[str, str] | None = None
     kernels: str | None = None  # triton, torch; None: what suits the device
+    predictors: Mapping[str, Path] = field(default_factory=dict)
 
 
 def open_models(
@@ -191,7 +207,10 @@ def open_models(
         _check_shape(checkpoint, profile)
         exits = traces[name].trace.exits
         heads = _heads(name, checkpoint, settings, exits)
-        found[name] = LiveModel(checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random)
+        predictors = _predictors(settings.predictors.get(name), heads, exits, settings.device)
+        found[name] = LiveModel(
+            checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random, predictors
+        )
     return found
 
 
@@ -260,6 +279,27 @@ def _heads(name: str, checkpoint: Checkpoint, settings: OpenSettings, exits: tup
         return ExitHeads.load(folder, checkpoint.architecture, settings.device)
     except UserError as error:
         raise error.about(f"live.heads of {name}: {error.key}") from error
+
+
+def _predictors(folder: Path | None, heads: ExitHeads, exits: tuple[int, ...], device: str) -> Predictors | None:
+    """Those in the folder, if one is named. UserError where there are none, or those of other exits."""
+    if folder is None:
+        return None
+    from helios_sim.live.model.predictors import FILE, no_predictors, read_predictors
+
+    if not (folder / FILE).is_file():
+        raise no_predictors(f"in {folder}")
+    found = read_predictors(folder, device)
+    if not found.exits == heads.exits == exits[:-1]:
+        served = f"those of the heads, {_listed(heads.exits)}, and of the trace, {_listed(exits[:-1])}"
+        allowed = f"{served}: the predictors in {folder} are of {_listed(found.exits)}"
+        fix = "name heads and a trace of these exits, or train predictors with `python -m calibrate +task=predictors`"
+        raise UserError("exits.confidence", Confidence.PREDICTOR.value, allowed, fix)
+    return found
+
+
+def _listed(exits: tuple[int, ...]) -> str:
+    return ", ".join(map(str, exits)) or "none"
 
 
 def check_packages(why: str) -> None:

@@ -209,9 +209,6 @@ def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> Non
         raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")
     if not isinstance(rule, PerToken):
         return
-    if rule.near is not None:
-        allowed = "null: live, the same exits check every token"
-        raise UserError("policy.near_tokens", rule.near.tokens, allowed, "leave it out, or set mode=simulate")
     if batching is BatchingRule.REBATCH:
         allowed = "each_token or lazy: live, no hidden states are kept between iterations for a split batch"
         raise UserError("policy.batching", batching.value, allowed, "choose one of these, or set mode=simulate")

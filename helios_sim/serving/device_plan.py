@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from helios_sim.core.layout import Record
+from helios_sim.exits.rule import PerToken
+from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.serving.iteration import Member, Plan, PrefillPart, Token
 from helios_sim.serving.replica import Replica
@@ -45,14 +47,18 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
     it = replica.iteration
     slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)]]
     slots += [int(replica.chunks[p].slot) for p in range(int(it.finishing))]
-    limit = replica.deployment.observe_tokens
+    limit, rule = replica.deployment.observe_tokens, replica.deployment.exit_rule
+    exits = replica.situation.candidates[replica.deployment.active.model].offline.exits
+    schedule = schedule_of(exits, rule) if isinstance(rule, PerToken) and rule.near is not None else None
     it.alike = 0
-    for slot, token in zip(slots, (*decoded, *prefilled), strict=True):
+    for place, (slot, token) in enumerate(zip(slots, (*decoded, *prefilled), strict=True)):
         request = replica.requests[slot]
         request.token_layers, request.token_breach = token.layers, int(token.breach)
         request.token_agrees, request.token_microbits = 1, 0
         request.drafted, request.accepted = token.drafted, token.accepted
         request.observed = int(limit is not None and request.generated < limit)
+        if schedule is not None and place < it.decodes and not request.observed:
+            request.recent = schedule.remembered(int(request.recent), exits.index(token.layers))
         if token.last:
             request.remaining = 1 + token.accepted
             request.output_tokens = request.generated + request.remaining
@@ -62,5 +68,5 @@ def _member(replica: Replica, row: Record) -> Member:
     span = TokenSpan(int(row.trace_first), int(row.trace_start), int(row.trace_length), int(row.output_tokens))
     return Member(
         replica.request_of(row), replica.models[int(row.model)], int(row.prompt_tokens), int(row.output_tokens), span,
-        int(row.generated), int(row.context_tokens),
+        int(row.generated), int(row.context_tokens), int(row.recent),
     )  # fmt: skip

@@ -33,6 +33,7 @@ class Member:
     span: TokenSpan
     generated: int  # output tokens produced so far
     context_tokens: int  # whose K and V are in the cache
+    recent: int = 0  # where its latest tokens left, where exits near these look (`exits/schedule.py`)
 
 
 @dataclass(frozen=True, slots=True)

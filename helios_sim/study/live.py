@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ import numpy as np
 from simpy.events import Timeout
 
 from helios_sim.errors import TooLittleMemory, UserError
+from helios_sim.exits.rule import Confidence
+from helios_sim.exits.store import folder_of
 from helios_sim.live.clock import WallClock
 from helios_sim.live.energy import ABSENT, Meter, open_counter
 from helios_sim.live.served import OpenSettings, open_models, read_texts
@@ -28,7 +31,7 @@ from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics, gco2
 from helios_sim.report.records import Maybe, Records
 from helios_sim.request import Request, to_ns
 from helios_sim.serving.iteration import Engine, OutOfMemory
-from helios_sim.study.build import Parts, build_profile, exit_trace
+from helios_sim.study.build import Parts, build_profile, confidence, exit_trace
 from helios_sim.study.schema import Config
 from helios_sim.study.watched import LiveNotes, WatchedEngine
 from helios_sim.study.workload import task_names
@@ -230,7 +233,18 @@ def _no_ahead() -> UserError:
 
 def wanted(config: Config) -> OpenSettings:
     live = config.live
-    return OpenSettings(live.device, live.dtype, live.threads, dict(live.weights), dict(live.heads), live.kernels)
+    return OpenSettings(
+        live.device, live.dtype, live.threads, dict(live.weights), dict(live.heads), live.kernels, _predictors(config)
+    )
+
+
+def _predictors(config: Config) -> dict[str, Path]:
+    """By model, where its predictors lie, beside its trace; empty where no arm asks for them."""
+    entries = [config.policy or {}, *config.arms.values()]
+    asked = [confidence(config).value, *(entry.get("confidence") for entry in entries)]
+    if Confidence.PREDICTOR.value not in asked:
+        return {}
+    return {model: folder_of(model, config.exits.source.replace("{model}", model)) for model in config.models}
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:

@@ -167,7 +167,9 @@ class Residents:
         self._freed: Mark | None = None  # the work that still writes or reads what is free now
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
-        self._exits = {n: ExitReader(m.heads, m.checkpoint.architecture.n_layers) for n, m in models.items()}
+        self._exits = {
+            n: ExitReader(m.heads, m.checkpoint.architecture.n_layers, m.predictors) for n, m in models.items()
+        }
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")  # loads run one after the other
 
     def exits(self, name: str) -> ExitReader:
