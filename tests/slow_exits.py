@@ -148,3 +148,29 @@ class SlowModel:
             }
             found.append((self.depths[self.leaves(states)], choices))
         return found
+
+    @torch.no_grad()
+    def forced(self, prompt: list[int], depths: list[int], copies: bool) -> tuple[list[int], list[list[float]]]:
+        """Tokens of one text whose tokens leave at these depths, and of each the confidence at every exit.
+
+        K and V that a token left out are those of the exit's own layer (`copies`), or computed from its state there.
+        """
+        text, tokens, sure = OneText(self.model), [], []
+        for position, token in enumerate(prompt):
+            states = self.states(text, token, position)
+        for n, depth in enumerate(depths):
+            if n:
+                position = len(prompt) + n - 1
+                states = self.states(text, tokens[-1], position)
+                self.forget_above(text, depth)
+                if copies:
+                    for layer in range(depth, self.model.n_loaded):
+                        text.keys[layer].append(text.keys[depth - 1][-1])
+                        text.values[layer].append(text.values[depth - 1][-1])
+                else:
+                    left = states[self.depths.index(depth)]
+                    self.model.propagate(left, depth, self.model.n_loaded, text.at(position))
+            says = [self.says(i, state) for i, state in enumerate(states)]
+            tokens.append(says[self.depths.index(depth)][0])
+            sure.append([value for _, value in says])
+        return tokens, sure

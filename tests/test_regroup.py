@@ -21,7 +21,6 @@ from helios_sim.policy.deployment import (
     KvRule,
     Placement,
     Regrouping,
-    require_live,
 )
 from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.policy.regroup import split_shares
@@ -444,10 +443,6 @@ def test_what_it_does_not_go_with_is_refused() -> None:
         exiting(observe_tokens=4)
     with pytest.raises(UserError, match="enable_prefix_caching"):
         run(workload(1), exiting(), leaving((0.5, 0.5)), shares=True)
-    with pytest.raises(UserError, match="mode=simulate"):
-        require_live(PerToken(0.5), BatchingRule.REBATCH, KvRule.PROPAGATE)
-    with pytest.raises(UserError, match="mode=simulate"):
-        require_live(PerToken(0.5), BatchingRule.EACH_TOKEN, KvRule.COPY)
 
 
 def test_the_report_says_how_often_and_how_long() -> None:

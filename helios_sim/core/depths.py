@@ -344,9 +344,17 @@ def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> 
         for i in range(it.decodes):
             if requests[lists.batch[i]].token_exit <= leaf:
                 leavers += 1
-        if leavers == it.decodes or (it.chunks == 0 and leavers * MILLIONTHS > x.split_above[leaf] * it.decodes):
+        if parts(leavers, it.decodes, it.chunks, x.split_above[leaf]):
             return leaf
     return int(r.bands - 1)
+
+
+def parts(leavers: int, tokens: int, chunks: int, split_above: int) -> bool:
+    """Whether tokens stop together at an exit where so many of them want to leave, beside so many chunks of prompts.
+
+    `split_above`: in millionths. A device asks the same of the tokens that it runs.
+    """
+    return leavers == tokens or (chunks == 0 and leavers * MILLIONTHS > split_above * tokens)
 
 
 def _prompts(

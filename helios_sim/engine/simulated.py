@@ -14,10 +14,7 @@ from numpy.typing import NDArray
 from helios_sim.core.layout import (
     AGREES_THERE,
     BREACHES_THERE,
-    FOREVER_NS,
     LEAF_BITS,
-    MILLIONTHS,
-    NEVER,
     Drafter,
     IntArray,
     Storage,
@@ -42,6 +39,7 @@ from helios_sim.policy.telemetry import Observation, Released, Situation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request, to_ns, whole_ns
+from helios_sim.serving.exit_rules import flushes, split_above
 from helios_sim.serving.iteration import Places, Terms
 
 # Columns of requests as `Foresees.tokens_of` gets them.
@@ -198,8 +196,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         profile = profile.checking(confidence)  # refuses where its cost is not known
     # Above a fixed cap nothing reads K and V any more, and a clairvoyant's skipped layers cost nothing.
     propagates = per_token and (kv_rule is KvRule.PROPAGATE or (lazy and kv_rule is KvRule.RECOMPUTE))
-    regroups = per_token and not planned and deployment.batching is BatchingRule.REBATCH
-    split_above, flush_requests, flush_ns = _regrouping(deployment, loaded_exit := trace.exits.index(loaded))
+    loaded_exit = trace.exits.index(loaded)
     bounds = trace.exits if planned else trace.exits[: loaded_exit + 1]
     agree, draft_exit = trace.agree, 0
     if isinstance(rule, SelfSpeculation) and not planned:
@@ -220,9 +217,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         "propagates": propagates,
         "repays": per_token and not propagates and kv_rule is KvRule.RECOMPUTE,
         "owes": kv_rule is KvRule.RECOMPUTE,
-        "regroups": regroups,
-        "flush_requests": flush_requests if regroups else NEVER,
-        "flush_ns": flush_ns if regroups else FOREVER_NS,
+        **flushes(deployment),
         "draft_exit": draft_exit,
         "reads_trace": per_token or clairvoyant or releases or planned or not whole or trace.microbits is not None,
         "scores": trace.microbits is not None,
@@ -239,7 +234,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         _frozen(np.array(trace.exits, np.int64)), _frozen(_leaves(replayed)),
         _frozen(agree.view(np.uint8)), _frozen(microbits), np.zeros(1, np.int64),
         np.array([int(_checks_at(rule, depth)) for depth in trace.exits]),
-        split_above,
+        split_above(deployment.regrouping, loaded_exit),
         *map(_frozen, seen_alone),
     )  # fmt: skip
     pricing = profile.pricing
@@ -306,16 +301,6 @@ def _released(
         confident=confidences >= np.array(rule.thresholds, np.float32), agrees=trace.agree[rows][:, ramps],
         bits=None, chars=int(trace.chars[rows].sum()), confidences=confidences,
     )  # fmt: skip
-
-
-def _regrouping(deployment: Deployment, exits: int) -> tuple[IntArray, int, int]:
-    """By exit before the last, in millionths, the share of a batch that splits it; requests and ns that flush."""
-    how = deployment.regrouping
-    shares = (how.split_above,) * exits if isinstance(how.split_above, float | int) else how.split_above
-    above = np.zeros(max(exits, 1), np.int64)
-    above[:exits] = [round(MILLIONTHS * min(share, 1.0)) for share in shares[:exits]]
-    flush_requests = NEVER if how.flush_requests is None else how.flush_requests
-    return above, flush_requests, FOREVER_NS if how.flush_s is None else to_ns(how.flush_s, "flush_s")
 
 
 def _frozen(values: NDArray[Any]) -> NDArray[Any]:

@@ -38,6 +38,7 @@ class Answer:
     seen: list[ObservedToken] = field(default_factory=list)  # its first tokens, while it was observed
     cached: int = 0  # how many of its first tokens have K and V in the slot
     owed: list[OwedToken] = field(default_factory=list)
+    waits: OwedToken | None = None  # its next token, where that waits at an exit for others
 
     @property
     def complete(self) -> bool:
@@ -49,8 +50,13 @@ class Answer:
         return self.prompt[start:stop] + self.tokens[max(0, start - n) : max(0, stop - n)]
 
     def lose_cache(self) -> None:
-        self.cached = 0
+        self.cached, self.waits = 0, None
         self.owed.clear()
+
+    @property
+    def written(self) -> int:
+        """How many of its first tokens have K and V in the slot, if only in the first layers."""
+        return self.cached + (self.waits is not None)
 
     def choices(self, n_tokens: int) -> NDArray[np.int64]:
         """The token that each exit chose for the first tokens, (n, E)."""

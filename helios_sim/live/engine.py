@@ -225,6 +225,8 @@ class LiveEngine:
     def close(self) -> None:
         """Stop the loading thread, and free the memory for weights, KV and captured graphs."""
         self.faults = None
+        for answer in self.answers.values():
+            answer.lose_cache()
         self.work.close()
         self.residents.close()
         self.device.release()
@@ -245,9 +247,11 @@ class LiveEngine:
             answer = self._answer(member)
             if answer.cached > member.context_tokens:  # it was preempted and came back
                 answer.lose_cache()
+            if not member.held:  # if it waited, its token begins anew
+                answer.waits = None
             self.work.place(answer)
             answers.append(answer)
-        self.work.arrange(answers, plan.decoding)
+        self.work.arrange(answers, plan.decoding + plan.waiting)
         return answers
 
     def _answer(self, member: Member) -> Answer:
@@ -273,7 +277,7 @@ class LiveEngine:
             rows.append(Row(
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
                 asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
-                more=len(answer.tokens) + 1 < answer.planned_tokens,
+                more=len(answer.tokens) + 1 < answer.planned_tokens, waits=answer.waits,
                 checks=None if schedule is None else schedule.looking(member.recent),
             ))  # fmt: skip
         return rows
@@ -362,8 +366,10 @@ class LiveEngine:
     def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
         """Add the iteration's tokens to the answers."""
         for answer, row in zip(answers, rows, strict=False):
-            answer.cached += 1
-            self._add(answer, row)
+            answer.waits = None if row.layers else row.waits
+            if row.layers:
+                answer.cached += 1
+                self._add(answer, row)
         self._note_prompts(plan, answers, chunks)
 
     def _note_prompts(self, plan: Plan, answers: SequenceOf[Answer], chunks: SequenceOf[Chunk]) -> None:
@@ -404,9 +410,16 @@ class LiveEngine:
             end_ns=max(now_ns + 1, self._env.wall_ns),
             profile=self._models[plan.model].pricing(plan.exit_rule),
             composition=tally.composition(plan, chunks),
-            decoded=[self._token(answer, row) for answer, row in zip(answers, rows, strict=False)],
+            decoded=[
+                self._token(answer, row) if row.layers else self._held(plan, row)
+                for answer, row in zip(answers, rows, strict=False)
+            ],
             prefilled=[self._token(answer, row) for answer, row in first],
         )
+
+    def _held(self, plan: Plan, row: Row) -> Token:
+        assert row.waits is not None
+        return Token(0, held=self._models[plan.model].exits.index(row.waits.depth) + 1)
 
     def _token(self, answer: Answer, row: Row) -> Token:
         last = self.ends(answer)

@@ -58,6 +58,7 @@ class Row:
     decodes: bool = True
     seen: ObservedToken | None = None  # observed at every exit
     owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
+    waits: OwedToken | None = None  # its own state, where it waited at an exit before the iteration, or does after it
     sure: bool = False  # was confident at some exit
     recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
     asked: Mapping[int, bool] | None = None  # the same where predictors look: whether the head is asked there
@@ -347,7 +348,7 @@ class ExitDecider:
             if i in stops or i in leaving:
                 row.chosen, row.layers, row.finite = said.token(place, row.choice), end, said.finite[place]
                 row.breach = i in watched and self._measure is not None and not (
-                    row.sure or _confident(row, end, sure_here >= self._threshold)
+                    row.sure or confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip
 
     def _asks(self, row: Row, band: int, end: int) -> bool:
@@ -383,14 +384,15 @@ class ExitDecider:
 
     def _exiting(self, rows: Sequence[Row], asking: list[int], end: int, sure: list[bool]) -> set[int]:
         """The rows that exit: each by itself, or, if lazy, all together once each was confident at some exit."""
-        for i, confident in zip(asking, sure, strict=True):
-            rows[i].sure = rows[i].sure or _confident(rows[i], end, confident)
+        for i, here in zip(asking, sure, strict=True):
+            rows[i].sure = rows[i].sure or confident(rows[i], end, here)
         if self._lazy:
             return set(asking) if all(rows[i].sure for i in asking) else set()
         return {i for i in asking if rows[i].sure}
 
 
-def _confident(row: Row, depth: int, sure: bool) -> bool:
+def confident(row: Row, depth: int, sure: bool) -> bool:
+    """Whether the row is, by the model, or by a trace that takes its place."""
     return sure if row.recorded is None else row.recorded[depth]
 
 

@@ -1,7 +1,8 @@
 """One iteration through the layers: which rows run which band, and what happens to K and V of rows that exit.
 
 A band runs once for all rows in it: decodes, chunks of prompts, and tokens that exited earlier and are computed now
-(KvRule.RECOMPUTE). On devices that capture graphs, a band that holds only decodes is one launch (`GraphedDecodes`).
+(KvRule.RECOMPUTE). Decodes that waited at an exit go on from there. On devices that capture graphs, a band that holds
+only decodes is one launch (`GraphedDecodes`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from helios_sim.live.memory.decodes import Decodes, decode_step
 from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.live.one_pass import OnePass, Rule
+from helios_sim.live.regroup import SplitDecider, copy_kv, resumed, waits_at
 from helios_sim.policy.deployment import BatchingRule, KvRule
 from helios_sim.serving.iteration import Plan
 
@@ -58,6 +60,8 @@ class Forward:
         self._one_pass = one_pass
         self._lazy = plan.batching is BatchingRule.LAZY
         self._leaving = decider(model, exits, plan.exit_rule, self._lazy, captured)
+        if plan.batching is BatchingRule.REBATCH and isinstance(plan.exit_rule, PerToken):
+            self._leaving = SplitDecider(model, exits, plan, self._bounds, captured)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:
@@ -70,8 +74,12 @@ class Forward:
         asking = not chunks and all(row.asks and row.seen is None for row in rows)
         if asking and self._ran_at_once(rows, tally):
             return tally
-        now, start = self._embedded(list(rows), chunks), 0
-        for band, end in enumerate(self._bounds):
+        first = self._plan.first_band
+        if first:
+            now, start = _Inside(list(rows), [], resumed(rows), None), self._bounds[first - 1]
+        else:
+            now, start = self._embedded(list(rows), chunks), 0
+        for band, end in enumerate(self._bounds[first:], first):
             self._band(band, start, end, now, tally)
             self._leave(band, end, now, tally)
             if not now.rows and not now.pieces:
@@ -200,10 +208,11 @@ class Forward:
         gone = [i for i, row in enumerate(now.rows) if row.layers]
         if gone and end < self._plan.loaded_layers:
             self._keep_kv(band, end, [now.rows[i] for i in gone], now.hidden[gone], tally)
+        gone += [i for i, row in enumerate(now.rows) if waits_at(row, end)]
         going = [i for i, (chunk, _) in enumerate(now.pieces) if chunk.layers > end]
         if not gone and len(going) == len(now.pieces):
             return
-        stay = [i for i, row in enumerate(now.rows) if not row.layers]
+        stay = [i for i in range(n) if i not in gone]
         now.hidden = now.hidden[[*stay, *(place for i in going for place in range(edges[i], edges[i + 1]))]]
         now.pieces = [now.pieces[i] for i in going]
         if gone:
@@ -214,6 +223,9 @@ class Forward:
         plan = self._plan
         if not isinstance(plan.exit_rule, PerToken):
             return  # nothing reads K and V above a fixed cap
+        if plan.kv_rule is KvRule.COPY:
+            copy_kv(self._cache, gone, end, plan.loaded_layers)
+            return
         if plan.kv_rule is KvRule.PROPAGATE or self._lazy:
             self._model.propagate(hidden, end, plan.loaded_layers, self._decode_step(gone, []))
             tally.propagated_above(band, len(gone))

@@ -42,10 +42,12 @@ class Rule:
     def of(
         cls, rule: ExitRule, batching: BatchingRule, kv_rule: KvRule, bounds: Sequence[int], n_layers: int
     ) -> Rule | None:
-        """None for what does not run as one pass: K and V that are computed later need the states of rows that left,
-        and where each token is looked at alone the host says which exits do."""
+        """None for what does not run as one pass: K and V that are computed later, and rows that wait at an exit, need
+        the states there, and where each token is looked at alone the host says which exits do."""
         lazy = batching is BatchingRule.LAZY
         if not isinstance(rule, PerToken) or rule.looks or not (lazy or kv_rule is KvRule.PROPAGATE):
+            return None
+        if batching is BatchingRule.REBATCH:
             return None
         checked = tuple(rule.checks_at(depth) for depth in bounds[:-1])
         return cls(tuple(bounds), checked, rule.confidence, lazy, bounds[-1] < n_layers)

@@ -207,14 +207,6 @@ def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> Non
     if isinstance(rule, ReleaseEarly):
         allowed = "other policies: live, no answer leaves before its iteration ends"
         raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")
-    if not isinstance(rule, PerToken):
-        return
-    if batching is BatchingRule.REBATCH:
-        allowed = "each_token or lazy: live, no hidden states are kept between iterations for a split batch"
-        raise UserError("policy.batching", batching.value, allowed, "choose one of these, or set mode=simulate")
-    if kv_rule is KvRule.COPY:
-        allowed = "propagate or recompute: live, no layer reads the K and V of another"
-        raise UserError("policy.kv_rule", kv_rule.value, allowed, "choose one of these, or set mode=simulate")
 
 
 @dataclass(frozen=True, slots=True)

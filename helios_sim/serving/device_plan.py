@@ -36,6 +36,9 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
         host_ahead=bool(replica.rules.ahead),
         loading=loading,
         drafts=int(it.drafts),
+        regrouping=deployment.regrouping,
+        first_band=int(it.first_band),
+        waiting=int(s.decoding - it.decodes) if replica.rules.regroups and it.decodes else 0,
     )
 
 
@@ -50,12 +53,13 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
     limit, rule = replica.deployment.observe_tokens, replica.deployment.exit_rule
     exits = replica.situation.candidates[replica.deployment.active.model].offline.exits
     schedule = schedule_of(exits, rule) if isinstance(rule, PerToken) and rule.near is not None else None
-    it.alike = 0
+    it.alike, it.splits = 0, int(any(token.held for token in decoded))
     for place, (slot, token) in enumerate(zip(slots, (*decoded, *prefilled), strict=True)):
         request = replica.requests[slot]
         request.token_layers, request.token_breach = token.layers, int(token.breach)
         request.token_agrees, request.token_microbits = 1, 0
         request.drafted, request.accepted = token.drafted, token.accepted
+        request.held = token.held
         request.observed = int(limit is not None and request.generated < limit)
         if schedule is not None and place < it.decodes and not request.observed:
             request.recent = schedule.remembered(int(request.recent), exits.index(token.layers))
@@ -68,5 +72,5 @@ def _member(replica: Replica, row: Record) -> Member:
     span = TokenSpan(int(row.trace_first), int(row.trace_start), int(row.trace_length), int(row.output_tokens))
     return Member(
         replica.request_of(row), replica.models[int(row.model)], int(row.prompt_tokens), int(row.output_tokens), span,
-        int(row.generated), int(row.context_tokens), int(row.recent),
+        int(row.generated), int(row.context_tokens), int(row.recent), int(row.held),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from helios_sim.core.layout import Drafter, Numbers, Storage, Table, Trace
 from helios_sim.core.price import PriceTables
 from helios_sim.exits.rule import ExitRule
 from helios_sim.exits.trace import TokenSpan
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, ServicePlan
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Regrouping, ServicePlan
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
@@ -34,6 +34,7 @@ class Member:
     generated: int  # output tokens produced so far
     context_tokens: int  # whose K and V are in the cache
     recent: int = 0  # where its latest tokens left, where exits near these look (`exits/schedule.py`)
+    held: int = 0  # the band before which its next token waits; 0: it does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,9 @@ class Plan:
     host_ahead: bool  # the host plans the next iteration while this one runs
     loading: bool  # weights stream in meanwhile
     drafts: int = 0  # tokens that a request drafts at most, to be verified at once; 0: none drafts
+    regrouping: Regrouping = field(default_factory=Regrouping)  # with BatchingRule.REBATCH
+    first_band: int = 0  # with which the tokens of those that decode begin or go on
+    waiting: int = 0  # so many members after those that decode wait at an exit meanwhile
 
 
 class Token(NamedTuple):
@@ -74,6 +78,7 @@ class Token(NamedTuple):
     last: bool = False  # it ends the answer, which may have been planned longer
     drafted: int = 0  # tokens that its request drafted before it
     accepted: int = 0  # those of them that became tokens too
+    held: int = 0  # there is none yet: it waits before this band
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from helios_sim.exits.rule import DraftModel, PerToken, ReleaseEarly, SelfSpecul
 from helios_sim.policy.deployment import Deployment
 from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import NS_PER_S, RecordBlock, Request, RequestRecord, Slo, to_ns
+from helios_sim.serving import exit_rules
 from helios_sim.serving.inbox import COLUMNS, Inbox
 from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
 from helios_sim.serving.prefix import PrefixCache
@@ -228,6 +229,9 @@ class Replica:
             if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
                 self._owed[:] = 0
             values |= terms.rules
+        else:
+            exits = situation.candidates[deployment.active.model].offline.exits
+            values |= exit_rules.of_device(deployment, exits)
         if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
             self._begin_anew()
         for name, value in values.items():

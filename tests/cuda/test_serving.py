@@ -14,7 +14,7 @@ from helios_sim.exits.rule import Confidence, FullDepth
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement
+from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement, Regrouping
 from helios_sim.serving.iteration import OutOfMemory
 from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from rig import Scripted
@@ -65,6 +65,19 @@ def test_a_card_writes_what_a_cpu_writes(cuda: StrictCuda, models: dict[str, Liv
     assert tokens(served(cuda, model, WHOLE)) == tokens(served(None, model, WHOLE))
     assert cuda.replays > 4
     assert not cuda.pinned_pools
+
+
+@pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.COPY])
+def test_a_batch_that_is_split_writes_what_it_writes_on_a_cpu(tiny: LiveModel, kv_rule: KvRule) -> None:
+    """Rows that wait at an exit keep their states while other rows run through the same graphs."""
+    cuda, rule = StrictCuda(), rule_of(tiny, Confidence.MAX_PROBABILITY)
+    split = replace(deployed(rule, kv_rule, BatchingRule.REBATCH), regrouping=Regrouping(0.0, 2))
+    with cuda.watched():
+        on_card = served(cuda, tiny, split)
+    on_cpu = served(None, tiny, split)
+    assert tokens(on_card) == tokens(on_cpu)
+    assert on_card.run.stats.splits == on_cpu.run.stats.splits > 3
+    assert cuda.replays > 4
 
 
 @pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])

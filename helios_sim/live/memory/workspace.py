@@ -261,7 +261,7 @@ class Workspace:
         """Move the first `decoding` of the batch's answers into contiguous slots from 0 on, if that is of any use."""
         if self.cache.kernels.any_lengths:
             return
-        cached = {answer.request.request_id: answer.cached for answer in answers}
+        cached = {answer.request.request_id: answer.written for answer in answers}
         self.slots.arrange(list(cached)[:decoding], cached)
 
     def _wipe_for(self, name: str) -> None:

@@ -1,0 +1,36 @@
+"""What of an exit rule the loop works with itself, in whole numbers, whoever runs the iterations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, IntArray
+from helios_sim.exits.rule import PerToken
+from helios_sim.policy.deployment import BatchingRule, Deployment, Regrouping
+from helios_sim.request import to_ns
+
+
+def split_above(how: Regrouping, exits: int) -> IntArray:
+    """(exits,) by exit before the last, in millionths, the share of a batch that splits it."""
+    shares = (how.split_above,) * exits if isinstance(how.split_above, float | int) else how.split_above
+    above = np.zeros(max(exits, 1), np.int64)
+    above[:exits] = [round(MILLIONTHS * min(share, 1.0)) for share in shares[:exits]]
+    return above
+
+
+def flushes(deployment: Deployment) -> dict[str, int]:
+    """Of `core.layout.RULES`: whether batches are split at exits, and when those that wait there run on."""
+    per_token = isinstance(deployment.exit_rule, PerToken) and deployment.plan is None
+    if not per_token or deployment.batching is not BatchingRule.REBATCH:
+        return {"regroups": 0, "flush_requests": NEVER, "flush_ns": FOREVER_NS}
+    how = deployment.regrouping
+    return {
+        "regroups": 1,
+        "flush_requests": NEVER if how.flush_requests is None else how.flush_requests,
+        "flush_ns": FOREVER_NS if how.flush_s is None else to_ns(how.flush_s, "flush_s"),
+    }
+
+
+def of_device(deployment: Deployment, exits: tuple[int, ...]) -> dict[str, int]:
+    """Those of `core.layout.RULES` that the loop reads where a device runs a model with these exits."""
+    return {"bands": exits.index(deployment.active.layers) + 1, **flushes(deployment)}
