@@ -78,7 +78,7 @@ def truncate(folder: Path) -> None:
 
 
 def lose(folder: Path) -> None:
-    (folder / "price_many.o").unlink()
+    (folder / "estimate.o").unlink()
 
 
 def empty(folder: Path) -> None:

@@ -250,9 +250,9 @@ def test_times_follow_prompt_and_context() -> None:
         def iteration_time_s(self, c) -> NDArray[np.float64]:
             return c.decode_kv_tokens[:, 0] * float(c.bounds[-1])
 
-        def prompt_both_s(self, chunk, finishes) -> tuple[float, float]:
-            seen.append(chunk.tokens)
-            return 1000.0 + chunk.layers, 0.0
+        def prompt_time_s(self, layers, tokens, budget) -> tuple[float, float]:
+            seen.append(tokens)
+            return 1000.0 + layers, 0.0
 
     here = situation(candidate, outlook=Known())
     here = replace(here, candidates={"small": Candidate(Counting(), candidate.offline)})

@@ -19,7 +19,6 @@ from helios_sim.policy.prediction import (
     fixed_depth,
     per_token_depths,
     predict,
-    prefill_time_s,
     seen_load,
 )
 from helios_sim.policy.telemetry import Candidate, ExpectedLoad, Situation, Telemetry
@@ -129,8 +128,8 @@ def test_energy_is_a_band_between_idle_and_tdp_and_unknown_without_idle() -> Non
 
 def test_prompts_beyond_the_token_budget_run_in_chunks() -> None:
     profile = small().profile
-    assert prefill_time_s(profile, 2, 1000, 1000)[0] == pytest.approx(ITERATION_S)
-    assert prefill_time_s(profile, 2, 1001, 1000)[0] == pytest.approx(2 * ITERATION_S)
+    assert profile.prompt_time_s(2, 1000, 1000)[0] == pytest.approx(ITERATION_S)
+    assert profile.prompt_time_s(2, 1001, 1000)[0] == pytest.approx(2 * ITERATION_S)
 
 
 @pytest.mark.slow

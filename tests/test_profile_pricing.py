@@ -340,8 +340,13 @@ def test_decodes_and_prompts_alone_cost_the_same_bits_as_their_compositions(
     profile, layers = load_profile("opt-1.3b@a100-40gb"), of.draw(st.integers(1, 24))
     batch, none = np.array(batches), np.zeros((1, 1), np.int64)
     decodes = Composition((layers,), batch[:, None], batch[:, None] * context, batch)
-    chunk, finishes = PrefillChunk(of.draw(st.integers(1, 2048)), context - 1, layers), of.draw(st.booleans())
-    prompt = Composition((layers,), none, none, np.array([int(finishes)]), prefill=(chunk,))
+    cached, prompt, budget = context - 1, context - 1 + of.draw(st.integers(1, 4096)), of.draw(st.integers(600, 5000))
+    time_s = floor_s = 0.0
+    for before in range(cached, prompt, budget):
+        chunk, finishes = PrefillChunk(min(budget, prompt - before), before, layers), prompt - before <= budget
+        of_chunk = Composition((layers,), none, none, np.array([int(finishes)]), prefill=(chunk,))
+        time_s += float(profile.iteration_time_s(of_chunk)[0])
+        floor_s += float(profile.iteration_floor_s(of_chunk)[0])
     for _ in range(2):  # one after the other, in the same room to work in
         np.testing.assert_array_equal(
             profile.decodes_time_s(layers, batch, batch * context), profile.iteration_time_s(decodes)
@@ -349,8 +354,30 @@ def test_decodes_and_prompts_alone_cost_the_same_bits_as_their_compositions(
         np.testing.assert_array_equal(
             profile.decodes_floor_s(layers, batch, batch * context), profile.iteration_floor_s(decodes)
         )
-        found = profile.prompt_both_s(chunk, finishes)
-        assert found == (profile.iteration_time_s(prompt)[0], profile.iteration_floor_s(prompt)[0])
+        assert profile.prompt_time_s(layers, prompt, budget, cached) == (time_s, floor_s)
+
+
+@settings(max_examples=40)
+@given(
+    first=st.integers(1, 40), more=st.integers(0, 200), context=st.floats(1.0, 3000.0), further=st.floats(0.0, 900.0),
+    arrivals=st.sampled_from([0.0, 0.5, 3.0, 40.0, np.inf]),
+)  # fmt: skip
+def test_an_operating_point_is_the_smallest_batch_that_keeps_up(
+    first: int, more: int, context: float, further: float, arrivals: float
+) -> None:
+    profile, layers = load_profile("opt-1.3b@a100-40gb"), 12
+    batch = np.arange(first, first + more + 1)
+    kv_tokens = np.rint(batch * context).astype(np.int64)
+    decode_s = profile.decodes_time_s(layers, batch, kv_tokens)
+    prompt_s, prompt_floor_s = profile.prompt_time_s(layers, 700, 512, 30)
+    rate = 1.0 / (prompt_s + further * decode_s / batch)
+    at = int(np.argmax(rate >= arrivals)) if (rate >= arrivals).any() else more
+    of = (700, 30, 512), (first, first + more), (context, further, arrivals)
+    priced, known = profile.operating.of(layers, *of), profile.operating.of(layers, *of, decode_s)
+    assert priced[:2] == (first + at, int((rate >= arrivals).any()))
+    assert priced[2:7] == (prompt_s, prompt_floor_s, rate[at], rate.max(), decode_s[at])
+    assert priced.decode_floor_s == profile.decodes_floor_s(layers, batch[at : at + 1], kv_tokens[at : at + 1])[0]
+    assert known[:7] == priced[:7]
 
 
 def test_another_runtime_takes_its_assumptions_along() -> None:

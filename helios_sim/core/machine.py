@@ -32,17 +32,17 @@ _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
 _MODULES = (
     "advance", "arrive", "blocks", "commit", "depths", "line", "power", "prefix", "price", "schedule", "triggers",
-    "route",
+    "route", "operate",
 )  # fmt: skip
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
-_LOOP, _PRICES = "route.o", "price_many.o"
+_LOOP, _PRICES = "route.o", "estimate.o"
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
     "lay_out_pass", "give_blocks", "drawn_since", "blocks_to_regroup", "split_at", "hold_back",
     "gather", "lay_out_releases", "note_releases", "_with_late_layers_s", "note_unread", "arrive", "occupy",
-    "_unequal_plane", "_mixed_s", "_drop",
+    "_unequal_plane", "_mixed_s", "_drop", "price_one",
 )  # fmt: skip
 WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
 
@@ -68,7 +68,7 @@ class Machine:
         return _Lazy(self.compile_loop)
 
     def prices(self) -> Callable[..., int]:
-        """`price_many` for one caller."""
+        """`estimate` for one caller."""
         return _Lazy(self._compile_prices)
 
     def compile_loop(self, args: Sequence[Any]) -> native.Native:
@@ -87,9 +87,9 @@ class Machine:
         if self._prices is None:
             self._prices = self._kept(_PRICES)
         if self._prices is None:
-            from helios_sim.core.price import price_many
+            from helios_sim.core.operate import estimate
 
-            self._prices = self._compile(_PRICES, price_many, list(map(places.type_of, args)))
+            self._prices = self._compile(_PRICES, estimate, list(map(places.type_of, args)))
         return self._prices
 
     def _compile(self, name: str, function: Callable[..., int], kinds: Sequence[Any]) -> native.Native:
@@ -127,7 +127,8 @@ class Machine:
         """Let what this process has compiled become the common folder, whole or not at all."""
         self._compile_prices((
             of.prices, of.scalars, of.iterations, of.uniform, of.uniform_layers, _STORAGE.rows(WORK, 1),
-            _STORAGE.rows(CHUNK, 1), _STORAGE.numbers(0, 9), _STORAGE.numbers(3), np.zeros((0, 3)),
+            _STORAGE.rows(CHUNK, 1), _STORAGE.numbers(0, 9), _STORAGE.numbers(4), np.zeros((0, 3)),
+            _STORAGE.numbers(0), np.zeros(0),
         ))  # fmt: skip
         own, common = self._own, self._common
         self._own = None

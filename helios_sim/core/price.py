@@ -247,7 +247,7 @@ def price_many(
     fields of `work` for each of S bands. `scalar_table` and `iterations` have one row each; the chunks of `iterations`
     are in every one of the K.
     """
-    x, it = scalar_table[0], iterations[0]
+    it = iterations[0]
     for k in range(counts.shape[0]):
         it.sampled_tokens = counts[k, 0]
         it.kv_least = counts[k, 1]
@@ -260,13 +260,30 @@ def price_many(
             w.classified_tokens = counts[k, at + 3]
             w.propagated_tokens = counts[k, at + 4]
             w.verified_tokens = counts[k, at + 5]
-        if asked[TIME]:
-            found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks, len(spans))
-        if asked[FLOOR]:
-            found[k, FLOOR] = floor_s(t.windows, x, it, spans, class_layers, work, chunks)
-        if asked[OUTSIDE]:
-            found[k, OUTSIDE] = outside_grid(t, x, it, spans, class_layers, work, chunks)
+        price_one(t, scalar_table, iterations, spans, class_layers, work, chunks, asked, found, k)
     return counts.shape[0]
+
+
+def price_one(
+    t: PriceTables,
+    scalar_table: Table,
+    iterations: Table,
+    spans: Table,
+    class_layers: Numbers,
+    work: Table,
+    chunks: Table,
+    asked: Numbers,
+    found: Numbers,
+    k: int,
+) -> None:
+    """What is asked for of the iteration that the records say, into the k-th row of `found`."""
+    x, it = scalar_table[0], iterations[0]
+    if asked[TIME]:
+        found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks, len(spans))
+    if asked[FLOOR]:
+        found[k, FLOOR] = floor_s(t.windows, x, it, spans, class_layers, work, chunks)
+    if asked[OUTSIDE]:
+        found[k, OUTSIDE] = outside_grid(t, x, it, spans, class_layers, work, chunks)
 
 
 def floor_s(

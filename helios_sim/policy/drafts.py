@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.policy.prediction import LEAST_S, decode_floor_s, decode_time_s, fixed_depth
+from helios_sim.core.operate import LEAST_S
+from helios_sim.policy.prediction import decode_floor_s, decode_time_s, fixed_depth
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 

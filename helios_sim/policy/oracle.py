@@ -37,7 +37,6 @@ from helios_sim.errors import UserError
 from helios_sim.exits.rule import Clairvoyant
 from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import Cause, Deployment, KvRule, Placement
-from helios_sim.policy.prediction import prefill_time_s
 from helios_sim.policy.telemetry import Candidate, Objective, Outlook, Situation, Telemetry
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
@@ -257,7 +256,7 @@ def token_times(situation: Situation, model: str, requests: Sequence[Request]) -
     time_s = np.empty((len(contexts), len(exits)))
     for e, layers in enumerate(exits):
         time_s[:, e] = _decode_alone_s(profile, layers, seen)[which]
-        prefills = [prefill_time_s(profile, layers, p, situation.max_batch_tokens)[0] for p in prompt_seen.tolist()]
+        prefills = [profile.prompt_time_s(layers, p, situation.max_batch_tokens)[0] for p in prompt_seen.tolist()]
         time_s[first, e] = np.array(prefills)[prompt_which]
     possible = prompts + lengths <= profile.model.max_context_tokens
     if situation.objective.max_bits_ratio is not None:

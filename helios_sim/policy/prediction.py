@@ -11,19 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.core.operate import LEAST_S
 from helios_sim.exits.replay import OfflineExits
 from helios_sim.exits.rule import Confidence
 from helios_sim.policy.deployment import Placement
 from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
-from helios_sim.request import NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,6 @@ def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> 
     )
 
 
-LEAST_S = 1 / NS_PER_S  # of an iteration: what is free still takes the clock's step, as it does when served
 STRATA = 64  # rows per batch when tokens leave at different exits
 
 
@@ -189,23 +187,6 @@ def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) ->
     )
 
 
-def prefill_time_s(
-    profile: Profile, layers: int, prompt_tokens: int, max_batch_tokens: int, cached_tokens: int = 0
-) -> tuple[float, float]:
-    """Seconds to run one prompt to `layers` on its own, in chunks of the token budget; and the roofline floor.
-
-    Its first `cached_tokens` are not computed, but attended to.
-    """
-    time_s = floor_s = 0.0
-    for context in range(cached_tokens, prompt_tokens, max_batch_tokens):
-        tokens = min(max_batch_tokens, prompt_tokens - context)
-        finishes = context + tokens == prompt_tokens
-        its_time_s, its_floor_s = profile.prompt_both_s(PrefillChunk(tokens, context, layers), finishes)
-        time_s += max(its_time_s, LEAST_S)
-        floor_s += its_floor_s
-    return time_s, floor_s
-
-
 def probe_time_s(candidate: Candidate, load: Load) -> float:
     """Seconds in which the whole model scores one text of mean length, every token at every exit."""
     exits, rows = candidate.offline.exits, round(load.output_tokens(candidate))
@@ -275,31 +256,29 @@ def predict(
     if capacity == 0:
         return None
     most = capacity if load.users is None else min(capacity, load.users)
-    prefill_s, prefill_floor_s = prefill_time_s(
-        profile, depths.layers, round(prompt), situation.max_batch_tokens, load.cached_tokens(candidate)
-    )
-    batches = _batches(1 if load.arrival_rate_per_s is not None else most, most)
-    decode_s = decode_time_s(profile, depths, batches, prompt + output / 2)
-    rate = 1.0 / (prefill_s + (output - 1) * decode_s / batches)
-
-    at, batch = len(batches) - 1, float(most)  # a full queue
-    if load.arrival_rate_per_s is not None:
-        sustains = rate >= load.arrival_rate_per_s
-        first = int(sustains.argmax())
-        if sustains[first]:
-            at, batch = first, load.arrival_rate_per_s * float(batches[first] / rate[first])
-    running = float(batches[at])
-    delivered, most_per_s = float(rate[at]), float(rate.max())
+    context, least = prompt + output / 2, 1 if load.arrival_rate_per_s is not None else most
+    priced = isinstance(depths, Depths) and depths.is_fixed
+    decode_s = None if priced else decode_time_s(profile, depths, np.arange(least, most + 1), context)
+    at = profile.operating.of(
+        depths.layers, (round(prompt), load.cached_tokens(candidate), situation.max_batch_tokens), (least, most),
+        (context, output - 1, math.inf if load.arrival_rate_per_s is None else load.arrival_rate_per_s), decode_s,
+    )  # fmt: skip
+    running, delivered, most_per_s = at.batch, at.rate_per_s, at.most_rate_per_s
+    batch = float(most)  # a full queue
+    if load.arrival_rate_per_s is not None and at.keeps_up:
+        batch = load.arrival_rate_per_s * (running / delivered)
     if load.users is not None:
         response_s = load.users / delivered
     elif load.arrival_rate_per_s is not None:
         delivered = min(load.arrival_rate_per_s, most_per_s)
-        response_s = running / float(rate[at]) + _wait_s(load, most_per_s, most, horizon_requests)
+        response_s = running / at.rate_per_s + _wait_s(load, most_per_s, most, horizon_requests)
     else:
         response_s = running / delivered
-    busy_s = prefill_s + (output - 1) * float(decode_s[at]) / running
-    decode_floor = decode_floor_s(profile, depths, batches[at : at + 1], prompt + output / 2)
-    floor_s = prefill_floor_s + (output - 1) * float(decode_floor[0]) / running
+    busy_s = at.prefill_s + (output - 1) * at.decode_s / running
+    floor_s = at.decode_floor_s
+    if not priced:
+        floor_s = float(decode_floor_s(profile, depths, np.array([running]), context)[0])
+    floor_s = at.prefill_floor_s + (output - 1) * floor_s / running
     low_j, high_j = _energy_j(profile, busy_s, floor_s)
     return Prediction(
         batch=batch,
@@ -307,20 +286,13 @@ def predict(
         throughput_requests_per_s=delivered,
         capacity_requests_per_s=most_per_s,
         response_time_s=response_s,
-        prefill_s=prefill_s,
-        decode_iteration_s=float(decode_s[at]),
+        prefill_s=at.prefill_s,
+        decode_iteration_s=at.decode_s,
         busy_s_per_request=busy_s,
         energy_j_low=low_j,
         energy_j_high=high_j,
         tdp_w=profile.hardware.tdp_w,
     )
-
-
-@lru_cache(maxsize=256)
-def _batches(least: int, most: int) -> NDArray[np.int64]:
-    found = np.arange(least, most + 1, dtype=np.int64)
-    found.flags.writeable = False
-    return found
 
 
 def batch_capacity(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from helios_sim.policy.deployment import InFlight, Placement
-from helios_sim.policy.prediction import Load, prefill_time_s
+from helios_sim.policy.prediction import Load
 from helios_sim.policy.telemetry import Situation
 
 
@@ -81,7 +81,7 @@ def _cache_s(situation: Situation, now: Underway, to: Placement, load: Load, req
         return 0.0
     held = now.cached_tokens / load.prompt_tokens(situation.candidates[now.active.model])
     cold_s, warm_s = (
-        prefill_time_s(candidate.profile, to.layers, prompt, situation.max_batch_tokens, known)[0]
+        candidate.profile.prompt_time_s(to.layers, prompt, situation.max_batch_tokens, known)[0]
         for known in (0, cached)
     )
     return max(0.0, cold_s - warm_s) * (held if requests is None else min(held, requests))
@@ -100,7 +100,7 @@ def _without_cache(
     tokens_in_flight = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
 
     def prefill_again_s() -> float:
-        return running * prefill_time_s(profile, to.layers, tokens_in_flight, situation.max_batch_tokens)[0]
+        return running * profile.prompt_time_s(to.layers, tokens_in_flight, situation.max_batch_tokens)[0]
 
     if to.model == now.active.model:
         deeper = to.layers > now.active.layers

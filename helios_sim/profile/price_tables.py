@@ -24,6 +24,7 @@ from helios_sim.core.layout import (
     Table,
     raw,
 )
+from helios_sim.core.operate import POINT, estimate
 from helios_sim.core.price import (
     FIRST_OF_CLASS,
     FLOOR,
@@ -37,7 +38,6 @@ from helios_sim.core.price import (
     PrefillAttention,
     PriceTables,
     UnequalLengths,
-    price_many,
 )
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.formats import FP4, FP8, INT8
@@ -46,6 +46,7 @@ from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTa
 
 _ROOMS = 256  # that are kept of each model and its bands
 _DECODES = (False, True, True, False, False, False, False)  # as `_Room.there`
+_NO_POINT = np.zeros(8, np.int64), np.zeros(9)  # what `estimate` takes for an operating point
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,12 +132,7 @@ class Pricing:
 
     def decodes(self, layers: int, batch: IntArray, kv_tokens: IntArray, *asked: int) -> FloatArray:
         """(K, 3) what is asked for of iterations of so many decodes, all to that depth: `_priced` of their numbers."""
-        return self._found((layers,), len(batch), asked, lambda room: room.fill_decodes(batch, batch, kv_tokens))
-
-    def prompt(self, chunk: PrefillChunk, finishes: bool, *asked: int) -> FloatArray:
-        """(1, 3) the same of a chunk of a prompt on its own, which may be its last."""
-        fill: Callable[[_Room], None] = lambda room: room.fill_decodes(int(finishes), 0, 0)  # noqa: E731
-        return self._found((chunk.layers,), 1, asked, fill, (chunk,))
+        return self._found((layers,), len(batch), asked, lambda room: room.fill_decodes(batch, kv_tokens))
 
     def _priced(self, c: Composition, *asked: int) -> FloatArray:
         """(K, 3) what is asked for."""
@@ -204,16 +200,16 @@ class _Room:
     price: Callable[..., int]  # a caller of its own: the loop's code wants to be told of new arrays
     counts: IntArray
     found: FloatArray
-    read: tuple[Any, ...]  # as `price_many` takes what is asked and both of these
+    read: tuple[Any, ...]  # as `estimate` takes what is asked and both of these
     there: tuple[bool, ...] | None = None  # which kinds of work have numbers; those of the others are 0 already
 
-    def fill_decodes(self, sampled: IntArray | int, decodes: IntArray | int, kv_tokens: IntArray | int) -> None:
+    def fill_decodes(self, decodes: IntArray, kv_tokens: IntArray) -> None:
         """As `fill`, of iterations of one band in which nothing else happens."""
         counts = self.counts
         if self.there != _DECODES:
             counts[:, 1:3], counts[:, 3:] = NEVER, 0
             self.there = _DECODES
-        counts[:, 0], counts[:, 3], counts[:, 4] = sampled, decodes, kv_tokens
+        counts[:, 0], counts[:, 3], counts[:, 4] = decodes, decodes, kv_tokens
 
     def fill(self, c: Composition) -> None:
         """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
@@ -237,7 +233,7 @@ class _Room:
 
 @dataclass(slots=True, eq=False)
 class _LaidOut:
-    """What `price_many` reads of a model whose layers are cut into these bands, and room to work in."""
+    """What `estimate` reads of a model whose layers are cut into these bands, and room to work in."""
 
     code: machine.Machine | None
     storage: Storage
@@ -252,9 +248,10 @@ class _LaidOut:
         found = self.rooms.get((n, asked))
         if found is None:
             counts, prices = np.zeros((n, 3 + 6 * len(self.tables[3])), np.int64), np.zeros((n, 3))
-            wanted = np.array([int(what in asked) for what in (TIME, FLOOR, OUTSIDE)])
-            price = price_many if self.code is None else self.code.prices()
-            found = _Room(price, counts, prices, tuple(map(self.storage.array, (counts, wanted, prices))))
+            wanted = np.array([int(what in asked) for what in (TIME, FLOOR, OUTSIDE, POINT)])
+            price = estimate if self.code is None else self.code.prices()
+            read = counts, wanted, prices, *_NO_POINT
+            found = _Room(price, counts, prices, tuple(map(self.storage.array, read)))
             if len(self.rooms) < _ROOMS:
                 self.rooms[n, asked] = found
         return found

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from helios_sim.core.price import FLOOR, TIME
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
-from helios_sim.profile.composition import Composition, PrefillChunk
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.operating import OperatingPoints
 from helios_sim.profile.price_tables import Pricing
 from helios_sim.profile.spec import Anchors, HardwareSpec, ModelSpec, Runtime, TimeBand, require_within
 from helios_sim.profile.tables import LayerTables, RowsTable
@@ -62,6 +63,7 @@ class Profile:
     resident_layers: int | None = None  # those above come from host memory in each iteration; None: all stay
     check_predictor: RowsTable | None = None  # a check by a predictor of a few words; None: not known (`predictor`)
     _pricing: Pricing = field(init=False, repr=False)
+    operating: OperatingPoints = field(init=False, repr=False)
     _weight_bytes: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # by layers
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class Profile:
             self.check_classifier, self.embedding, factors, self.padded_kv,
         )  # fmt: skip
         object.__setattr__(self, "_pricing", pricing)
+        object.__setattr__(self, "operating", OperatingPoints(pricing))
 
     def __reduce__(self) -> tuple[type[Profile], tuple[object, ...]]:
         """Processes of a sweep get the tables; lookups are made anew there, to the same bits."""
@@ -183,10 +186,13 @@ class Profile:
         self._check_classifier(c)
         return self._pricing.time_s(c)
 
-    def prompt_both_s(self, chunk: PrefillChunk, finishes: bool) -> tuple[float, float]:
-        """Time and floor of an iteration that is this chunk of a prompt, which may be its last, and nothing else."""
-        time_s, floor_s, _ = self._pricing.prompt(chunk, finishes, TIME, FLOOR)[0].tolist()
-        return time_s, floor_s
+    def prompt_time_s(self, layers: int, tokens: int, budget: int, cached: int = 0) -> tuple[float, float]:
+        """Seconds of a prompt on its own, in chunks of at most `budget` tokens, and their floor.
+
+        Its first `cached` tokens are not computed, but attended to.
+        """
+        found = self.operating.of(layers, (tokens, cached, budget), (1, 0), (0.0, 0.0, 0.0))
+        return found.prefill_s, found.prefill_floor_s
 
     def decodes_time_s(
         self, layers: int, batch: NDArray[np.int64], kv_tokens: NDArray[np.int64]
