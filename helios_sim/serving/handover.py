@@ -60,11 +60,17 @@ def hand_over(replica: Replica) -> None:
 
 
 def settle(replica: Replica) -> None:
-    """What is noted under the name of the deployment in force, before another one is: depths, memory, samples."""
-    s, stats = replica.state, replica.stats
+    """What is noted under the deployment in force, before another one is: depths, memory, samples, observations."""
     if replica.depths.any():
-        stats.count_by_depth(replica.deployment.active.model, replica.depths)
+        replica.stats.count_by_depth(replica.deployment.active.model, replica.depths)
         replica.depths[:] = 0
+    settle_memory(replica)
+    _observations(replica)
+
+
+def settle_memory(replica: Replica) -> None:
+    """What is noted under what memory holds, before it holds something else."""
+    s, stats = replica.state, replica.stats
     if s.peak_blocks:
         used = replica.weight_bytes + int(s.peak_blocks) * replica.block_bytes
         stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
@@ -83,12 +89,12 @@ def _samples(replica: Replica) -> None:
     s, model, layers = replica.state, replica.deployment.active.model, replica.run_layers
     if not s.samples:
         return
-    for time_ns, running, waiting, used_blocks in tuples(
-        replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ()
-    ):
-        replica.timeline.sample(
-            time_ns, model, layers, running, waiting, used_blocks * replica.block_bytes, replica.weight_bytes
-        )
+    block_bytes, weight_bytes = replica.block_bytes, replica.weight_bytes
+    taken = tuples(replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ())
+    replica.timeline.keep(
+        (time_ns, model, layers, running, waiting, used_blocks * block_bytes, weight_bytes)
+        for time_ns, running, waiting, used_blocks in taken
+    )
     s.samples = 0
     replica.meet_timeline()
 
@@ -229,6 +235,7 @@ def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | 
 
 def abort(replica: Replica, reasons: dict[int, str]) -> None:
     """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
+    tell(replica)
     now_ns = replica.now_ns
     for place in reversed(range(int(replica.state.running))):
         reason = reasons.get(int(replica.requests[int(replica.lists.batch[place])].request_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -90,7 +90,8 @@ class Replica:
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
         self._enforced: Deployment | None = None
-        self._rules_now: dict[str, int] = {}
+        self._rules_now: Mapping[str, int] = {}
+        self._rules_of: dict[tuple[Terms, int | None, int | None], Mapping[str, int]] = {}  # by all that is behind them
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -201,6 +202,31 @@ class Replica:
         if self.foresees and deployment is self._enforced:
             return
         self._enforced = deployment
+        if self.foresees:
+            self.terms = terms = cast(Foresees, self.engine).terms(deployment, situation, self.storage)
+            if terms.rules["owes"] and r.bands != terms.rules["bands"]:
+                self._owed[:] = 0
+            behind = terms, deployment.batch_limit, deployment.observe_tokens
+            values = self._rules_of.get(behind) or {**self._rules_of_deployment(), **terms.rules}
+            self._rules_of[behind] = values
+        else:
+            exits = situation.candidates[deployment.active.model].offline.exits
+            values = {**self._rules_of_deployment(), **exit_rules.of_device(deployment, exits)}
+        if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
+            self._begin_anew()
+        if values is not self._rules_now:
+            for name, value in values.items():
+                if self._rules_now.get(name) != value:
+                    setattr(r, name, int(value))
+            self._rules_now = values
+        if self.foresees and self.inbox.follow(
+            s, deployment.plan, lambda model: situation.candidates[model].offline.exits
+        ):
+            self._plan_running()
+
+    def _rules_of_deployment(self) -> dict[str, int]:
+        """Those of the deployment in force, whatever it costs."""
+        deployment, situation = self._deployment, self.situation
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
         seen_first = isinstance(deployment.exit_rule, PerToken | SelfSpeculation | DraftModel | ReleaseEarly)
@@ -211,7 +237,7 @@ class Replica:
             limit = min(limit, places.requests)
         rule = deployment.exit_rule
         drafts = rule if isinstance(rule, SelfSpeculation | DraftModel) else None
-        values = {
+        return {
             "running_limit": limit,
             "context_limit": profile.model.max_context_tokens,
             "place_tokens": NEVER if places is None else places.tokens,
@@ -224,24 +250,6 @@ class Replica:
             "drafts_apart": isinstance(rule, DraftModel) and deployment.plan is None,
             "n_layers": profile.model.n_layers,
         }
-        if self.foresees:
-            self.terms = terms = cast(Foresees, self.engine).terms(deployment, situation, self.storage)
-            if terms.rules["owes"] and self.rules.bands != terms.rules["bands"]:
-                self._owed[:] = 0
-            values |= terms.rules
-        else:
-            exits = situation.candidates[deployment.active.model].offline.exits
-            values |= exit_rules.of_device(deployment, exits)
-        if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
-            self._begin_anew()
-        for name, value in values.items():
-            if self._rules_now.get(name) != value:
-                setattr(r, name, int(value))
-        self._rules_now = values
-        if self.foresees and self.inbox.follow(
-            s, deployment.plan, lambda model: situation.candidates[model].offline.exits
-        ):
-            self._plan_running()
 
     def _rules_of_run(self) -> dict[str, int]:
         """Those that hold whatever the deployment."""

@@ -29,7 +29,7 @@ from helios_sim.serving.decider import Decider, Decision
 from helios_sim.serving.device_plan import note_outcome, plan_of
 from helios_sim.serving.faults import Breakdown, Injector
 from helios_sim.serving.front import Front, Loop
-from helios_sim.serving.handover import finish, hand_over, tell
+from helios_sim.serving.handover import finish, hand_over
 from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import COUNTER_EVERY_NS, OnLeft, Replica
@@ -235,12 +235,10 @@ class Server:
                     hand_over(replica)
                     replica.retokenize()
                     continue
-                if stop == layout.ASK:
-                    self._note()
-                    return
-                hand_over(replica)
                 if stop == layout.FLUSH:
+                    hand_over(replica)
                     continue
+                self._note()
                 if stop == layout.IDLE and not self._turns.woken:
                     yield from self._turns.idle(self._decider.next_time_ns)
                 return
@@ -251,10 +249,8 @@ class Server:
         return self._feed is not None and self.injector is None
 
     def _note(self) -> None:
-        """The policy may be asked: it is told what has happened. Records can wait, but for the last ones of a run."""
-        if self._runs_alone and (self._replica.state.in_system or self.expects):
-            tell(self._replica)
-        else:
+        """A turn begins. The policy is told when it is asked; records can wait, but for the last ones of a run."""
+        if not (self._runs_alone and (self._replica.state.in_system or self.expects)):
             hand_over(self._replica)
 
     def _may_park(self, stop: int) -> bool:

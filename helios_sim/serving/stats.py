@@ -261,7 +261,11 @@ class Timeline:
             last = self.rows[-1]
             if time_ns - last[0] < self.interval_ns and last[1:3] == (model, layers):
                 return
-        self.rows.append((time_ns, model, layers, running, queued, kv_used_bytes, weight_bytes))
+        self.keep([(time_ns, model, layers, running, queued, kv_used_bytes, weight_bytes)])
+
+    def keep(self, rows: Iterable[tuple[int, str, int, int, int, int, int]]) -> None:
+        """Adds rows that are to be kept; they become too many with the last of them at the earliest."""
+        self.rows.extend(rows)
         if len(self.rows) > SAMPLES:
             self.interval_ns *= 2
             del self.rows[1::2]

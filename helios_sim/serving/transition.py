@@ -16,7 +16,7 @@ from helios_sim.exits.rule import DraftModel, ExitRule
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.serving.backoff import Backoff
-from helios_sim.serving.handover import settle
+from helios_sim.serving.handover import settle, settle_memory
 from helios_sim.serving.replica import Replica
 
 
@@ -295,7 +295,7 @@ class Transitions:
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
         """Shrinks the KV pool so that the placement fits beside what is resident. False: more has to drain first."""
         replica, residency = self._replica, self.residency
-        settle(replica)
+        settle_memory(replica)
         active = replica.deployment.active
         both = residency.with_placement(placement)
         blocks = self._blocks_beside(placement)
