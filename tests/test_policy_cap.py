@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from helios_sim.policy.assess import Assessor
-from helios_sim.policy.cap import CapChoice, Evidence, choose_cap, share_and_bound
+from helios_sim.policy.cap import CapChoice, Evidence, choose_cap, weighed
 from helios_sim.policy.history import OBSERVATIONS_KEPT, HistoryTable
 from helios_sim.policy.telemetry import Observation
 from policy_example import large, observed, offline, situation, small
@@ -24,11 +24,11 @@ def evidence_of(counts: list[list[int]], tokens: int = 100) -> Evidence:
 
 
 def upper_bounds(*sources: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    return share_and_bound(sources)
+    return weighed(sources)[:2]
 
 
 def cap_of(evidence: Evidence, epsilon: float, allowed: tuple | None = None) -> CapChoice:
-    return choose_cap(EXITS, [evidence], epsilon, allowed)
+    return choose_cap(EXITS, weighed([evidence]), epsilon, allowed)
 
 
 evidences = st.lists(

@@ -32,11 +32,12 @@ _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
 _MODULES = (
     "advance", "arrive", "blocks", "commit", "depths", "line", "power", "prefix", "price", "schedule", "triggers",
-    "route", "operate",
+    "route", "operate", "evidence",
 )  # fmt: skip
 _LISTED = "digests.json"  # written last: a folder with it is whole
 _PROCESSOR = "processor"  # among the digests: for which the code is
-_LOOP, _PRICES = "route.o", "estimate.o"
+_LOOP, _ESTIMATE, _WEIGH = "route.o", "estimate.o", "weigh.o"
+_OTHERS = {_ESTIMATE: ("operate", "estimate"), _WEIGH: ("evidence", "weigh")}  # beside the loop: modules, functions
 _TYPES = "types.txt"  # of the tables that the loop was compiled for
 _CALLED = (  # from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
@@ -56,7 +57,7 @@ class Machine:
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
         self._folder, self._own, self._common = folder if own is None else None, own, common
         self._loop = self._kept(_LOOP)
-        self._prices: native.Native | None = None  # until they are asked for
+        self._others: dict[str, native.Native] = {}  # that have been asked for
         self._types: list[tuple[Any, int]] | None = None
         self._tables: Tables | None = None
 
@@ -67,9 +68,13 @@ class Machine:
         """`route` for one caller, who has said for which tables (`require_types`) before its first call."""
         return _Lazy(self.compile_loop)
 
-    def prices(self) -> Callable[..., int]:
+    def estimate(self) -> Callable[..., int]:
         """`estimate` for one caller."""
-        return _Lazy(self._compile_prices)
+        return _Lazy(lambda args: self._compile_other(_ESTIMATE, args))
+
+    def weigh(self) -> Callable[..., int]:
+        """`weigh` for one caller."""
+        return _Lazy(lambda args: self._compile_other(_WEIGH, args))
 
     def compile_loop(self, args: Sequence[Any]) -> native.Native:
         """Compile `route` for arrays like those of `args`, and for the types of the replicas' tables."""
@@ -83,14 +88,14 @@ class Machine:
                 self._keep(self._tables)
         return self._loop
 
-    def _compile_prices(self, args: Sequence[Any]) -> native.Native:
-        if self._prices is None:
-            self._prices = self._kept(_PRICES)
-        if self._prices is None:
-            from helios_sim.core.operate import estimate
-
-            self._prices = self._compile(_PRICES, estimate, list(map(places.type_of, args)))
-        return self._prices
+    def _compile_other(self, name: str, args: Sequence[Any]) -> native.Native:
+        found = self._others.get(name) or self._kept(name)
+        if found is None:
+            module, function = _OTHERS[name]
+            of_module = getattr(import_module(f"helios_sim.core.{module}"), function)
+            found = self._compile(name, of_module, list(map(places.type_of, args)))
+        self._others[name] = found
+        return found
 
     def _compile(self, name: str, function: Callable[..., int], kinds: Sequence[Any]) -> native.Native:
         import numba
@@ -125,11 +130,13 @@ class Machine:
 
     def _keep(self, of: Tables) -> None:
         """Let what this process has compiled become the common folder, whole or not at all."""
-        self._compile_prices((
+        numbers = _STORAGE.numbers
+        self._compile_other(_ESTIMATE, (
             of.prices, of.scalars, of.iterations, of.uniform, of.uniform_layers, _STORAGE.rows(WORK, 1),
-            _STORAGE.rows(CHUNK, 1), _STORAGE.numbers(0, 9), _STORAGE.numbers(4), np.zeros((0, 3)),
-            _STORAGE.numbers(0), np.zeros(0),
+            _STORAGE.rows(CHUNK, 1), numbers(0, 9), numbers(4), np.zeros((0, 3)), numbers(0), np.zeros(0),
         ))  # fmt: skip
+        counts = numbers(0, 0)
+        self._compile_other(_WEIGH, (numbers(0), numbers(0), counts, np.zeros(0), counts, counts, np.zeros((0, 0))))
         own, common = self._own, self._common
         self._own = None
         assert own is not None
@@ -223,7 +230,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether every file is as it was written. A flipped bit in machine code would crash the interpreter."""
     try:
         digests: dict[str, str] = json.loads((folder / _LISTED).read_text())
-        if digests.pop(_PROCESSOR) != native.processor() or not {_LOOP, _PRICES} <= digests.keys():
+        if digests.pop(_PROCESSOR) != native.processor() or not {_LOOP, *_OTHERS} <= digests.keys():
             return False
         return all(_digest(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

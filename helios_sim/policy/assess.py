@@ -84,7 +84,7 @@ class Assessor:
         if bits is not None and most is not None:
             good = (bits <= most).tolist()
             allowed = tuple(good if allowed is None else (a and b for a, b in zip(allowed, good, strict=True)))
-        choice = choose_cap(offline.exits, self.history.evidence(model), objective.max_disagreement, allowed)
+        choice = choose_cap(offline.exits, self.history.weighed(model), objective.max_disagreement, allowed)
         if self._cap_layers is None:
             return choice
         return CapChoice(self._cap_layers, choice.share, choice.upper_bound)

@@ -6,15 +6,21 @@ tokens are alike, and shares of disagreement are skewed, since most prompts show
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-UPPER_SHARE = 0.95
-Z = 1.6448536269514722  # the normal quantile of `UPPER_SHARE`
+from helios_sim.core import machine
+from helios_sim.core.evidence import TOKENS, weigh
+from helios_sim.core.layout import Storage
 
+_LOCK = Lock()  # of the compiled function's only caller
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
@@ -32,19 +38,23 @@ class CapChoice:
     upper_bound: tuple[float, ...]  # (E,) of that share
 
 
-def sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own.
+class Weighed(NamedTuple):
+    """Of each exit (E,)."""
 
-    `first` is added to the first of the terms in its place.
-    """
-    if not len(terms):
-        return np.asarray(first, np.float64)
-    terms[0] += first
-    return np.asarray(np.add.accumulate(terms, axis=0)[-1])
+    share: NDArray[np.float64]  # of tokens that differ
+    bound: NDArray[np.float64]  # of that share
+    differs: NDArray[np.float64]  # weighted tokens of the prompts that were observed: those that differ,
+    confident: NDArray[np.float64]  # are confident there,
+    first: NDArray[np.float64]  # and are so there first
+    tokens: float  # all of them
 
 
-def share_and_bound(sources: Sequence[Evidence]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(E,) the share of tokens that differ, sum(w d) / sum(w t), and its one-sided upper 95 % bound.
+def weighed(
+    sources: Sequence[Evidence],
+    confident: NDArray[np.int64] | None = None,
+    first: NDArray[np.int64] | None = None,
+) -> Weighed:
+    """The share of tokens that differ, sum(w d) / sum(w t), and its one-sided upper 95 % bound.
 
     Each source is a stratum whose prompts were drawn apart from the others'. With residuals e = w (d - share t),
     centred in their source, of n prompts there:
@@ -55,29 +65,35 @@ def share_and_bound(sources: Sequence[Evidence]) -> tuple[NDArray[np.float64], N
     The first term is the ratio estimator's (Cochran, Sampling Techniques, 1977, 6.4), the second corrects it for skew
     (Hall, "Inverting an Edgeworth expansion", Annals of Statistics 11, 1983). It never turns the bound below the share,
     since |K| <= V^1.5 and (2 z^2 + 1) / 6 < z. A source of one prompt shows no spread.
+
+    `confident` and `first` (n, E) are further counts of the last source's prompts, which were observed.
     """
-    tokens = float(sum_in_order(0.0, np.concatenate([s.weights * s.tokens for s in sources])))
+    code = machine.loaded()
+    storage = Storage(compiled=code is not None)
+    starts = np.array([0, *accumulate(len(source.tokens) for source in sources)])
     n_exits = sources[0].disagreements.shape[1]
-    none = np.zeros(n_exits)
-    differs = sum_in_order(none, np.concatenate([s.weights[:, None] * s.disagreements for s in sources]))
-    share = differs / tokens
-    variance, third = none, none
-    for source in sources:
-        n = len(source.tokens)
-        residuals = source.weights[:, None] * (source.disagreements - share * source.tokens[:, None])
-        residuals -= sum_in_order(none, residuals) / n
-        squares = residuals * residuals
-        variance = variance + sum_in_order(none, squares) * (n / max(1, n - 1))
-        third = third + sum_in_order(none, squares * residuals)
-    spread = np.sqrt(variance)
-    cubed = variance * spread
-    skew = np.divide(third, cubed, out=np.zeros(n_exits), where=cubed > 0)
-    return share, np.minimum(1.0, share + spread / tokens * (Z + skew * (2 * Z * Z + 1) / 6))
+    none = np.zeros((0, n_exits), np.int64)
+    found = np.zeros((6, n_exits))
+    arrays = (
+        starts, np.concatenate([source.tokens for source in sources], dtype=np.int64),
+        np.concatenate([source.disagreements for source in sources], dtype=np.int64),
+        np.concatenate([source.weights for source in sources]),
+        none if confident is None else confident, none if first is None else first, found,
+    )  # fmt: skip
+    with _LOCK:
+        _weigh(code)(*map(storage.array, arrays))
+    share, bound, differs, sure, leave = found[:TOKENS]
+    return Weighed(share, bound, differs, sure, leave, float(found[TOKENS, 0]))
+
+
+@cache
+def _weigh(code: machine.Machine | None) -> Callable[..., int]:
+    return weigh if code is None else code.weigh()
 
 
 def choose_cap(
     exits: tuple[int, ...],
-    sources: Sequence[Evidence],
+    evidence: Weighed,
     max_disagreement: float,
     allowed: tuple[bool, ...] | None = None,
 ) -> CapChoice:
@@ -85,9 +101,8 @@ def choose_cap(
 
     `allowed` (E,) bars exits for other reasons, such as bits per character; full depth is never barred here.
     """
-    share, bound = share_and_bound(sources)
-    within = bound <= max_disagreement
+    within = evidence.bound <= max_disagreement
     if allowed is not None:
         within &= np.asarray(allowed)
     within[-1] = True
-    return CapChoice(exits[int(within.argmax())], tuple(share.tolist()), tuple(bound.tolist()))
+    return CapChoice(exits[int(within.argmax())], tuple(evidence.share.tolist()), tuple(evidence.bound.tolist()))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from helios_sim.policy.cap import Evidence, sum_in_order
+from helios_sim.policy.cap import Evidence, Weighed, weighed
 from helios_sim.policy.prediction import Prediction
 from helios_sim.policy.telemetry import Candidate, Observation
 
@@ -115,7 +115,8 @@ class HistoryTable:
             name: ObservedPrompts(len(candidate.offline.exits), OBSERVATIONS_KEPT)
             for name, candidate in candidates.items()
         }
-        self._shares: dict[str, Shares] = {}  # by what is known now
+        self._weighed: dict[str, Weighed] = {}  # by what is known now
+        self._shares: dict[str, Shares] = {}
         self._observed: dict[str, tuple[Evidence | None, float]] = {}
         self._added = dict.fromkeys(candidates, 0)
         self._predictions: dict[str, tuple[Prediction, int]] = {}
@@ -126,6 +127,7 @@ class HistoryTable:
         if n_tokens == 0:
             return
         self._added[observation.model] += 1
+        self._weighed.pop(observation.model, None)
         self._shares.pop(observation.model, None)
         self._observed.pop(observation.model, None)
         reached = observation.confident.copy()
@@ -143,14 +145,17 @@ class HistoryTable:
     def note(self, model: str, prediction: Prediction, completed_requests: int) -> None:
         self._predictions[model] = (prediction, completed_requests)
 
-    def evidence(self, model: str) -> list[Evidence]:
+    def weighed(self, model: str) -> Weighed:
         """Prompts recorded offline, and those observed: two sources, weighted by age."""
-        offline = self._candidates[model].offline
-        seen, weight = self.observed(model)
-        recorded = Evidence(
-            offline.prompt_tokens, offline.prompt_disagreements, np.full(len(offline.prompt_tokens), weight)
-        )
-        return [recorded] if seen is None else [recorded, seen]
+        found = self._weighed.get(model)
+        if found is None:
+            offline, prompts = self._candidates[model].offline, self._prompts[model]
+            seen, weight = self.observed(model)
+            weights = np.full(len(offline.prompt_tokens), weight)
+            recorded = Evidence(offline.prompt_tokens, offline.prompt_disagreements, weights)
+            sources = [recorded] if seen is None else [recorded, seen]
+            found = self._weighed[model] = weighed(sources, prompts.confident, prompts.first)
+        return found
 
     def observed(self, model: str) -> tuple[Evidence | None, float]:
         """Observed prompts weighted by age, the youngest 1; and the weight of an offline prompt beside them.
@@ -178,20 +183,15 @@ class HistoryTable:
         return found
 
     def _pooled(self, model: str) -> Shares:
-        offline, seen = self._candidates[model].offline, self._prompts[model]
+        offline, observed = self._candidates[model].offline, self.weighed(model)
         evidence, offline_weight = self.observed(model)
         weights = np.zeros(0) if evidence is None else evidence.weights
         offline_tokens = offline_weight * float(offline.prompt_tokens.sum())
-        total = offline_tokens + sum_in_order(0.0, weights * seen.tokens)
-
-        def pooled(offline_share: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-            observed = sum_in_order(np.zeros(len(offline.exits)), weights[:, None] * counts)
-            return np.asarray((offline_tokens * offline_share + observed) / total)
-
+        total = offline_tokens + observed.tokens
         return Shares(
-            disagreement=pooled(offline.disagreement, seen.differs),
-            confident=pooled(offline.confident_share, seen.confident),
-            exit_histogram=pooled(offline.exit_share, seen.first),
+            disagreement=(offline_tokens * offline.disagreement + observed.differs) / total,
+            confident=(offline_tokens * offline.confident_share + observed.confident) / total,
+            exit_histogram=(offline_tokens * offline.exit_share + observed.first) / total,
             bits_per_char=self._bits_per_char(model, offline_weight, weights),
         )
 
@@ -205,8 +205,9 @@ class HistoryTable:
             bits = chars * offline.bits_per_char
         with_bits = seen.has_bits
         weights = weights[with_bits]
-        bits = sum_in_order(bits, weights[:, None] * seen.bits[with_bits])
-        chars = float(sum_in_order(chars, weights * seen.chars[with_bits]))
+        if len(weights):
+            bits = _sum_in_order(bits, weights[:, None] * seen.bits[with_bits])
+            chars = float(_sum_in_order(chars, weights * seen.chars[with_bits]))
         return bits / chars if chars > 0 else None
 
     def observed_prompts(self, model: str) -> int:
@@ -233,3 +234,12 @@ class HistoryTable:
                 row["prediction_age_requests"] = completed_requests - at_request
             table[model] = row
         return table
+
+
+def _sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own.
+
+    `first` is added to the first of the terms in its place.
+    """
+    terms[0] += first
+    return np.asarray(np.add.accumulate(terms, axis=0)[-1])

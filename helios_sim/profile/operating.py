@@ -71,7 +71,7 @@ class OperatingPoints:
             storage.group(self._pricing.tables), self._pricing.scalars(storage), raw(iteration), spans.table(storage),
             storage.array(spans.class_layers), storage.rows(WORK, 1), raw(chunk), *arrays,
         )  # fmt: skip
-        return _Room(estimate if code is None else code.prices(), found, whole, means, read, (iteration, chunk))
+        return _Room(estimate if code is None else code.estimate(), found, whole, means, read, (iteration, chunk))
 
 
 @dataclass(slots=True, eq=False)

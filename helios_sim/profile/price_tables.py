@@ -249,7 +249,7 @@ class _LaidOut:
         if found is None:
             counts, prices = np.zeros((n, 3 + 6 * len(self.tables[3])), np.int64), np.zeros((n, 3))
             wanted = np.array([int(what in asked) for what in (TIME, FLOOR, OUTSIDE, POINT)])
-            price = estimate if self.code is None else self.code.prices()
+            price = estimate if self.code is None else self.code.estimate()
             read = counts, wanted, prices, *_NO_POINT
             found = _Room(price, counts, prices, tuple(map(self.storage.array, read)))
             if len(self.rooms) < _ROOMS:
