@@ -43,6 +43,9 @@ def test_locate_finds_the_tokens_that_begin_in_the_answer(chars: list[int], text
     assert span.indices().tolist() == tokens_one_character_at_a_time(trace, 0, text_start, output_chars)
     assert span.n_tokens >= 1
     assert 0 <= span.start < span.length
+    everything = np.arange(trace.n_tokens)
+    for n in range(span.n_tokens + 2):
+        assert everything[span.rows(n)].tolist() == span.indices()[:n].tolist()
 
 
 @pytest.mark.slow

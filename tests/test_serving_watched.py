@@ -114,7 +114,7 @@ def test_telemetry_tells_the_attainment_of_the_latest_requests() -> None:
     assert seen.slo_attainment == pytest.approx(np.mean([is_good(record, TIGHT) for record in done]))
     assert 0 < seen.slo_attainment < 1
     assert LatestRequests(seen.latest.moments_ns).slo_attainment is None
-    assert LatestRequests((), TIGHT).slo_attainment is None
+    assert LatestRequests(slo=TIGHT).slo_attainment is None
 
 
 # --- power

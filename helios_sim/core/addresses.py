@@ -39,7 +39,7 @@ class Replicas:
         self._tables: list[Tables | None] = [None] * n
         self._addresses: IntArray | None = None
         self._places: list[int] = []  # of the first array of each field of the tables
-        self._of_groups: dict[tuple[int, int], tuple[Any, IntArray]] = {}  # put before, by field and id; their rows
+        self._of_groups: dict[tuple[int, ...], tuple[Any, IntArray]] = {}  # put before, by their ids; with their rows
 
     @property
     def raw(self) -> Any:
@@ -58,19 +58,27 @@ class Replicas:
             self._addresses = np.zeros((len(self._tables), self._places[-1], NUMBERS), np.int64)
         self._tables[number] = tables
         rows = self._addresses[number]
-        for n, (field, place) in enumerate(zip(tables, self._places, strict=False)):
+        for n, (field, place) in enumerate(zip(tables[:_OF_TERMS], self._places, strict=False)):
             if known is not None and field is known[n]:
                 continue
-            if n < _OF_TERMS and not isinstance(field, tuple):  # of tables that grow, or are read on
+            if isinstance(field, tuple):
+                self._put_group(rows, place, field)
+            else:  # of tables that grow, or are read on
                 rows[place] = self._row(place, field)
-                continue
-            known_group = self._of_groups.get((n, id(field)))  # most are put again and again, as models take turns
-            if known_group is None or known_group[0] is not field:
-                if len(self._of_groups) == _GROUPS:
-                    self._of_groups.clear()
-                found = np.array([self._row(place + at, array) for at, array in enumerate(arrays_of(field))])
-                known_group = self._of_groups[n, id(field)] = field, found
-            rows[place : place + len(known_group[1])] = known_group[1]
+        of_terms = tables[_OF_TERMS:]
+        if known is None or not all(map(is_, known[_OF_TERMS:], of_terms)):
+            self._put_group(rows, self._places[_OF_TERMS], of_terms)
+
+    def _put_group(self, rows: IntArray, place: int, group: tuple[Any, ...]) -> None:
+        """Most are put again and again, as models take turns."""
+        ids = place, *map(id, group)
+        known = self._of_groups.get(ids)
+        if known is None:
+            if len(self._of_groups) == _GROUPS:
+                self._of_groups.clear()
+            found = np.array([self._row(place + at, array) for at, array in enumerate(arrays_of(group))])
+            known = self._of_groups[ids] = group, found
+        rows[place : place + len(known[1])] = known[1]
 
     def _row(self, place: int, array: NDArray[Any]) -> list[int]:
         """Where an array lies, and its shape."""

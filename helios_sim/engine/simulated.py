@@ -134,21 +134,22 @@ class SimulatedEngine:
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
     ) -> Observation:
         trace = self._models[model].trace.trace
-        rows = span.indices()[:n_tokens]
         if isinstance(exit_rule, ReleaseEarly):
-            return _released(model, request_id, trace, rows[1:], exit_rule, time_ns)  # a prompt's token passes no ramp
+            rows = span.indices()[1:n_tokens]
+            return _released(model, request_id, trace, rows, exit_rule, time_ns)  # a prompt's token passes no ramp
+        of_text = span.rows(n_tokens)
         if isinstance(exit_rule, FixedCap | PerToken):
-            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence, rows)
+            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence, of_text)
         else:
-            confident = trace.agree[rows]
+            confident = trace.agree[of_text]
         return Observation(
             model=model,
             request_id=request_id,
             time_ns=time_ns,
             confident=confident,
-            agrees=trace.agree[rows],
-            bits=trace.bits[rows] if trace.bits is not None and trace.human_text else None,
-            chars=int(np.add.reduce(trace.chars[rows], dtype=np.int64)),
+            agrees=trace.agree[of_text],
+            bits=trace.bits[of_text] if trace.bits is not None and trace.human_text else None,
+            chars=int(np.add.reduce(trace.chars[of_text], dtype=np.int64)),
         )
 
     def probe(
@@ -260,8 +261,8 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
 def _leaves(replayed: Replay) -> NDArray[np.int16]:
     """As `Trace.leaves` has them."""
     found = replayed.exit_index.astype(np.int16) << LEAF_BITS
-    found[replayed.breach] |= BREACHES_THERE
-    found[replayed.agreed] |= AGREES_THERE
+    found |= replayed.breach * np.int16(BREACHES_THERE)
+    found |= replayed.agreed * np.int16(AGREES_THERE)
     return found
 
 

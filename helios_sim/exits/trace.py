@@ -40,6 +40,13 @@ class TokenSpan:
         """Rows of the trace, shape (n_tokens,)."""
         return self.first + (self.start + np.arange(self.n_tokens, dtype=np.int64)) % self.length
 
+    def rows(self, n_tokens: int) -> slice | NDArray[np.int64]:
+        """Those of the first so many of them, as a slice where the text does not begin anew among them."""
+        start, n = self.start % self.length, min(n_tokens, self.n_tokens)
+        if start + n <= self.length:
+            return slice(self.first + start, self.first + start + n)
+        return self.indices()[:n]
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExitTrace:
@@ -119,14 +126,13 @@ class ExitTrace:
 
         UserError when this trace has no such record: another measure, or a published trace and another threshold.
         """
-        asked = f"{confidence.value} {threshold:g}"
         if self.confident is None:
             return self.recorded(confidence)[rows] >= np.float32(threshold)
         if (threshold, confidence) != (self.published_threshold, self.published_confidence):
             measure = self.published_confidence.value if self.published_confidence else "?"
             raise UserError(
                 "threshold",
-                asked,
+                f"{confidence.value} {threshold:g}",
                 f"the exit trace of {self.model} ({self.provenance.source}) knows exits but no confidences, and "
                 f"answers only {measure} {self.published_threshold:g}",
                 f"use threshold {self.published_threshold:g} with {measure}, or a measured trace",

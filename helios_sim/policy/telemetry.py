@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -126,7 +126,7 @@ class Released(Observation):
     confidences: NDArray[np.float32]  # (n, E)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LatestRequests:
     """Times of the latest completed requests, up to 256, oldest first, in seconds, (n,) each.
 
@@ -134,7 +134,8 @@ class LatestRequests:
     bound, `np.mean(latest.tpot_s <= 0.05)`.
     """
 
-    moments_ns: tuple[tuple[int, int, int, int, int], ...] = ()  # arrival, scheduled, first and last token; tokens
+    # (n, 5) arrival, scheduled, first and last token; output tokens
+    moments_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 5), np.int64))
     slo: Slo = NO_SLO
 
     def __len__(self) -> int:
@@ -158,14 +159,14 @@ class LatestRequests:
     @property
     def tpot_s(self) -> NDArray[np.float64]:
         """Time per output token after the first; NaN for an answer of one token."""
-        gaps = np.array([row[4] - 1 for row in self.moments_ns], np.float64)
+        gaps = (self.moments_ns[:, 4] - 1).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.where(gaps > 0, self._seconds(3, 2) / gaps, np.nan))
 
     @property
     def slo_attainment(self) -> float | None:
         """The share of them that met every SLO of the study; None without SLOs, or before one has completed."""
-        if not self.slo.any or not self.moments_ns:
+        if not self.slo.any or not len(self):
             return None
         good = np.ones(len(self), np.bool_)
         for times_s, bound_s in (
@@ -176,7 +177,7 @@ class LatestRequests:
         return float(np.mean(good))
 
     def _seconds(self, end: int, start: int) -> NDArray[np.float64]:
-        return np.array([row[end] - row[start] for row in self.moments_ns], np.int64) / NS_PER_S
+        return (self.moments_ns[:, end] - self.moments_ns[:, start]) / NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,13 +113,17 @@ class Decider:
     def _watch(self, triggers: list[list[int]], windows: list[list[int]], flags: NDArray[np.uint8]) -> Watch:
         """These triggers and windows, in arrays that the loop knows already where some had their shape."""
         storage, shape = self._replica.storage, (len(triggers), *flags.shape)
-        rows, of_windows = storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows)
         if shape in self._kept:
             watch, self._seen, self._flags = self._kept[shape]
-            watch.triggers[:], watch.windows[:], self._flags[:] = rows, of_windows, flags
+            for kind, places, rows in ((TRIGGER, self._seen.triggers, triggers), (WINDOW, self._seen.windows, windows)):
+                for place, row in zip(places, rows, strict=True):
+                    for name, value in zip(kind.dtype.names or (), row, strict=True):
+                        setattr(place, name, value)
+            self._flags[:] = flags
             return watch
-        watch, self._flags = Watch(rows, of_windows, storage.array(flags)), flags
-        self._seen = Watch(storage.views(TRIGGER, rows), storage.views(WINDOW, of_windows), watch.flags)
+        of_triggers, of_windows = storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows)
+        watch, self._flags = Watch(of_triggers, of_windows, storage.array(flags)), flags
+        self._seen = Watch(storage.views(TRIGGER, of_triggers), storage.views(WINDOW, of_windows), watch.flags)
         if len(self._kept) == _SHAPES:
             self._kept.clear()
         self._kept[shape] = watch, self._seen, flags

@@ -32,9 +32,10 @@ _LEFT_FIELDS = (
 )  # fmt: skip
 _MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
 _RECENT_FIELDS = (
-    "prompt_tokens", "generated", "earlier_tokens", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns",
-    "hit_tokens", "why",
+    "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "generated", "prompt_tokens", "hit_tokens",
+    "earlier_tokens", "why",
 )  # fmt: skip
+_GENERATED, _EARLIER = _RECENT_FIELDS.index("generated"), _RECENT_FIELDS.index("earlier_tokens")
 _AS_THEY_ARE = (
     "request_id", "task", "arrival_ns", "prompt_tokens", "prompt_chars", "output_chars", "layers_run", "early_tokens",
     "breach_tokens", "agreed_tokens", "evaluated_tokens", "preemptions",
@@ -137,7 +138,8 @@ def _completed(replica: Replica) -> None:
         why = numbers_of(replica.requests, slots, ("why", "request_id"))[:, 0]
         slots = np.array(slots)[why == layout.COMPLETED][-RECENT:].tolist()
     rows = numbers_of(replica.requests, slots, _RECENT_FIELDS)
-    replica.recent.completed(rows[rows[:, -1] == layout.COMPLETED, :-1])
+    rows[:, _GENERATED] += rows[:, _EARLIER]
+    replica.recent.completed(rows[rows[:, -1] == layout.COMPLETED, :_EARLIER])
 
 
 def _records(replica: Replica) -> None:

@@ -168,7 +168,6 @@ class Server:
                     else:
                         model, reason, until_ns = refused
                         self._decider.note_refused(model, reason, self._transitions.refuse(model, reason), until_ns)
-                    self._transitions.tell_loop()
                     continue
             self._started = self.has_begun = True
             probe_end_ns = self._prober.advance()

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -191,41 +190,42 @@ class Recent:
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
-        self._prompt_tokens: deque[int] = deque(maxlen=RECENT)
-        self._output_tokens: deque[int] = deque(maxlen=RECENT)
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
-        self._moments_ns: deque[tuple[int, int, int, int, int]] = deque(maxlen=RECENT)
-        self._hit_tokens: deque[int] = deque(maxlen=RECENT)
+        self._rows = np.zeros((2 * RECENT, 7), np.int64)  # as `completed` gets them; when full, the latest move up
+        self._filled = 0
 
     def completed(self, rows: NDArray[np.int64]) -> None:
-        """Of each request, (n, 8): its prompt tokens, those generated last and earlier, when it arrived, was scheduled
-        and had its first and last token, and how many tokens of its prompt were cached."""
-        prompts, generated, earlier, *moments_ns, hits = rows.T.tolist()
-        outputs = list(map(add, generated, earlier))
-        self._prompt_tokens.extend(prompts)
-        self._hit_tokens.extend(hits)
-        self._output_tokens.extend(outputs)
-        self._moments_ns.extend(zip(*moments_ns, outputs, strict=True))
+        """Of each request, (n, 7) of at most `RECENT`: when it arrived, was scheduled and had its first and last token,
+        its output tokens, those of its prompt, and how many of these were cached."""
+        if self._filled + len(rows) > len(self._rows):
+            self._rows[:RECENT] = self._latest
+            self._filled = RECENT
+        self._rows[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+    @property
+    def _latest(self) -> NDArray[np.int64]:
+        return self._rows[max(0, self._filled - RECENT) : self._filled]
 
     @property
     def latest(self) -> LatestRequests:
-        return LatestRequests(tuple(self._moments_ns), self._slo)
+        return LatestRequests(self._latest[:, :5].copy(), self._slo)
 
     def arrived(self, times_ns: Iterable[int]) -> None:
         self._arrivals_ns.extend(times_ns)
 
     @property
     def prompt_tokens_mean(self) -> float | None:
-        return sum(self._prompt_tokens) / len(self._prompt_tokens) if self._prompt_tokens else None
+        return int(self._latest[:, 5].sum()) / len(self._latest) if self._filled else None
 
     @property
     def hit_share(self) -> float | None:
         """Of their prompts' tokens those that were found in the prefix cache; None before one has completed."""
-        return sum(self._hit_tokens) / sum(self._prompt_tokens) if self._prompt_tokens else None
+        return int(self._latest[:, 6].sum()) / int(self._latest[:, 5].sum()) if self._filled else None
 
     @property
     def output_tokens_mean(self) -> float | None:
-        return sum(self._output_tokens) / len(self._output_tokens) if self._output_tokens else None
+        return int(self._latest[:, 4].sum()) / len(self._latest) if self._filled else None
 
     @property
     def arrival_rate_per_s(self) -> float | None:
