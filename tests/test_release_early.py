@@ -22,7 +22,7 @@ from helios_sim.report.metrics import OF_RELEASES, compute_metrics
 from helios_sim.report.records import Records
 from helios_sim.workload import AllAtOnce, Exponential, Workload
 from policy_example import seen, situation
-from priced import priced_profile
+from priced import line, priced_profile
 from rig import Scripted, Served, full_depth, rows_of, serve, workload
 
 EXITS, N_LAYERS = (1, 3, 8), 8
@@ -78,6 +78,19 @@ def test_one_token_is_delivered_as_by_hand(ramp: int, confidence: Confidence) ->
     assert served.run.stats.busy_ns == pytest.approx(record.first_token_ns + 1e9 * whole_s, abs=2)
     assert served.run.stats.released_ns == pytest.approx(1e9 * (whole_s - delivered_s), abs=2)
     assert served.run.stats.released_tokens == (ramp < 2)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_after_a_classifier_the_head_reads_all_rows_that_leave_at_a_ramp(together: int) -> None:
+    c, each_s = COSTS, 1e-4
+    priced = replace(PRICED, check=line(c["check_s"], each_s))
+    deployment = releasing(confidence=Confidence.CLASSIFIER)
+    served = serve(workload(together, 5, 2, AllAtOnce()), deployment, {"flat": priced}, {"flat": sure((1.0, 0.0))})
+    layers_s = N_LAYERS * (c["layer_s"] + (together - 1) * c["row_s"] + together * 6 * c["kv_token_s"])
+    head_s = c["check_s"] + (together - 1) * each_s  # of the ramp at which all leave, beside that of the last layer
+    whole_s = layers_s + 2 * c["classifier_s"] + head_s + c["head_s"] + c["host_s"]
+    first_ns = served.records[0].first_token_ns
+    assert served.run.stats.busy_ns == pytest.approx(first_ns + 1e9 * whole_s, abs=2)
 
 
 @pytest.mark.slow
