@@ -84,6 +84,35 @@ def test_freed_blocks_are_a_queue_from_which_the_longest_free_go_first(plan: lis
         }
 
 
+@given(moves)
+def test_where_a_ring_is_full_the_longest_free_blocks_lose_their_owners_and_none_is_lost(
+    plan: list[tuple[str, int]],
+) -> None:
+    """Four entries: a fifth joins the two that were freed longest ago, which are then nobody's."""
+    state, rules = record(STATE, used_blocks=1000), record(RULES, refinds=1)
+    freed = STORAGE.rows(FREED, 4)
+    plain: list[tuple[int, int]] = []
+    for owner, (what, n) in enumerate(plan, 1):
+        if what == "forget":
+            blocks.forget_blocks(state, freed, n)
+            while plain and n:
+                (of, held), *later = plain
+                plain = [(of, held - n), *later] if held > n else later
+                n -= min(n, held)
+            continue
+        of = owner if what == "give to owner" else NEVER
+        entry = blocks.give_blocks(state, rules, freed, n, of)
+        if plain and of == NEVER == plain[-1][0]:
+            plain[-1] = (NEVER, plain[-1][1] + n)
+        else:
+            if len(plain) == len(freed):
+                plain = [(NEVER, plain[0][1] + plain[1][1]), *plain[2:]]
+            plain.append((of, n))
+            assert of == NEVER or blocks.kept_blocks(state, freed, entry, of) == n
+        ring = [freed[at % len(freed)] for at in range(state.freed_first, state.freed_end)]
+        assert [(each.owner, each.blocks) for each in ring] == plain
+
+
 def test_of_those_that_linger_the_one_last_in_order_gives_way_and_the_others_stay() -> None:
     state = record(STATE, running=1, lingering=3, used_blocks=20)
     requests, held = STORAGE.rows(REQUEST, 4), lists()
