@@ -32,7 +32,7 @@ from helios_sim.exits.rule import Confidence, SelfSpeculation
 from helios_sim.exits.trace import ANY_TASK, BoundTrace, ExitTrace, TokenSpan
 from helios_sim.live import engine, pace
 from helios_sim.live.answers import Answer, score
-from helios_sim.live.exits import ExitReader
+from helios_sim.live.exits import Chunk, ExitReader
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel, open_models
 from helios_sim.live.speculation import Drafts, Speculation
@@ -82,9 +82,9 @@ class Timed(Speculation):
 
     drafts_s = 0.0  # of all so far
 
-    def draft(self, requests: Sequence[Drafts]) -> list[Composition]:
+    def draft(self, requests: Sequence[Drafts], chunks: Sequence[Chunk] = ()) -> list[Composition]:
         began_s = thread_time()
-        ran = super().draft(requests)
+        ran = super().draft(requests, chunks)
         Timed.drafts_s += thread_time() - began_s
         return ran
 

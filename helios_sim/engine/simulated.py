@@ -106,6 +106,9 @@ class SimulatedEngine:
     def hold(self, layers: Mapping[str, int]) -> None:
         """Memory is counted by the server; nothing lies in it here."""
 
+    def lay_beside(self, model: str, drafter: str) -> None:
+        """The same."""
+
     def free(self) -> None:
         """Nothing lies in memory here."""
 

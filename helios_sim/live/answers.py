@@ -37,6 +37,7 @@ class Answer:
     depths: list[int] = field(default_factory=list)  # layers that each token ran
     seen: list[ObservedToken] = field(default_factory=list)  # its first tokens, while it was observed
     cached: int = 0  # how many of its first tokens have K and V in the slot
+    read: int = 0  # and how many of those in the slot of another model that drafts
     owed: list[OwedToken] = field(default_factory=list)
     waits: OwedToken | None = None  # its next token, where that waits at an exit for others
 
@@ -50,7 +51,7 @@ class Answer:
         return self.prompt[start:stop] + self.tokens[max(0, start - n) : max(0, stop - n)]
 
     def lose_cache(self) -> None:
-        self.cached, self.waits = 0, None
+        self.cached, self.read, self.waits = 0, 0, None
         self.owed.clear()
 
     @property
@@ -152,20 +153,22 @@ def agreed_tokens(models: Mapping[str, LiveModel], answers: Iterable[Answer], de
         live = models[name]
         whole = SegmentedModel.load(live.checkpoint, dtype=live.dtype, device=device)
         for answer in of_model:
-            found[answer.request.request_id] = _agreed(whole, answer)
+            found[answer.request.request_id] = sum(agreements(whole, answer))
     return found
 
 
 @torch.inference_mode()
-def _agreed(whole: SegmentedModel, answer: Answer) -> int:
+def agreements(whole: SegmentedModel, answer: Answer) -> list[bool]:
+    """Of each token of the answer, whether this model, with the same tokens, would have chosen it too."""
     n = len(answer.tokens)
     if not n:
-        return 0
+        return []
     ids = [*answer.prompt, *answer.tokens]
     hidden, step = _embedded(whole, ids[:-1])
     hidden = whole.run(hidden, 0, whole.n_loaded, step)
     said = whole.logits(hidden[-n:]).argmax(-1)
-    return int((said == torch.tensor(answer.tokens, device=whole.device)).sum())
+    found: list[bool] = (said == torch.tensor(answer.tokens, device=whole.device)).tolist()
+    return found
 
 
 def _embedded(model: SegmentedModel, ids: list[int]) -> tuple[Tensor, Packed]:

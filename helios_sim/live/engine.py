@@ -15,7 +15,16 @@ from typing import Protocol
 import numpy as np
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import MEASURES, Clairvoyant, Confidence, ExitRule, FixedCap, PerToken, SelfSpeculation
+from helios_sim.exits.rule import (
+    MEASURES,
+    Clairvoyant,
+    Confidence,
+    DraftModel,
+    ExitRule,
+    FixedCap,
+    PerToken,
+    SelfSpeculation,
+)
 from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
@@ -28,10 +37,13 @@ from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.one_pass import Rule
+from helios_sim.live.other_drafts import OtherDrafts, require_one_tokenizer
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
 from helios_sim.policy.deployment import Deployment, KvRule, require_live
 from helios_sim.policy.telemetry import Observation
+from helios_sim.profile.composition import Composition
+from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
 from helios_sim.serving.iteration import Member, Outcome, OutOfMemory, Places, Plan, Token
 from helios_sim.serving.replica import SERVED_TEXTS
@@ -113,6 +125,15 @@ class LiveEngine:
         elif layers and not self.work.is_reserved:  # after `free`
             self.work.reserve()
 
+    def lay_beside(self, model: str, drafter: str) -> None:
+        """KV memory is reserved anew by the next `hold`. UserError for a drafter with other tokens than the model's."""
+        if self.work.pair == (model, drafter):
+            return
+        require_one_tokenizer(self._models, model, drafter)
+        self.work.keep_only(set(), self.answers)
+        self.work.close()
+        self.work.pair = model, drafter
+
     def free(self) -> None:
         self.work.keep_only(set(), self.answers)
         self.work.close()
@@ -162,6 +183,7 @@ class LiveEngine:
                     self.work.ahead.forget()
                 return self._speculate(plan, model, answers, now_ns)
             rows, chunks = self._rows(plan, answers), self._chunks(plan, answers)
+            read = self._read_beside(plan, model, answers, chunks)
             tally = self._forward(plan, model, rows, chunks)
         except (MemoryError, RuntimeError) as error:
             reason = oom_message(error)
@@ -172,7 +194,8 @@ class LiveEngine:
             self.work.keep_only(set(), self.answers)
             raise OutOfMemory(reason, max(now_ns + 1, self._env.wall_ns))
         self._note(plan, answers, rows, chunks)
-        return self._outcome(plan, answers, rows, chunks, tally, now_ns)
+        outcome = self._outcome(plan, answers, rows, chunks, tally, now_ns)
+        return replace(outcome, drafted=read, drafter=self._drafter_profile(plan)) if read else outcome
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         """Load the held layers that are not resident yet. Of a model that is complete, nothing is loaded."""
@@ -318,7 +341,6 @@ class LiveEngine:
 
     def _speculate(self, plan: Plan, model: SegmentedModel, answers: list[Answer], now_ns: int) -> Outcome:
         """Let requests draft, verify what they drafted, and add what was accepted to the answers."""
-        assert isinstance(plan.exit_rule, SelfSpeculation)
         decoding = list(zip(answers[: plan.decoding], plan.members, strict=False))
         decoding.sort(key=lambda each: self._slot(each[0]))
         requests = []
@@ -327,9 +349,9 @@ class LiveEngine:
             most = 0 if choice is not None else min(plan.drafts, member.output_tokens - member.generated - 1)
             requests.append(Drafts(self._slot(answer), at, answer.ids(at, at + 1)[0], most, choice))
         chunks = self._chunks(plan, answers)
-        run = Speculation(model, self.residents.exits(plan.model), self.work.cache, plan.exit_rule.exit_layers)
+        run = self._drafting(plan, model, answers)
         began_ns = self._env.wall_ns
-        drafted = run.draft(requests)
+        drafted = run.draft(requests, chunks)
         draft_ns = self._env.wall_ns - began_ns
         composition = run.verify(requests, chunks)
         self.forward_ns += self._env.wall_ns - began_ns
@@ -343,6 +365,7 @@ class LiveEngine:
                 token = self._token(answer, row)._replace(drafted=drafts.most, accepted=n)
                 if token.last or not finite:
                     break
+            answer.read = min(answer.read, answer.cached)  # what was refused is read no more
             tokens[answer.request.request_id] = token
         self._note_prompts(plan, answers, chunks)
         first = [(answers[p.index], c.row) for p, c in zip(plan.prefill, chunks, strict=True) if c.row is not None]
@@ -354,7 +377,34 @@ class LiveEngine:
             prefilled=[self._token(answer, row) for answer, row in first],
             drafted=[replace(step, loading=plan.loading) for step in drafted],
             draft_ns=draft_ns,
+            drafter=self._drafter_profile(plan),
         )
+
+    def _drafting(self, plan: Plan, model: SegmentedModel, answers: SequenceOf[Answer]) -> Speculation:
+        """Drafts at an exit of the model, or of another model, and their verification."""
+        rule, exits, cache, beside = plan.exit_rule, self.residents.exits(plan.model), self.work.cache, self.work.beside
+        if isinstance(rule, SelfSpeculation):
+            return Speculation(model, exits, cache, rule.exit_layers)
+        assert isinstance(rule, DraftModel)
+        assert beside is not None
+        drafter = self.residents.running(rule.drafter, self._models[rule.drafter].profile.model.n_layers)
+        by_slot = {self._slot(answer): answer for answer in answers}
+        return OtherDrafts(model, exits, cache, drafter, self.residents.exits(rule.drafter), beside, by_slot)
+
+    def _read_beside(
+        self, plan: Plan, model: SegmentedModel, answers: SequenceOf[Answer], chunks: SequenceOf[Chunk]
+    ) -> list[Composition]:
+        """Where nothing is drafted, the model that drafts reads prompts all the same."""
+        if not chunks or not isinstance(plan.exit_rule, DraftModel):
+            return []
+        began_ns = self._env.wall_ns
+        ran = self._drafting(plan, model, answers).draft([], chunks)
+        self.forward_ns += self._env.wall_ns - began_ns
+        return ran
+
+    def _drafter_profile(self, plan: Plan) -> Profile | None:
+        rule = plan.exit_rule
+        return self._models[rule.drafter].profile if isinstance(rule, DraftModel) else None
 
     def _slot(self, answer: Answer) -> int:
         return self.work.slots.of(answer.request.request_id)
@@ -467,7 +517,11 @@ def _observed(plan: Plan, answer: Answer) -> bool:
 
 
 class ReplayingEngine(LiveEngine):
-    """A `LiveEngine` with exits that follow the models' traces."""
+    """A `LiveEngine` with exits, and drafts, that follow the models' traces."""
+
+    def lay_beside(self, model: str, drafter: str) -> None:
+        self._models[model].trace.trace.drafted_by(drafter)  # UserError where that was not recorded
+        super().lay_beside(model, drafter)
 
     def observe(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
@@ -498,9 +552,12 @@ class ReplayingEngine(LiveEngine):
         return chunks
 
     def _accepted(self, plan: Plan, answer: Answer, member: Member, drafts: Drafts) -> int:
-        assert isinstance(plan.exit_rule, SelfSpeculation)
-        trace, span = self._models[plan.model].trace.trace, member.span
-        agree, accepted = trace.agree[:, trace.exits.index(plan.exit_rule.exit_layers)], 0
+        trace, span, rule, accepted = self._models[plan.model].trace.trace, member.span, plan.exit_rule, 0
+        if isinstance(rule, DraftModel):
+            agree = trace.drafted_by(rule.drafter)
+        else:
+            assert isinstance(rule, SelfSpeculation)
+            agree = trace.agree[:, trace.exits.index(rule.exit_layers)]
         while accepted < drafts.most:
             if not agree[span.first + (span.start + len(answer.tokens) + accepted) % span.length]:
                 break

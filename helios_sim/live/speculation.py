@@ -60,8 +60,11 @@ class Speculation:
         self._model, self._exits, self._cache, self._exit = model, exits, cache, exit_layers
 
     @torch.inference_mode()
-    def draft(self, requests: Sequence[Drafts]) -> list[Composition]:
-        """Let every request draft as many tokens as it is to. Returns what each step ran."""
+    def draft(self, requests: Sequence[Drafts], chunks: Sequence[Chunk] = ()) -> list[Composition]:
+        """Let every request draft as many tokens as it is to. Returns what each step ran.
+
+        Chunks of prompts run when these are verified.
+        """
         ran = []
         while taking := [one for one in requests if len(one.tokens) < one.most]:
             ran.append(self._composition([one.position + 1 for one in taking], 0, len(taking), (), drafting=True))
@@ -77,14 +80,12 @@ class Speculation:
         """Run the whole model for all drafts and these chunks of prompts. The rows of prompts get their token too."""
         model, n = self._model, len(requests)
         prompts = [PromptStep(self._cache, c.slot, len(c.tokens), c.context) for c in chunks]
-        hidden = self._first_layers(requests, list(zip(chunks, prompts, strict=True)))
-        joined = [state for i, one in enumerate(requests) for state in (*one.states, hidden[i : i + 1])]
+        states = self._to_verify(requests, list(zip(chunks, prompts, strict=True)))
         rows = [one.most + 1 for one in requests]
         blocks = [(k, list(alike)) for k, alike in groupby(requests, key=lambda one: one.most + 1)]
-        steps = [self._block(alike, k) for k, alike in blocks]
+        steps = [block_step(self._cache, [o.slot for o in of], [o.cached for o in of], k) for k, of in blocks]
         sizes = [*(k * len(alike) for k, alike in blocks), *(len(c.tokens) for c in chunks)]
-        states = torch.cat([*joined, hidden[n:]])
-        states = model.run(states, self._exit, model.n_loaded, _together([*steps, *prompts], sizes))
+        states = model.run(states, self._exit, model.n_loaded, together([*steps, *prompts], sizes))
         ends = np.cumsum(sizes)[len(steps) :]
         finishing = [(c.row, int(end) - 1) for c, end in zip(chunks, ends, strict=True) if c.row is not None]
         at = [*range(sum(rows)), *(place for _, place in finishing)]
@@ -100,13 +101,11 @@ class Speculation:
         prefill = tuple(PrefillChunk(len(c.tokens), c.context, c.layers) for c in chunks)
         return self._composition(contexts, sum(rows) - n, len(at), prefill, drafting=False)
 
-    def _block(self, requests: Sequence[Drafts], tokens: int) -> Attend:
-        """The step of so many tokens of each request: one call, or, where kernels go by lengths, one each."""
-        cache, slots, lengths = self._cache, [one.slot for one in requests], [one.cached for one in requests]
-        if not cache.kernels.any_lengths:
-            return BlockStep(cache, slots, lengths, tokens)
-        each: list[Attend] = [PromptStep(cache, at, tokens, n) for at, n in zip(slots, lengths, strict=True)]
-        return _together(each, [tokens] * len(each))
+    def _to_verify(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
+        """States of all tokens that are verified, request by request, and then of these chunks."""
+        hidden = self._first_layers(requests, pieces)
+        joined = [state for i, one in enumerate(requests) for state in (*one.states, hidden[i : i + 1])]
+        return torch.cat([*joined, hidden[len(requests) :]])
 
     def _first_layers(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
         """The latest token of each request, and these chunks, after the exit's layer."""
@@ -115,7 +114,7 @@ class Speculation:
         positions = torch.cat([step.positions, *(prompt.positions for _, prompt in pieces)])
         hidden = self._model.embed(torch.tensor(ids, device=self._cache.device), positions)
         sizes = [len(requests), *(len(chunk.tokens) for chunk, _ in pieces)]
-        return self._model.run(hidden, 0, self._exit, _together([step, *(prompt for _, prompt in pieces)], sizes))
+        return self._model.run(hidden, 0, self._exit, together([step, *(prompt for _, prompt in pieces)], sizes))
 
     def _composition(
         self, contexts: Sequence[int], verified: int, sampled: int, prefill: tuple[PrefillChunk, ...], drafting: bool
@@ -135,5 +134,14 @@ class Speculation:
         )
 
 
-def _together(steps: list[Attend], rows: list[int]) -> Attend:
+def block_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], tokens: int) -> Attend:
+    """The step of so many tokens of each request: one call, or, where kernels go by lengths, one each."""
+    if not cache.kernels.any_lengths:
+        return BlockStep(cache, slots, lengths, tokens)
+    each: list[Attend] = [PromptStep(cache, at, tokens, n) for at, n in zip(slots, lengths, strict=True)]
+    return together(each, [tokens] * len(each))
+
+
+def together(steps: list[Attend], rows: list[int]) -> Attend:
+    """One step of several, of which each has so many rows."""
     return steps[0] if len(steps) == 1 else MixedStep(steps, rows)

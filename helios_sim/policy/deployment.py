@@ -201,9 +201,6 @@ def require_all_resident(placement: Placement) -> None:
 
 def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> None:
     """UserError for what live serving cannot do."""
-    if isinstance(rule, DraftModel):
-        allowed = "other policies, such as self_speculation: live, one model runs at a time"
-        raise UserError("policy", "draft_model", allowed, "choose one of these, or set mode=simulate")
     if isinstance(rule, ReleaseEarly):
         allowed = "other policies: live, no answer leaves before its iteration ends"
         raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")

@@ -92,6 +92,12 @@ class Outcome:
     prefilled: Sequence[Token]  # of the parts that finish, in their order
     drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
     draft_ns: int = 0  # that they took
+    drafter: Profile | None = None  # of the model that ran those, where it is another one
+
+    @property
+    def parts(self) -> list[tuple[Profile, Composition]]:
+        """All that ran, in order, each with the profile that prices it."""
+        return [*((self.drafter or self.profile, step) for step in self.drafted), (self.profile, self.composition)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,11 @@ class Engine(Protocol):
 
         What is named first, when a run begins, is there at once.
         """
+        ...
+
+    def lay_beside(self, model: str, drafter: str) -> None:
+        """From now on K and V of a model that drafts lie beside those of the model that it drafts for, as long as no
+        other pair is named. `hold` comes next. Nothing may be running, unless this is the pair already."""
         ...
 
     def free(self) -> None:
@@ -219,6 +230,9 @@ class Around:
 
     def hold(self, layers: Mapping[str, int]) -> None:
         self._inner.hold(layers)
+
+    def lay_beside(self, model: str, drafter: str) -> None:
+        self._inner.lay_beside(model, drafter)
 
     def free(self) -> None:
         self._inner.free()

@@ -295,11 +295,10 @@ class Server:
             self.injector.iteration_failed(self._number)
             return error.end_ns
         note_outcome(replica, outcome.decoded, outcome.prefilled)
-        profile, it = outcome.profile, replica.iteration
-        parts = (*outcome.drafted, outcome.composition)
-        it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for part in parts)
+        it = replica.iteration
+        it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for profile, part in outcome.parts)
         it.draft_ns = outcome.draft_ns
-        it.outside = int(profile.outside_grid(outcome.composition)[0])
+        it.outside = int(outcome.profile.outside_grid(outcome.composition)[0])
         s.end_ns = outcome.end_ns
         if self._decider.watches_power:
             replica.read_counter(COUNTER_EVERY_NS)

@@ -353,6 +353,8 @@ class Transitions:
         replica.preempt_until(blocks)
         replica.resize_pool(blocks)
         replica.block_bytes = residency.block_bytes(active, deployment.exit_rule)
+        if (drafter := _drafter(deployment)) is not None:
+            replica.engine.lay_beside(active.model, drafter)
         self._weigh(residency.layers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
         replica.meet_timeline()

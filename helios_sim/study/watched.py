@@ -115,11 +115,14 @@ class Step:
     waited_ns: int  # of `engine_ns`, while others had the processor
     drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
     draft_ns: int = 0  # of `forward_ns`, that they took
+    drafter: Profile | None = None  # of the model that ran those, where it is another one
 
     @property
     def priced_ns(self) -> int:
         """What the profile says of it, drafts included."""
-        return sum(int(whole_ns(self.profile.iteration_time_s(c))[0]) for c in (*self.drafted, self.composition))
+        drafter = self.drafter or self.profile
+        parts = [*((drafter, step) for step in self.drafted), (self.profile, self.composition)]
+        return sum(int(whole_ns(profile.iteration_time_s(part))[0]) for profile, part in parts)
 
     @property
     def overhead_ns(self) -> int:
@@ -170,7 +173,7 @@ class WatchedEngine(Around):
         host_ns, engine_ns = max(asked_ns - now_ns, 0), outcome.end_ns - asked_ns
         self.steps.append(Step(
             outcome.profile, outcome.composition, host_ns, engine_ns, forward_ns, waited_ns, outcome.drafted,
-            outcome.draft_ns,
+            outcome.draft_ns, outcome.drafter,
         ))  # fmt: skip
         return outcome
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.exits.rule import Confidence, DraftModel, FullDepth, SelfSpeculation
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
 from helios_sim.live.served import LiveModel
@@ -78,6 +78,20 @@ def test_a_batch_that_is_split_writes_what_it_writes_on_a_cpu(tiny: LiveModel, k
     assert tokens(on_card) == tokens(on_cpu)
     assert on_card.run.stats.splits == on_cpu.run.stats.splits > 3
     assert cuda.replays > 4
+
+
+def test_drafts_of_either_kind_run_beside_captured_steps(cuda: StrictCuda, models: dict[str, LiveModel]) -> None:
+    """A pass with drafts is launched step by step; where more than two decode none drafts, and captured steps run."""
+    both = {"tiny": models["llama"], "opt": models["opt"]}
+    plain = tokens(served(None, models["llama"], WHOLE))
+    for rule in (SelfSpeculation(4, 2, 2), DraftModel("opt", 2, 2)):
+        standby = (Placement("opt", LAYERS),) if isinstance(rule, DraftModel) else ()
+        deployment, before = replace(WHOLE, exit_rule=rule, standby=standby), cuda.replays
+        device = CudaDevice(torch.device("cpu"), cuda)
+        live = serve_live(both, deployment, requests(LENGTHS), len(LENGTHS), slots=3, device=device, close=True)
+        assert tokens(live) == plain
+        assert live.run.stats.drafted_tokens
+        assert cuda.replays > before
 
 
 @pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.RECOMPUTE])

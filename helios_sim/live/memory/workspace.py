@@ -90,8 +90,9 @@ class Slots:
 class Workspace:
     """The KV caches of all models as views of one block, and the slots of the model that runs.
 
-    Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. `slots` slots
-    of every shape are wanted; `reserve_bytes` of the device's memory stay free for activations.
+    Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. A model that
+    drafts for another has a cache beside that one's, in which a request has a slot of the same number. `slots` slots of
+    every shape are wanted; `reserve_bytes` of the device's memory stay free for activations.
     """
 
     def __init__(self, shapes: Mapping[str, CacheShape], slots: int, device: Device, reserve_bytes: int) -> None:
@@ -103,6 +104,9 @@ class Workspace:
         self.captured: GraphedDecodes | None = None
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
+        self.pair: tuple[str, str] | None = None  # a model, and the one that drafts for it
+        self.beside: KvCache | None = None  # of the one that drafts for the model that runs
+        self._beside: KvCache | None = None
         self._captured: dict[str, GraphedDecodes] = {}
         self.ahead: RunAhead | None = None  # for the model that runs
         self.one_pass: OnePass | None = None
@@ -119,7 +123,7 @@ class Workspace:
         self._caches.clear()
         self._captured.clear()
         self._passes.clear()
-        self._block = self._model = self._name = self.captured = self.one_pass = None
+        self._block = self._model = self._name = self.captured = self.one_pass = self.beside = self._beside = None
         if hasattr(self, "cache"):
             del self.cache
 
@@ -146,14 +150,41 @@ class Workspace:
                     f"{shape.n_bytes(1) / 1e9:.2f} GB for one request of {shape.slot_tokens} tokens on {name}",
                     "shorten the workload's texts, choose a smaller model or free memory",
                 )  # fmt: skip
-        block = written_block(max(shape.n_bytes(slots[name]) for name, shape in self._shapes.items()), on)
-        self._block, self.reserved_bytes = block, len(block)
-        for name, shape in self._shapes.items():
-            a = shape.architecture
-            self._caches[name] = KvCache(
-                a, 0, slots[name], shape.slot_tokens, shape.dtype, on, block, self._device.kernels
-            )
-            self.places[name] = Places(slots[name], shape.slot_tokens)
+        n_bytes = max(shape.n_bytes(slots[name]) for name, shape in self._shapes.items())
+        if self.pair is not None:
+            slots[self.pair[0]] = both = self._slots_of_pair(slots[self.pair[0]], room)
+            n_bytes = max(n_bytes, self._pair_bytes(both))
+        self._block = block = written_block(n_bytes, on)
+        self.reserved_bytes = len(block)
+        for name in self._shapes:
+            self._caches[name] = self._cache(name, 0, slots[name], block)
+            self.places[name] = Places(slots[name], self._shapes[name].slot_tokens)
+        if self.pair is not None:
+            (model, drafter), shape = self.pair, self._shapes[self.pair[1]]
+            behind = block[self._shapes[model].n_bytes(slots[model]) :]
+            self._beside = self._cache(drafter, shape.layers, slots[model], behind)
+
+    def _cache(self, name: str, layers: int, slots: int, memory: Tensor) -> KvCache:
+        shape, device = self._shapes[name], self._device
+        return KvCache(
+            shape.architecture, layers, slots, shape.slot_tokens, shape.dtype, device.torch_device, memory,
+            device.kernels,
+        )  # fmt: skip
+
+    def _pair_bytes(self, slots: int) -> int:
+        return sum(self._shapes[name].n_bytes(slots) for name in self.pair or ())
+
+    def _slots_of_pair(self, most: int, room: int | None) -> int:
+        """At most so many slots of a model and of the one that drafts for it. UserError if none fits."""
+        fits = (slots for slots in range(most, 0, -1) if room is None or self._pair_bytes(slots) <= room)
+        found = next(fits, 0)
+        if not found:
+            raise TooLittleMemory(
+                "memory", f"{(room or 0) / 1e9:.2f} GB for KV on {self._device.torch_device}",
+                f"{self._pair_bytes(1) / 1e9:.2f} GB for one request on {' and '.join(self.pair or ())}",
+                "shorten the workload's texts, choose smaller models or free memory",
+            )  # fmt: skip
+        return found
 
     def use(self, name: str, model: SegmentedModel, layers: int) -> None:
         """Use the cache of this model with this many layers. Its contents stay valid while the model is the same."""
@@ -168,6 +199,7 @@ class Workspace:
                 self.ahead = RunAhead(graphs, self._device)
             self.one_pass = self._passes.get(name)
             self._name, self._model = name, model
+            self.beside = self._beside if self.pair is not None and self.pair[0] == name else None
         if len(self.cache.keys) != layers:
             self.cache.resize(layers)
 
@@ -233,7 +265,7 @@ class Workspace:
         self.slots.give(request_id)
         if slot in self._spoilt:
             self._spoilt.remove(slot)
-            for tensor in (*self.cache.keys, *self.cache.values):
+            for tensor in self._tensors():
                 tensor[slot] = 0.0
 
     def place(self, answer: Answer) -> None:
@@ -265,14 +297,21 @@ class Workspace:
         self.slots.arrange(list(cached)[:decoding], cached)
 
     def _wipe_for(self, name: str) -> None:
-        """Zero the block if what another model left there could be NaN in this model's dtype."""
+        """Zero the block if what another model left there could be NaN in this model's dtype, or in its drafter's."""
         other = None if self._name is None else self._shapes[self._name].dtype
-        if self._block is not None and (self._spoilt or other not in (None, self._shapes[name].dtype)):
+        read = {self._shapes[of].dtype for of in {name, *(self.pair or ())}}
+        if self._block is not None and (self._spoilt or (other is not None and read != {other})):
             self._block.zero_()
         self._spoilt.clear()
 
+    def _tensors(self) -> Iterator[Tensor]:
+        """K and V of the model that runs, and of the one that drafts for it."""
+        for cache in (self.cache, self.beside):
+            if cache is not None:
+                yield from (*cache.keys, *cache.values)
+
     def _move(self, source: int, target: int, tokens: int, swap: bool) -> None:
-        for tensor in (*self.cache.keys, *self.cache.values):
+        for tensor in self._tensors():
             there, here = tensor[target, :, :tokens], tensor[source, :, :tokens]
             kept = there.clone() if swap else None
             there.copy_(here)
