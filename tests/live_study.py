@@ -50,10 +50,10 @@ mix: {tasks: {text: 1.0}}
 ARMS = "arms:\n  full_depth: {policy: full_depth, model: tiny}\n  early_exit: {policy: early_exit, model: tiny}\n"
 
 
-def tiny_profile(folder: Path, name: str, iteration_s: float = 0.003) -> Profile:
+def tiny_profile(folder: Path, name: str, iteration_s: float = 0.003, hbm_bytes: int = 1 << 20) -> Profile:
     """Of a checkpoint in `folder`, with a made-up constant time; a token is a character."""
     spec = model_spec(find_checkpoint(str(folder)).architecture, name, chars_per_token=1.0)
-    flat = flat_profile(iteration_s, n_layers=spec.n_layers, name=name, hbm_bytes=1 << 20)
+    flat = flat_profile(iteration_s, n_layers=spec.n_layers, name=name, hbm_bytes=hbm_bytes)
     nothing = RowsTable(np.array([1, 4096]), np.zeros(2))
     return replace(flat, model=spec, check=nothing, hardware=replace(flat.hardware, name=HARDWARE))
 

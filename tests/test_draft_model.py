@@ -13,7 +13,7 @@ from helios_sim.exits.rule import DraftModel
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ANY_DRAFTER, ExitTrace
 from helios_sim.policy.answers import fault_of
-from helios_sim.policy.deployment import AtTime, BatchingRule, Completed, Deployment, KvRule, Placement, require_live
+from helios_sim.policy.deployment import AtTime, Completed, Deployment, KvRule, Placement
 from helios_sim.policy.drafts import best_drafts_of, pass_time_with, tokens_per_pass
 from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.report.metrics import OF_DRAFTS, compute_metrics
@@ -253,8 +253,6 @@ def test_what_may_be_asked_for() -> None:
     for text, deployment in wrong.items():
         field, _, allowed = fault_of(deployment, known)
         assert (field, text in allowed) == ("exit_rule", True), allowed
-    with pytest.raises(UserError, match="one model runs at a time"):
-        require_live(DraftModel(SMALL, 2), BatchingRule.EACH_TOKEN, KvRule.NONE)
     with pytest.raises(UserError, match="no tokens are observed"):
         drafting(2, observe_tokens=3)
     for settings, text in (({"drafter": LARGE}, r"policy\.drafter"), ({"model": SMALL}, r"policy\.drafter")):

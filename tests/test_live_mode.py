@@ -13,7 +13,8 @@ pytest.importorskip("torch")
 from command_line import CommandLine
 from helios_sim.command_line import in_full
 from helios_sim.live import served
-from live_study import write_live_study
+from helios_sim.profile.store import write_profile
+from live_study import HARDWARE, tiny_profile, write_live_study
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_live_and_simulated_serve_the_same_requests(command: CommandLine, study:
 
 POLICIES = (
     "full_depth", "early_exit", "early_exit_lazy", "static_cap", "helios", "helios_probe", "load_only", "switch_only",
-    "transfer_only", "self_speculation", "helios_next",
+    "transfer_only", "self_speculation", "draft_model", "helios_next",
 )  # fmt: skip
 NEXT_SOON = ("policy.review_requests=2", "policy.probe_share=0.9")
 SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.window_tokens=12", "policy.limit=3")
@@ -56,11 +57,15 @@ SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.win
 def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str) -> None:
     of_one_model = ("full_depth", "early_exit", "early_exit_lazy", "static_cap", "self_speculation")
     more = ("policy.model=tiny",) if policy in of_one_model else NEXT_SOON if policy == "helios_next" else SOON
+    if policy == "draft_model":  # which needs room for both
+        for name in ("tiny", "other"):
+            write_profile(tiny_profile(study / name, name, hbm_bytes=1 << 22), study / "roomy" / f"{name}@{HARDWARE}")
+        more = ("policy.model=tiny", "policy.drafter=other", f"profile_folder={study}/roomy")
     said = command(*arguments(study, "mode=live", "models=[tiny,other]", f"policy={policy}", *more, "~arms"))
     assert said.status == 0, said.err
     (arm,) = said.summary["arms"].values()
     assert arm["metrics"]["requests_completed"] == 12
-    if policy == "self_speculation":
+    if policy in ("self_speculation", "draft_model"):
         assert 0 <= arm["metrics"]["draft_acceptance"] <= 1
     if policy == "helios":
         assert arm["metrics"]["switches"] > 0

@@ -210,6 +210,13 @@ def check_live(config: Config) -> None:
     read_texts(tasks, config.live.texts)
 
 
+def check_drafter(config: Config, parts: Parts, model: str, drafter: str) -> None:
+    """UserError for a drafter with other tokens than the model's."""
+    from helios_sim.live.other_drafts import require_one_tokenizer
+
+    require_one_tokenizer(opened(config, parts), model, drafter)
+
+
 def check_settings(config: Config) -> None:
     server = config.server
     for key, value, only, why in (

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import simpy
 
-from helios_sim.engine.simulated import SimulatedEngine
+from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.rule import FixedCap, PerToken, require_live as require_live_measure
+from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, require_live as require_live_measure
+from helios_sim.exits.trace import ANY_DRAFTER
 from helios_sim.policy.deployment import Deployment, require_all_resident, require_live
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
@@ -251,10 +253,21 @@ def check_study(plan: StudyPlan) -> None:
             # one plans for all requests when it starts, the other is not ours to start twice
             if not policy.kind.is_bound and policy.name != CUSTOM:
                 parts, env = kind.parts, simpy.Environment()
-                engine = SimulatedEngine(env, parts.models)
+                live = job.config.mode == LIVE
+                engine = SimulatedEngine(env, _with_any_drafts(parts.models) if live else parts.models)
                 with in_arm(job.arm.name, job.config), of_kind(kind.name):
                     server = Server(env, 0, engine, policy.make(), parts.situation, lambda record, left_ns: None)
                     _check_threshold(parts, server.decisions[0].deployment, job.config)
+
+
+def _with_any_drafts(models: Mapping[str, ModelData]) -> dict[str, ModelData]:
+    """With traces that need not tell which drafts are accepted: live, that is found out."""
+    found = {}
+    for name, data in models.items():
+        trace = data.trace.trace
+        drafters = {ANY_DRAFTER: np.zeros(len(trace.task), np.bool_), **trace.drafters}
+        found[name] = replace(data, trace=replace(data.trace, trace=replace(trace, drafters=drafters)))
+    return found
 
 
 def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
@@ -269,6 +282,10 @@ def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
     if live:
         require_live(rule, first.batching, first.kv_rule)
         require_all_resident(first.active)
+        if isinstance(rule, DraftModel):
+            from helios_sim.study.live import check_drafter
+
+            check_drafter(config, parts, first.active.model, rule.drafter)
     if isinstance(rule, FixedCap | PerToken):
         if live:
             require_live_measure(rule.confidence)
