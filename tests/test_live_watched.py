@@ -36,7 +36,7 @@ class Fixed:
         drafted = (replace(composition, drafting=True),) * self._drafts
         return SimpleNamespace(
             profile=self._profile, composition=composition, end_ns=self._clock.wall_ns + RAN_NS, drafted=drafted,
-            draft_ns=0,
+            draft_ns=0, drafter=None,
         )  # fmt: skip
 
 
@@ -77,6 +77,10 @@ def test_drafts_are_priced_with_the_pass_that_verifies_them() -> None:
     draft_s, verify_s = (float(profile.iteration_time_s(c)[0]) for c in (step.drafted[0], step.composition))
     assert notes.priced_ns == pytest.approx(1e9 * (3 * draft_s + verify_s), abs=4)
     assert draft_s > 0.5e-3
+    other = load_profile("opt-6.7b@a100-40gb")  # drafts of another model take what that one takes
+    other_s = float(other.iteration_time_s(step.drafted[0])[0])
+    assert replace(step, drafter=other).priced_ns == pytest.approx(1e9 * (3 * other_s + verify_s), abs=4)
+    assert other_s > draft_s
 
 
 def test_nothing_looks_at_the_device_while_layers_load() -> None:
