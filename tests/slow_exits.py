@@ -174,3 +174,22 @@ class SlowModel:
             tokens.append(says[self.depths.index(depth)][0])
             sure.append([value for _, value in says])
         return tokens, sure
+
+    @torch.no_grad()
+    def released(self, prompt: list[int], thresholds: list[dict[int, float]]) -> tuple[Written, list[int]]:
+        """Tokens that ramps deliver, or the whole model where none is sure, with K and V of all layers; and what the
+        whole model says in place of each. `thresholds` of each token, by ramp; `depths` are those of delivery.
+        """
+        text, answer, verdicts = OneText(self.model), Written(), []
+        for position, token in enumerate(prompt):
+            states = self.states(text, token, position)
+        for n, ramps in enumerate(thresholds):
+            if n:
+                states = self.states(text, answer.tokens[-1], len(prompt) + n - 1)
+            says = [self.says(i, state) for i, state in enumerate(states)]
+            sure = [i for i, depth in enumerate(self.depths) if depth in ramps and says[i][1] >= ramps[depth]]
+            at = sure[0] if sure else len(says) - 1
+            answer.tokens.append(says[at][0])
+            answer.depths.append(self.depths[at])
+            verdicts.append(says[-1][0])
+        return answer, verdicts

@@ -46,7 +46,7 @@ def test_live_and_simulated_serve_the_same_requests(command: CommandLine, study:
 
 POLICIES = (
     "full_depth", "early_exit", "early_exit_lazy", "static_cap", "helios", "helios_probe", "load_only", "switch_only",
-    "transfer_only", "self_speculation", "draft_model", "helios_next",
+    "transfer_only", "self_speculation", "draft_model", "helios_next", "early_exit_rebatch", "release_early",
 )  # fmt: skip
 NEXT_SOON = ("policy.review_requests=2", "policy.probe_share=0.9")
 SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.window_tokens=12", "policy.limit=3")
@@ -55,7 +55,10 @@ SOON = ("policy.prompts_per_candidate=2", "policy.round_requests=6", "policy.win
 @pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str) -> None:
-    of_one_model = ("full_depth", "early_exit", "early_exit_lazy", "static_cap", "self_speculation")
+    of_one_model = (
+        "full_depth", "early_exit", "early_exit_lazy", "static_cap", "self_speculation", "early_exit_rebatch",
+        "release_early",
+    )  # fmt: skip
     more = ("policy.model=tiny",) if policy in of_one_model else NEXT_SOON if policy == "helios_next" else SOON
     if policy == "draft_model":  # which needs room for both
         for name in ("tiny", "other"):

@@ -86,6 +86,7 @@ def test_a_shape_that_is_not_known_is_one_message() -> None:
     {"policy": "early_exit", "model": "opt-6.7b"},
     {"policy": "static_cap", "model": "opt-6.7b"},
     {"policy": "self_speculation", "model": "opt-1.3b", "exit_layer": 2, "draft_tokens": 3},
+    {"policy": "release_early", "model": "opt-1.3b", "fixed_threshold": 0.6},
     {"policy": "helios", "prompts_per_candidate": 2, "round_requests": 6, "window_tokens": 12, "limit": 3},
 ])  # fmt: skip
 def test_live_exits_are_those_of_the_trace_to_the_token(tmp_path, policy) -> None:
@@ -109,5 +110,5 @@ def test_live_exits_are_those_of_the_trace_to_the_token(tmp_path, policy) -> Non
     runs = [run_job(make_job("arm", policy, replace(config, mode=mode), 0)) for mode in ("live", "simulate")]
     live, simulated = (run.exit_depths for run in runs)
     assert live == simulated
-    for metric in ("breach_fraction", "accepted_per_pass", "draft_acceptance"):
+    for metric in ("breach_fraction", "accepted_per_pass", "draft_acceptance", "released_fraction"):
         assert runs[0].replicate.metrics[metric] == runs[1].replicate.metrics[metric]

@@ -14,7 +14,7 @@ from helios_sim.exits.replay import replay
 from helios_sim.exits.rule import Confidence, ReleaseEarly
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.answers import fault_of
-from helios_sim.policy.deployment import BatchingRule, Completed, Deployment, KvRule, Placement, require_live
+from helios_sim.policy.deployment import Completed, Deployment, KvRule, Placement
 from helios_sim.policy.registry import make_policy, policy_config
 from helios_sim.policy.release_early import CLOSED, released_shares, tuned
 from helios_sim.policy.telemetry import Released
@@ -168,6 +168,17 @@ def test_closed_ramps_cost_their_checks_alone() -> None:
     assert all(r.agreed_tokens == r.output_tokens for r in closed.records)
 
 
+def test_a_policy_that_is_told_of_all_tokens_asks_the_head_of_all() -> None:
+    """A check on the hidden state does not say whether the ramp is right: two heads more in each iteration."""
+    work, trace = workload(4, 5, 20), sure((1.0, 0.0))
+    told, alone = (
+        run(work, releasing(at=CLOSED, confidence=BOTH[1], tells_all=tells_all), trace).run.stats
+        for tells_all in (True, False)
+    )
+    more_s = 2 * COSTS["check_s"] * alone.decode_iterations
+    assert told.busy_ns - alone.busy_ns == pytest.approx(1e9 * more_s, rel=1e-4)
+
+
 def test_the_rate_is_no_better_and_the_report_says_by_how_much_tokens_are_earlier() -> None:
     work = workload(8, 5, 40)
     early = run(work, releasing((1,)), sure((1.0, 0.0)))
@@ -288,8 +299,6 @@ def test_rules_that_cannot_be_are_refused() -> None:
             replay(trace, rule, N_LAYERS)
     with pytest.raises(UserError, match="tells_all"):
         releasing(observe_tokens=3)
-    with pytest.raises(UserError, match="mode=simulate"):
-        require_live(ReleaseEarly((1,), (0.5,)), BatchingRule.EACH_TOKEN, KvRule.NONE)
     for rule in (ReleaseEarly((3,), (0.5,)), ReleaseEarly((2,), ()), ReleaseEarly((2,), (5.0,))):
         found = fault_of(Deployment(Placement("large", 8), rule, kv_rule=KvRule.NONE), base)
         assert found is not None

@@ -309,9 +309,9 @@ def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Tr
         w = work[band]
         w.decode_tokens, w.kv_tokens = it.decodes, it.kv_tokens + it.decodes
         if x.checks[band]:
-            if r.head_checks:
+            if r.head_checks or r.tells_all:  # whether a ramp is right is asked of every token
                 w.checked_tokens = it.decodes
-            else:
+            if not r.head_checks:
                 w.classified_tokens = it.decodes
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
@@ -321,7 +321,7 @@ def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Tr
         request.token_exit = leaf
         _leaves_at(r, x, request, row, leaf)
         request.token_layers = x.exits[r.rule_exit]
-        if not r.head_checks and leaf < r.rule_exit:  # the check does not say which token it is
+        if not r.head_checks and not r.tells_all and leaf < r.rule_exit:  # the check does not say which token it is
             work[leaf].checked_tokens += 1
 
 

@@ -39,7 +39,7 @@ from helios_sim.policy.telemetry import Observation, Released, Situation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request, to_ns, whole_ns
-from helios_sim.serving.exit_rules import flushes, split_above
+from helios_sim.serving.exit_rules import flushes, released, split_above
 from helios_sim.serving.iteration import Places, Terms
 
 # Columns of requests as `Foresees.tokens_of` gets them.
@@ -138,8 +138,8 @@ class SimulatedEngine:
     ) -> Observation:
         trace = self._models[model].trace.trace
         if isinstance(exit_rule, ReleaseEarly):
-            rows = span.indices()[1:n_tokens]
-            return _released(model, request_id, trace, rows, exit_rule, time_ns)  # a prompt's token passes no ramp
+            rows = span.indices()[1:n_tokens]  # a prompt's token passes no ramp
+            return Released.recorded(model, request_id, trace, rows, exit_rule, time_ns)
         of_text = span.rows(n_tokens)
         if isinstance(exit_rule, FixedCap | PerToken):
             confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence, of_text)
@@ -213,8 +213,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         "per_token": per_token and not planned,
         "clairvoyant": clairvoyant and not planned,
         "head_checks": (per_token or releases) and not classifier,
-        "releases": releases,
-        "tells_all": releases and isinstance(rule, ReleaseEarly) and rule.tells_all,
+        **released(deployment),
         **looks,
         "watches_cap": watches_cap,
         "lazy": lazy and not planned,
@@ -293,18 +292,6 @@ def _looks(trace: ExitTrace, rule: ExitRule | None) -> tuple[dict[str, int], tup
         asked = trace.recorded(rule.confidence)[:, :-1] <= -np.float32(rule.threshold)
         in_vain = asked.astype(np.int64) @ bits
     return rules, (sure, in_vain, schedule.near)
-
-
-def _released(
-    model: str, request_id: int, trace: ExitTrace, rows: IntArray, rule: ReleaseEarly, time_ns: int
-) -> Observation:  # fmt: skip
-    ramps = [trace.exits.index(ramp) for ramp in rule.ramps]
-    confidences = trace.recorded(rule.confidence)[rows][:, ramps]
-    return Released(
-        model=model, request_id=request_id, time_ns=time_ns,
-        confident=confidences >= np.array(rule.thresholds, np.float32), agrees=trace.agree[rows][:, ramps],
-        bits=None, chars=int(trace.chars[rows].sum()), confidences=confidences,
-    )  # fmt: skip
 
 
 def _frozen(values: NDArray[Any]) -> NDArray[Any]:

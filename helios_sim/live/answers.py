@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.telemetry import Observation
 from helios_sim.request import Request
+
+if TYPE_CHECKING:
+    from helios_sim.live.release import RampedToken
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class Answer:
     cached: int = 0  # how many of its first tokens have K and V in the slot
     read: int = 0  # and how many of those in the slot of another model that drafts
     owed: list[OwedToken] = field(default_factory=list)
+    ramped: list[RampedToken] = field(default_factory=list)  # of the tokens that passed ramps
     waits: OwedToken | None = None  # its next token, where that waits at an exit for others
 
     @property

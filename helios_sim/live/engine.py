@@ -23,6 +23,7 @@ from helios_sim.exits.rule import (
     ExitRule,
     FixedCap,
     PerToken,
+    ReleaseEarly,
     SelfSpeculation,
 )
 from helios_sim.exits.schedule import schedule_of
@@ -38,10 +39,11 @@ from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.one_pass import Rule
 from helios_sim.live.other_drafts import OtherDrafts, require_one_tokenizer
+from helios_sim.live.release import RampedToken, delivered, told
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
-from helios_sim.policy.deployment import Deployment, KvRule, require_live
-from helios_sim.policy.telemetry import Observation
+from helios_sim.policy.deployment import Deployment, KvRule
+from helios_sim.policy.telemetry import Observation, Released
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
@@ -172,7 +174,6 @@ class LiveEngine:
         """
         if plan.service_plan is not None or isinstance(plan.exit_rule, Clairvoyant):
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
-        require_live(plan.exit_rule, plan.batching, plan.kv_rule)
         reason = None
         try:
             model = self.residents.running(plan.model, plan.loaded_layers)
@@ -220,6 +221,8 @@ class LiveEngine:
     ) -> Observation:
         answer = self.answers[request_id]
         data = self._models[answer.model]
+        if isinstance(exit_rule, ReleaseEarly):
+            return told(answer, exit_rule, len(data.decode(answer.tokens[1:])), time_ns)
         return observation(
             data, answer, answer.choices(n_tokens), answer.confidences(n_tokens), exit_rule, time_ns
         )
@@ -301,6 +304,7 @@ class LiveEngine:
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
                 asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
                 more=len(answer.tokens) + 1 < answer.planned_tokens, waits=answer.waits,
+                ramped=RampedToken(plan.exit_rule) if isinstance(plan.exit_rule, ReleaseEarly) else None,
                 checks=None if schedule is None else schedule.looking(member.recent),
             ))  # fmt: skip
         return rows
@@ -329,8 +333,10 @@ class LiveEngine:
             row.seen is not None or row.owed for row in (*rows, *(c.row for c in chunks if c.row is not None))
         ) or any(chunk.layers != plan.run_layers for chunk in chunks)  # fmt: skip
         bounds = exits[: exits.index(plan.loaded_layers) + 1] if banded else (plan.run_layers,)
-        work, heads = self.work, self.residents.exits(plan.model)
-        forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead, work.one_pass)
+        if isinstance(plan.exit_rule, ReleaseEarly) and rows:
+            bounds = (*plan.exit_rule.ramps, plan.loaded_layers)
+        work, heads, clock = self.work, self.residents.exits(plan.model), lambda: self._env.wall_ns
+        forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead, work.one_pass, clock)
         began_ns = self._env.wall_ns
         tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
         if work.ahead is None or not work.ahead.goes_on:
@@ -435,6 +441,8 @@ class LiveEngine:
         answer.depths.append(row.layers)
         if row.seen is not None:
             answer.seen.append(row.seen)
+        if row.ramped is not None:
+            answer.ramped.append(row.ramped)
         if not row.finite:
             self.work.spoil(answer.request.request_id)
             reason = f"{answer.model} computed no number (NaN or infinity) for its token {len(answer.tokens)}"
@@ -456,12 +464,13 @@ class LiveEngine:
             for part, chunk in zip(plan.prefill, chunks, strict=True)
             if chunk.row is not None
         ]
+        end_ns = max(now_ns + 1, self._env.wall_ns)
         return Outcome(
-            end_ns=max(now_ns + 1, self._env.wall_ns),
+            end_ns=end_ns,
             profile=self._models[plan.model].pricing(plan.exit_rule),
-            composition=tally.composition(plan, chunks),
+            composition=tally.composition(plan, chunks, self.device.captures),
             decoded=[
-                self._token(answer, row) if row.layers else self._held(plan, row)
+                delivered(self._token(answer, row), row, end_ns) if row.layers else self._held(plan, row)
                 for answer, row in zip(answers, rows, strict=False)
             ],
             prefilled=[self._token(answer, row) for answer, row in first],
@@ -486,6 +495,8 @@ def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tupl
     if deployment is None:
         return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
     layers = deployment.active.layers
+    if isinstance(deployment.exit_rule, ReleaseEarly):
+        return list(pairwise((0, *deployment.exit_rule.ramps, layers)))
     if isinstance(deployment.exit_rule, PerToken) or deployment.observe_tokens is not None:
         return list(pairwise((0, *exits[: exits.index(layers) + 1])))
     return [(0, deployment.run_layers or layers)]
@@ -494,7 +505,7 @@ def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tupl
 def measures(deployment: Deployment | None) -> list[Confidence | None]:
     """The confidences that are looked at together with a token: none, and that of the exit rule."""
     rule = None if deployment is None else deployment.exit_rule
-    return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken) else [None]
+    return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken | ReleaseEarly) else [None]
 
 
 def passes(exits: SequenceOf[int], deployment: Deployment | None, n_layers: int) -> list[Rule]:
@@ -541,6 +552,9 @@ class ReplayingEngine(LiveEngine):
     def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
         rows = super()._rows(plan, answers)
         for row, answer, member in zip(rows, answers, plan.members, strict=False):
+            if isinstance(plan.exit_rule, ReleaseEarly):
+                row.recorded, row.ramped = self._at_ramps(plan.model, plan.exit_rule, answer, member)
+                continue
             row.recorded, row.asked = self._confident(plan, answer, member), self._asked(plan, answer, member)
         return rows
 
@@ -573,6 +587,16 @@ class ReplayingEngine(LiveEngine):
         at = span.first + (span.start + len(answer.tokens)) % span.length
         return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
 
+    def _at_ramps(
+        self, model: str, rule: ReleaseEarly, answer: Answer, member: Member
+    ) -> tuple[dict[int, bool], RampedToken]:
+        """Whether each ramp is sure of the next token, and which agree."""
+        trace = self._models[model].trace.trace
+        row = member.span.first + (member.span.start + len(answer.tokens)) % member.span.length
+        seen = Released.recorded(model, answer.request.request_id, trace, np.array([row]), rule, 0)
+        sure, agrees = (dict(zip(rule.ramps, of[0].tolist(), strict=True)) for of in (seen.confident, seen.agrees))
+        return sure, RampedToken(rule, agrees)
+
     def _asked(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
         """Whether predictors ask the head at each depth, in vain or not; None where none look."""
         rule = plan.exit_rule
@@ -588,6 +612,8 @@ class ReplayingEngine(LiveEngine):
     ) -> Observation:
         trace = self._models[model].trace.trace
         rows = span.indices()[:n_tokens]
+        if isinstance(exit_rule, ReleaseEarly):
+            return Released.recorded(model, request_id, trace, rows[1:], exit_rule, int(self._env.now))
         confident = trace.agree
         if isinstance(exit_rule, FixedCap | PerToken):
             confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)

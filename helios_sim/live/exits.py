@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, FixedCap, PerToken, require_live
+from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, FixedCap, PerToken, ReleaseEarly, require_live
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.model.predictors import Predictors
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.serving.iteration import Plan
+
+if TYPE_CHECKING:
+    from helios_sim.live.release import RampedToken
 
 _PER_BAND = ("decode_tokens", "decode_kv_tokens", "check_tokens", "classifier_tokens", "propagated_tokens")
 
@@ -58,6 +61,7 @@ class Row:
     decodes: bool = True
     seen: ObservedToken | None = None  # observed at every exit
     owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
+    ramped: RampedToken | None = None  # what ramps say of it, where its answer may leave before the iteration ends
     waits: OwedToken | None = None  # its own state, where it waited at an exit before the iteration, or does after it
     sure: bool = False  # was confident at some exit
     recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
@@ -107,7 +111,9 @@ class Tally:
     def sampled(self, rows: int) -> None:
         self._sampled += rows
 
-    def composition(self, plan: Plan, chunks: Sequence[Chunk]) -> Composition:
+    def composition(self, plan: Plan, chunks: Sequence[Chunk], on_card: bool = False) -> Composition:
+        """`on_card`: the host waits for what a ramp says before it launches what comes after it."""
+
         def used(name: str) -> NDArray[np.int64] | None:
             return self._counts[name] if self._counts[name].any() else None
 
@@ -124,7 +130,8 @@ class Tally:
             classifier_tokens=used("classifier_tokens"),
             propagated_tokens=used("propagated_tokens"),
             prefill=tuple(PrefillChunk(len(chunk.tokens), chunk.context, chunk.layers) for chunk in chunks),
-            host_sync_at_checks=isinstance(plan.exit_rule, PerToken),
+            host_sync_at_checks=isinstance(plan.exit_rule, PerToken)
+            or (on_card and isinstance(plan.exit_rule, ReleaseEarly)),
             host_ahead=plan.host_ahead,
             loading=plan.loading,
             **spread,

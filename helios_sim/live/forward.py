@@ -7,13 +7,14 @@ only decodes is one launch (`GraphedDecodes`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 import torch
 from torch import Tensor
 
-from helios_sim.exits.rule import PerToken
+from helios_sim.exits.rule import PerToken, ReleaseEarly
 from helios_sim.live.ahead import RunAhead
 from helios_sim.live.exits import Chunk, ExitReader, OwedToken, Row, Tally
 from helios_sim.live.graphs import GraphedDecodes
@@ -23,6 +24,7 @@ from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
 from helios_sim.live.model.decoder import Attend, SegmentedModel
 from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.live.regroup import SplitDecider, copy_kv, resumed, waits_at
+from helios_sim.live.release import ReleaseDecider
 from helios_sim.policy.deployment import BatchingRule, KvRule
 from helios_sim.serving.iteration import Plan
 
@@ -50,10 +52,11 @@ class Forward:
         captured: GraphedDecodes | None = None,
         ahead: RunAhead | None = None,
         one_pass: OnePass | None = None,
+        clock: Callable[[], int] = perf_counter_ns,
     ) -> None:
         """`captured`: runs bands that hold only decodes as captured graphs; `ahead`: the next iteration's as well.
 
-        `one_pass`: runs all bands as one graph.
+        `one_pass`: runs all bands as one graph. `clock`: by which answers are delivered at ramps.
         """
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._exits, self._captured, self._ahead = exits, captured, ahead
@@ -62,6 +65,8 @@ class Forward:
         self._leaving = decider(model, exits, plan.exit_rule, self._lazy, captured)
         if plan.batching is BatchingRule.REBATCH and isinstance(plan.exit_rule, PerToken):
             self._leaving = SplitDecider(model, exits, plan, self._bounds, captured)
+        elif isinstance(plan.exit_rule, ReleaseEarly):
+            self._leaving = ReleaseDecider(model, exits, plan.exit_rule, clock, captured)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> Tally:

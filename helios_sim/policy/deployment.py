@@ -199,13 +199,6 @@ def require_all_resident(placement: Placement) -> None:
         raise UserError("policy.resident_layers", placement.resident_layers, allowed, "leave it out")
 
 
-def require_live(rule: ExitRule, batching: BatchingRule, kv_rule: KvRule) -> None:
-    """UserError for what live serving cannot do."""
-    if isinstance(rule, ReleaseEarly):
-        allowed = "other policies: live, no answer leaves before its iteration ends"
-        raise UserError("policy", "release_early", allowed, "leave it out, or set mode=simulate")
-
-
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Score text that was already served, prompt and answer, in one full-depth prefill pass on each model."""

@@ -111,8 +111,8 @@ class ReleaseEarlyPolicy:
         plain = Composition(
             (profile.model.n_layers,), rows, rows * self._context, np.zeros(1, np.int64), host_sync_at_checks=False
         )
-        by_head = p.confidence.by_head
-        checked = replace(plain, check_tokens=rows) if by_head else replace(plain, classifier_tokens=rows)
+        # A check on the hidden state does not say whether the ramp is right: its head is asked as well.
+        checked = replace(plain, check_tokens=rows, classifier_tokens=None if p.confidence.by_head else rows)
         return float(profile.iteration_time_s(checked)[0] - profile.iteration_time_s(plain)[0])
 
     def _review(self, shares: NDArray[np.float64], saved_s: NDArray[np.float64], check_s: float) -> None:

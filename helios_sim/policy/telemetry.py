@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.exits.replay import OfflineExits
+from helios_sim.exits.rule import ReleaseEarly
+from helios_sim.exits.trace import ExitTrace
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.request import NS_PER_S, Request, Slo
@@ -124,6 +126,19 @@ class Released(Observation):
     """Tokens of one answer that was delivered under ReleaseEarly, without the first; columns are the rule's ramps."""
 
     confidences: NDArray[np.float32]  # (n, E)
+
+    @classmethod
+    def recorded(
+        cls, model: str, request_id: int, trace: ExitTrace, rows: NDArray[np.int64], rule: ReleaseEarly, time_ns: int
+    ) -> Released:
+        """Of these rows of a trace."""
+        ramps = [trace.exits.index(ramp) for ramp in rule.ramps]
+        confidences = trace.recorded(rule.confidence)[rows][:, ramps]
+        return cls(
+            model=model, request_id=request_id, time_ns=time_ns,
+            confident=confidences >= np.array(rule.thresholds, np.float32), agrees=trace.agree[rows][:, ramps],
+            bits=None, chars=int(trace.chars[rows].sum()), confidences=confidences,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -45,7 +45,8 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
 def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence[Token]) -> None:
     """What became of each token, before the iteration is committed.
 
-    Whether a token that left early equals full depth's is not known while serving: it is scored afterwards.
+    Whether a token that left early equals full depth's is not known while serving, unless it ran on: it is scored
+    afterwards.
     """
     it = replica.iteration
     slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)]]
@@ -57,7 +58,9 @@ def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence
     for place, (slot, token) in enumerate(zip(slots, (*decoded, *prefilled), strict=True)):
         request = replica.requests[slot]
         request.token_layers, request.token_breach = token.layers, int(token.breach)
-        request.token_agrees, request.token_microbits = 1, 0
+        request.token_agrees, request.token_microbits = int(token.agrees), 0
+        request.token_exit = exits.index(token.ramp) if token.ramp else replica.rules.rule_exit
+        request.earlier_ns = token.earlier_ns
         request.drafted, request.accepted = token.drafted, token.accepted
         request.held = token.held
         request.observed = int(limit is not None and request.generated < limit)

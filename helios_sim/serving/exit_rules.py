@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from helios_sim.core.layout import FOREVER_NS, MILLIONTHS, NEVER, IntArray
-from helios_sim.exits.rule import PerToken
+from helios_sim.exits.rule import PerToken, ReleaseEarly
 from helios_sim.policy.deployment import BatchingRule, Deployment, Regrouping
 from helios_sim.request import to_ns
 
@@ -31,6 +31,14 @@ def flushes(deployment: Deployment) -> dict[str, int]:
     }
 
 
+def released(deployment: Deployment) -> dict[str, int]:
+    """Of `core.layout.RULES`: whether answers leave at ramps, and whether the policy is told of all their tokens."""
+    rule = deployment.exit_rule
+    releases = isinstance(rule, ReleaseEarly) and deployment.plan is None
+    return {"releases": int(releases), "tells_all": int(isinstance(rule, ReleaseEarly) and releases and rule.tells_all)}
+
+
 def of_device(deployment: Deployment, exits: tuple[int, ...]) -> dict[str, int]:
     """Those of `core.layout.RULES` that the loop reads where a device runs a model with these exits."""
-    return {"bands": exits.index(deployment.active.layers) + 1, **flushes(deployment)}
+    last = exits.index(deployment.active.layers)
+    return {"bands": last + 1, "rule_exit": last, **flushes(deployment), **released(deployment)}

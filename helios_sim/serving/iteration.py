@@ -79,6 +79,9 @@ class Token(NamedTuple):
     drafted: int = 0  # tokens that its request drafted before it
     accepted: int = 0  # those of them that became tokens too
     held: int = 0  # there is none yet: it waits before this band
+    ramp: int = 0  # layers of the exit where its answer left while it ran on; 0: it left at the end
+    earlier_ns: int = 0  # by how much that was before the iteration ended
+    agrees: bool = True  # with full depth, as far as the device knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, require_live as require_live_measure
+from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, ReleaseEarly, require_live
 from helios_sim.exits.trace import ANY_DRAFTER
-from helios_sim.policy.deployment import Deployment, require_all_resident, require_live
+from helios_sim.policy.deployment import Deployment, require_all_resident
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
@@ -280,15 +280,14 @@ def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
         if rule.checkpoints:
             raise UserError("policy.checkpoints", list(rule.checkpoints), allowed, "leave one of them out")
     if live:
-        require_live(rule, first.batching, first.kv_rule)
         require_all_resident(first.active)
         if isinstance(rule, DraftModel):
             from helios_sim.study.live import check_drafter
 
             check_drafter(config, parts, first.active.model, rule.drafter)
+        if isinstance(rule, FixedCap | PerToken | ReleaseEarly):
+            require_live(rule.confidence)
     if isinstance(rule, FixedCap | PerToken):
-        if live:
-            require_live_measure(rule.confidence)
         data = parts.models[first.active.model]
         data.trace.trace.confident_at(rule.threshold, rule.confidence)
         data.profile.check_table(rule.confidence)

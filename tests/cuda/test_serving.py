@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from helios_sim.exits.rule import Confidence, DraftModel, FullDepth, SelfSpeculation
+from helios_sim.exits.rule import Confidence, DraftModel, FullDepth, ReleaseEarly, SelfSpeculation
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
 from helios_sim.live.served import LiveModel
@@ -65,6 +65,17 @@ def test_a_card_writes_what_a_cpu_writes(cuda: StrictCuda, models: dict[str, Liv
     assert tokens(served(cuda, model, WHOLE)) == tokens(served(None, model, WHOLE))
     assert cuda.replays > 4
     assert not cuda.pinned_pools
+
+
+def test_answers_that_leave_at_ramps_are_those_of_a_cpu(tiny: LiveModel) -> None:
+    cuda, at = StrictCuda(), rule_of(tiny, Confidence.MAX_PROBABILITY).threshold
+    ramps = Deployment(Placement("tiny", LAYERS), ReleaseEarly(EXITS[:-1], (at, at)), kv_rule=KvRule.NONE)
+    with cuda.watched():
+        on_card = served(cuda, tiny, ramps)
+    on_cpu = served(None, tiny, ramps)
+    assert tokens(on_card) == tokens(on_cpu)
+    assert on_card.run.stats.released_tokens == on_cpu.run.stats.released_tokens > 3
+    assert cuda.replays > 4
 
 
 @pytest.mark.parametrize("kv_rule", [KvRule.PROPAGATE, KvRule.COPY])
