@@ -46,7 +46,7 @@ def write_outputs(
     config: CalibrateConfig, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
 ) -> dict[str, Any]:
     """Write all files. Returns the content of summary.json."""
-    from helios_sim.report.figures.style import lay_out, to_png
+    from helios_sim.report.figures.style import to_png
 
     results = _results(config, finished)
     use = _write_for_use(config, folder, results)
@@ -55,10 +55,8 @@ def write_outputs(
     summary = _summary(config, folder, results, page, statistics, outcomes, use)
     files.write_json(folder / "summary.json", summary)
     for drawing in page.drawings:
-        lay_out(drawing)
-    files.write_text(folder / "report.html", render(page))
-    for drawing in page.drawings:
         files.write_bytes(folder / "figures" / f"{drawing.name}.png", to_png(drawing))
+    files.write_text(folder / "report.html", render(page))
     return summary
 
 

@@ -123,9 +123,10 @@ def write_silicon(result: SiliconResult, folder: Path, style: str | None = FOR_P
 
 def _write_pictures(result: SiliconResult, folder: Path, style: str) -> None:
     from helios_sim.report.figures.silicon import silicon_drawing
-    from helios_sim.report.figures.style import write_figure
+    from helios_sim.report.figures.style import write_png, write_vectors
 
     drawing = silicon_drawing(result.rows)
+    write_png(drawing, folder / "figures")
     page = page_environment().get_template("silicon.html.j2").render(
         result=result,
         figures=[page_figure(drawing)],
@@ -133,7 +134,7 @@ def _write_pictures(result: SiliconResult, folder: Path, style: str) -> None:
         together=[cells(group, result.others) for group in result.together],
     )
     files.write_text(folder / "report.html", page)
-    write_figure(drawing, folder / "figures", style)
+    write_vectors(drawing, folder / "figures", style)
 
 
 def _share(value: float) -> str:

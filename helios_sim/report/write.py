@@ -96,13 +96,14 @@ def _write_page(
     folder: Path, page: Callable[[], str], drawings: Sequence[Drawing], style: str, beside: str | None = None
 ) -> None:
     """report.html, and every drawing in figures/, but for the one that lies beside the page."""
-    from helios_sim.report.figures.style import lay_out, write_figure
+    from helios_sim.report.figures.style import write_png, write_vectors
 
-    for drawing in drawings:
-        lay_out(drawing)
+    folders = {drawing.name: folder if drawing.name == beside else folder / "figures" for drawing in drawings}
+    for drawing in drawings:  # before the page: what was measured for the layout is still known
+        write_png(drawing, folders[drawing.name])
     files.write_text(folder / "report.html", page())
     for drawing in drawings:
-        write_figure(drawing, folder if drawing.name == beside else folder / "figures", style)
+        write_vectors(drawing, folders[drawing.name], style)
 
 
 def write_designs(result: DesignsResult, folder: Path, style: str | None = FOR_PAGE) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def described(drawing: Drawing) -> dict[str, Any]:
     """
     ids = _Ids(drawing.name)
     legends = [*drawing.figure.legends, *drawing.whole.legends]
-    axes = [ax for ax in drawing.whole.findobj(Axes) if ax.get_visible()]
+    axes = [ax for ax in drawing.whole.axes if ax.get_visible()]
     legends += [legend for ax in axes if (legend := ax.get_legend()) is not None]
     names = {text.get_text() for legend in legends for text in legend.get_texts()}
     names |= {label for ax in axes for label in ax.get_legend_handles_labels()[1]}

@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import PathCollection
@@ -26,7 +27,16 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    Formatter,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -156,7 +166,8 @@ def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tup
 
     The drawing lies in a sub-figure; the strip above it is for the title, which only the PNG shows.
     """
-    whole = Figure(figsize=(WIDTH_IN, height_in + _TITLE_IN), layout="constrained")
+    whole = Figure(figsize=(WIDTH_IN, height_in + _TITLE_IN), dpi=_PNG_DPI, layout="constrained")
+    FigureCanvasAgg(whole)  # texts are measured by what draws them
     figure: SubFigure = whole.subfigures(2, 1, squeeze=False, height_ratios=[_TITLE_IN, height_in])[1, 0]
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
@@ -204,10 +215,65 @@ def _exported() -> Iterator[None]:
 
 def _show_plainly(whole: Figure) -> None:
     """Make every text one in which what cannot be seen stands by its code."""
-    for axis in (axis for ax in whole.axes for axis in (ax.xaxis, ax.yaxis)):
+    for axis in _axes_of(whole):
         axis.set_major_formatter(ShownTicks(axis.get_major_formatter()))
-    for text in whole.findobj(Text):
+    for text in _texts(whole):
         text.set_text(_shown(text.get_text()))
+
+
+def _axes_of(whole: Figure) -> list[Axis]:
+    return [axis for ax in whole.axes for axis in (ax.xaxis, ax.yaxis)]
+
+
+def _texts(artist: Artist) -> Iterator[Text]:
+    """All texts in it, but those of ticks, which their formatters write."""
+    for child in [artist.label] if isinstance(artist, Axis) else artist.get_children():
+        if isinstance(child, Text):
+            yield child
+        else:
+            yield from _texts(child)
+
+
+class _Kept:
+    """The ticks of an axis and the room of their labels, kept while its place and its limits stay.
+
+    matplotlib finds them anew some twenty times for each figure. Minor ticks without labels become the marks of one.
+    """
+
+    def __init__(self, axis: Any) -> None:  # what matplotlib itself calls is not in its types
+        self._axis = axis
+        self._now: tuple[float, ...] = ()
+        self._renderer: object = None
+        self._find, self._measure = axis._update_ticks, axis._get_ticklabel_bboxes
+        axis._update_ticks, axis._get_ticklabel_bboxes = self._ticks_now, self._boxes_now
+
+    def _ticks_now(self) -> list[Tick]:
+        now = (*self._axis.axes.bbox.bounds, *self._axis.get_view_interval())
+        if now != self._now:
+            self._now, self._renderer = now, None
+            unlabelled = isinstance(self._axis.get_minor_formatter(), NullFormatter)
+            self._ticks = self._in_one() if unlabelled else self._find()
+        return self._ticks
+
+    def _boxes_now(self, ticks: list[Tick], renderer: object) -> Any:
+        if renderer is not self._renderer:
+            self._renderer, self._boxes = renderer, self._measure(ticks, renderer)
+        return self._boxes
+
+    def _in_one(self) -> list[Tick]:
+        axis, minor = self._axis, self._axis.minor.locator
+        low, high = sorted(axis.get_view_interval())
+        near = 1e-10 * (high - low)  # as matplotlib has it
+        places = [place for place in axis.get_minorticklocs() if low - near <= place <= high + near]
+        axis.minor.locator = NullLocator()
+        ticks: list[Tick] = self._find()
+        axis.minor.locator = minor
+        if places:
+            (tick,) = axis.get_minor_ticks(1)
+            tick.update_position(places[0])
+            (tick.tick1line.set_xdata if axis.axis_name == "x" else tick.tick1line.set_ydata)(places)
+            ticks.append(tick)
+        return ticks
 
 
 class ShownTicks(Formatter):
@@ -250,8 +316,13 @@ def lay_out(drawing: Drawing) -> None:
     if isinstance(engine, ConstrainedLayoutEngine):
         with _exported():
             _show_plainly(whole)
+            for axis in _axes_of(whole):
+                _Kept(axis)
             engine.execute(whole)
             whole.set_layout_engine("none")
+            for ax in whole.axes:
+                ax.set_position(np.round(ax.get_position(original=True).bounds, 9))  # the solver's last digits vary
+                setattr(ax, "_autotitlepos", False)  # noqa: B010 - titles have their places, and each drawing seeks them
 
 
 def to_png(drawing: Drawing) -> bytes:
@@ -264,7 +335,8 @@ def to_png(drawing: Drawing) -> bytes:
         title = whole.text(0.012, height, shown, va="center", fontsize=12.5, fontweight="bold", parse_math=False)
         whole.set_facecolor("white")
         whole.set_dpi(_PNG_DPI)
-        canvas: Any = FigureCanvasAgg(whole)  # `savefig` would draw everything once more, for the layout
+        # `savefig` would draw everything once more, for the layout
+        canvas: Any = whole.canvas if isinstance(whole.canvas, FigureCanvasAgg) else FigureCanvasAgg(whole)
         canvas.print_png(out, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
         title.remove()
         whole.set_facecolor(PAPER)
@@ -282,8 +354,9 @@ def to_svg(drawing: Drawing) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # hundredths of a point
-    svg = re.sub(r'(?<=id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{drawing.name}-", svg)
+    svg = re.sub(r' d="[^"]*', lambda path: re.sub(r"(?<=\.\d\d)\d+", "", path[0]), svg)  # hundredths of a point
+    for before in ('id="', 'xlink:href="#', "url(#"):
+        svg = svg.replace(before, f"{before}{drawing.name}-")
     svg = re.sub(
         r"<svg [^>]*>",
         rf'<svg viewBox="0 {top:g} {72 * WIDTH_IN:g} {height:g}" role="img" aria-label="{_plain(drawing.title)}" '
@@ -297,9 +370,12 @@ def to_svg(drawing: Drawing) -> str:
     return svg
 
 
-def write_figure(drawing: Drawing, folder: Path, style: str) -> None:
-    """NAME.png in the folder; in the style of papers NAME.svg and NAME.pdf besides."""
+def write_png(drawing: Drawing, folder: Path) -> None:
     files.write_bytes(folder / f"{drawing.name}.png", to_png(drawing))
+
+
+def write_vectors(drawing: Drawing, folder: Path, style: str) -> None:
+    """In the style of papers NAME.svg and NAME.pdf."""
     if style == FOR_PAPER:
         for suffix in VECTORS:
             files.write_bytes(folder / f"{drawing.name}.{suffix}", to_vector(drawing, suffix))
@@ -312,7 +388,7 @@ def to_vector(drawing: Drawing, suffix: str) -> bytes:
     of_paper: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": drawing.name, "pdf.fonttype": 42}
     box = Bbox.from_bounds(0, 0, whole.get_figwidth(), whole.get_figheight() - _TITLE_IN)  # inches
     with _exported(), mpl.rc_context(of_paper):
-        faces = [(axes, axes.get_facecolor()) for axes in whole.findobj(Axes)]
+        faces = [(axes, axes.get_facecolor()) for axes in whole.axes]
         for axes, _ in faces:
             axes.set_facecolor("white")
         whole.set_facecolor("white")

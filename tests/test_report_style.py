@@ -1,0 +1,47 @@
+"""The common look of figures: what is done to draw them quickly changes no pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from helios_sim.report.figures import style
+from helios_sim.report.figures.style import (
+    Drawing,
+    handles_of,
+    legend_above,
+    look,
+    new_figure,
+    to_png,
+    to_svg,
+    use_log_seconds,
+)
+
+
+def example() -> Drawing:
+    """Linear and log axes, shared ones, values with a factor of ten above the axis, which moves the title."""
+    x = np.geomspace(0.003, 400, 30)
+    with look():
+        figure, axes = new_figure(2, 2, 5, sharex="col")
+        for place, ax in enumerate(axes):
+            ax.plot(x, (place + 1) * 1e6 * x, label="mine")
+            ax.set_title("a title")
+            ax.set_xlabel("time")
+        use_log_seconds(axes[0])
+        use_log_seconds(axes[3], y=True)
+        legend_above(figure, handles_of(*axes))
+    return Drawing("some", "Some", "caption", figure)
+
+
+def test_kept_ticks_are_those_that_matplotlib_would_find_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = to_png(example())
+    monkeypatch.setattr(style, "_Kept", lambda axis: None)
+    assert kept == to_png(example())
+
+
+def test_a_png_is_the_same_before_and_after_the_page_is_drawn() -> None:
+    drawing = example()
+    before = to_png(drawing)
+    svg = to_svg(drawing)
+    assert to_png(drawing) == before
+    assert to_svg(drawing) == svg
