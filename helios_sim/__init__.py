@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         ExitRule,
         FixedCap,
         FullDepth,
+        OwnCard,
         PerToken,
         ReleaseEarly,
         SelfSpeculation,
@@ -136,6 +137,7 @@ __all__ = [
     "LoadFailed",
     "MixConfig",
     "ObjectiveConfig",
+    "OwnCard",
     "PerToken",
     "Placement",
     "Policy",
@@ -176,7 +178,9 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "api": "simulate simulate_designs study_config",
     "errors": "UserError",
-    "exits.rule": "Clairvoyant Confidence DraftModel ExitRule FixedCap FullDepth PerToken ReleaseEarly SelfSpeculation",
+    "exits.rule": (
+        "Clairvoyant Confidence DraftModel ExitRule FixedCap FullDepth OwnCard PerToken ReleaseEarly SelfSpeculation"
+    ),
     "exits.store": "load_trace read_trace",
     "exits.trace": "ExitTrace",
     "policy.deployment": (

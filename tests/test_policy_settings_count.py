@@ -46,7 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "draft_model": {
         "draft_tokens": 2, "largest_batch": 1, "batch_limit": 2, "drafter": "opt-6.7b", "model": "opt-1.3b",
-        "review_requests": 10,
+        "review_requests": 10, "drafter_on": "pipelined", "exchange_s": 0.01,
     },
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,
@@ -96,6 +96,8 @@ def study(policy: str, setting: str) -> Study:
     if policy == "draft_model":
         stated = "+exits.parameters.drafted=0.7"
         pair = ("policy.drafter=opt-1.3b", "policy.model=opt-6.7b")
+        if setting in ("drafter_on", "exchange_s"):
+            pair = (*pair, "policy.drafter_on=own", "policy.exchange_s=0.0001")
         return Study(policy, "quickstart", ("exits.source=stated", stated, *pair))
     if policy.startswith("helios") and setting == "cap_layers":
         return Study(policy, "real_models", ("models=[smollm2-135m]",))

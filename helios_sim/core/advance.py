@@ -97,7 +97,7 @@ def advance(t: Tables, until_ns: int) -> int:
         if s.lingering:
             release_lingering(s, r, lists, freed, prefix)
         s.phase = TURN
-        if it.decodes == 0 and it.chunks == 0:
+        if it.decodes == 0 and it.chunks == 0 and it.drafting_apart == 0:
             if r.ahead and s.started_ns != NEVER:
                 s.started_ns = NEVER  # with nothing to run, what has arrived meanwhile is seen at once
             else:
@@ -111,8 +111,8 @@ def advance(t: Tables, until_ns: int) -> int:
         spans, class_layers = (t.banded, t.banded_layers) if it.banded else (t.uniform, t.uniform_layers)
         n_chunks, duration_ns = it.chunks, 0
         draft = 1 if it.drafts or (r.drafts_apart and n_chunks) else 0
-        passes = draft
-        it.floor_ns = it.outside = it.draft_ns = it.late_layers = it.late_ns = 0
+        passes = draft or r.draft_parts
+        it.floor_ns = it.outside = it.draft_ns = it.draft_floor_ns = it.late_layers = it.late_ns = 0
         up_to, sampled, before_s = 0, it.sampled_tokens, 0.0
         if r.releases and it.decodes:
             up_to, before_s = 1, scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks)
@@ -137,7 +137,11 @@ def advance(t: Tables, until_ns: int) -> int:
                 up_to += 1
                 it.late_layers = it.late_ns = 0
                 continue
-            it.floor_ns += whole_ns(floor_s(prices.windows, scalars, it, spans, class_layers, work, chunks))
+            floor_ns = whole_ns(floor_s(prices.windows, scalars, it, spans, class_layers, work, chunks))
+            if draft and r.draft_parts:
+                it.draft_floor_ns += floor_ns
+            else:
+                it.floor_ns += floor_ns
             it.outside |= outside_grid(prices, scalars, it, spans, class_layers, work, chunks)
             duration_ns += whole_ns(seconds)
             if duration_ns > FOREVER_NS:
@@ -146,6 +150,13 @@ def advance(t: Tables, until_ns: int) -> int:
                 break
             it.draft_ns = duration_ns
             draft = draft + 1 if draft < it.drafts else 0
+            if draft == 0 and it.decodes == 0 and n_chunks == 0:
+                break  # another card drafts, and nothing waits for verification
+        if r.draft_parts:
+            it.verify_ns = duration_ns - it.draft_ns
+            duration_ns = max(it.draft_ns, it.verify_ns)
+            if it.draft_ns or it.drafted:
+                duration_ns += r.exchange_ns
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0
         if r.releases:
             note_releases(s, r, it, requests, lists, work)

@@ -33,10 +33,12 @@ def commit(
     """The iteration that began at `now_ns` has ended at `end_ns`."""
     start_ns, end_ns, decoded = s.now_ns, s.end_ns, s.decoding
     busy_ns = end_ns - start_ns
-    _account(s, it, busy_ns)
+    _account(s, r, it, busy_ns)
     if not r.live:  # what a device draws is read from its counter
-        by_work_ns = busy_ns if r.draws_evenly or busy_ns < it.floor_ns else it.floor_ns
-        note_drawn(s, c.marks, start_ns, end_ns, busy_ns + by_work_ns)
+        drawn_ns = _drawn_ns(r, it.verify_ns if r.draft_parts else busy_ns, it.floor_ns)
+        if r.draft_parts:
+            drawn_ns += _drawn_ns(r, it.draft_ns, it.draft_floor_ns)
+        note_drawn(s, c.marks, start_ns, end_ns, drawn_ns)
     if it.due_blocks:
         take_blocks(s, r, freed, it.due_blocks)
     it.done = 0
@@ -50,7 +52,7 @@ def commit(
         s.peak_blocks = s.used_blocks
     if r.drafts_apart:
         note_unread(it, requests, lists)
-    if it.drafts:
+    if it.drafted:
         keep_accepted(s, r, it, requests, lists, freed, c)
     if it.chunks:
         _prefilled(s, r, it, requests, lists, chunks, c, end_ns)
@@ -69,11 +71,16 @@ def commit(
         s.sampled_ns = end_ns
 
 
-def _account(s: Record, it: Record, busy_ns: int) -> None:
+def _account(s: Record, r: Record, it: Record, busy_ns: int) -> None:
     decodes = it.decodes
     s.busy_ns += busy_ns
     s.iterations += 1
     s.floor_ns += it.floor_ns
+    if it.drafts or r.draft_parts:
+        s.draft_ns += it.draft_ns
+    if r.draft_parts:
+        s.verify_ns += it.verify_ns
+        s.draft_floor_ns += it.draft_floor_ns
     s.outside_grid_iterations += it.outside
     if it.late_layers:
         s.late_layers += it.late_layers
@@ -143,7 +150,8 @@ def hold_back(s: Record, r: Record, it: Record, requests: Table, lists: Lists, o
 def note_unread(it: Record, requests: Table, lists: Lists) -> None:
     """What the model that drafts has not read: a token where it did not draft, else the last draft if it was accepted.
 
-    No draft is accepted after one that was not, so that it has read those before.
+    No draft is accepted after one that was not, so that it has read those before. And on a card of its own, for whom
+    its drafts are there now.
     """
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
@@ -151,6 +159,13 @@ def note_unread(it: Record, requests: Table, lists: Lists) -> None:
             request.unread += 1
         else:
             request.unread = 1 if request.accepted == request.drafts else 0
+        request.held = 0
+    for i in range(it.decodes, it.decodes + it.drafting_apart):
+        requests[lists.batch[i]].held = 1
+
+
+def _drawn_ns(r: Record, busy_ns: int, floor_ns: int) -> int:
+    return busy_ns + (busy_ns if r.draws_evenly or busy_ns < floor_ns else floor_ns)
 
 
 def keep_accepted(
@@ -161,7 +176,6 @@ def keep_accepted(
     K and V of the others are given up.
     """
     block_tokens, spare, zeros = r.block_tokens, 0, 0
-    s.draft_ns += it.draft_ns
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
         drafted, accepted, layers = request.drafted, request.accepted, request.token_layers

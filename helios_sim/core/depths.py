@@ -9,7 +9,8 @@ run what was drafted last, whose K and V are not there yet, the others all draft
 run beside them. A draft becomes a token as long as the exit gives what the whole model gives; after the first that does
 not, the whole model's own token takes its place, so that each pass yields one token more than drafts are accepted.
 
-Where another model drafts it computes prompts too, in the pass of the first draft, and its own layers are one band.
+Where another model drafts it computes prompts too, in the pass of the first draft, and its own layers are one band. On
+a card of its own it drafts for requests whose verification comes later, while drafts that are there are verified.
 
 Where exits look at each token alone (`look`), only some of them do: those that always do, and those near the exits of
 the request's latest tokens. And where predictors look, the head of the first exit proposes words for every token, later
@@ -42,7 +43,7 @@ def lay_out(
 ) -> None:
     """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
     it.alike = 0
-    it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0 or r.releases
+    it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0 or r.draft_parts or r.releases
     if r.observe_tokens != NEVER and not it.banded:
         for i in range(s.running):
             if is_observed(r, requests[lists.batch[i]]):
@@ -59,7 +60,7 @@ def lay_out(
     it.kv_least = it.kv_most = NEVER
     if r.spread:
         _spread(s, it, requests, lists)
-    if it.drafts:
+    if it.drafts or r.draft_parts:
         _drafted(r, it, requests, lists, x)
     elif r.releases:
         lay_out_releases(r, it, requests, lists, x, work)
@@ -74,9 +75,12 @@ def lay_out(
 def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Table, draft: int) -> None:
     """Fills `work` for one pass of an iteration that drafts: the draft of this number, from 1, or 0: what verifies."""
     rows, kv_tokens, more, unread = 0, 0, 0, 0
-    it.drafting = draft > 0
+    it.drafting = draft > (1 if r.draft_parts else 0)  # a card of its own has a host of its own, once a stage
     it.kv_least = it.kv_most = NEVER
-    for i in range(it.decodes):
+    first_place, end = 0, it.decodes
+    if draft and r.draft_parts:
+        first_place, end = end, end + it.drafting_apart
+    for i in range(first_place, end):
         request = requests[lists.batch[i]]
         drafts = request.drafts
         if draft > drafts:

@@ -120,7 +120,8 @@ REQUEST = Kind.of(
         "drafts",  # tokens that it may draft in this iteration, for which it has blocks
         "drafted", "accepted",  # those that it did, and those that became tokens beside it; microbits are of all
         "unread",  # its tokens beside the latest that the model which drafts has not read
-        "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not
+        "held",  # the band before which its next token waits, its K and V in the cache up to there; 0: it does not.
+        # Where another card drafts: 1, it waits for its verification
         "held_ns",  # since when
         "earlier_ns",  # its token is delivered so much before the iteration ends
         "recent",  # 1 + the exits of its latest tokens, the last in the lowest EXIT_BITS (`depths.look`)
@@ -189,7 +190,9 @@ ITERATION = Kind.of(
         "drafting",  # priced as one step of drafting, which the host launches with the others of its pass
         "draft_ns",  # of the iteration's time that of its drafting
         "late_layers", "late_ns",  # that came from host memory meanwhile, and by how much that made it longer
-        "members",  # requests that decode, where batches are split: the others wait at an exit
+        "members",  # requests that decode, where not all do: the others wait at an exit, or for their drafts
+        "drafting_apart",  # those after them in the batch for which another card drafts meanwhile
+        "verify_ns", "draft_floor_ns",  # what the verification takes, and the floor of the drafts, each on its own card
         "first_band",  # with which their tokens begin or go on
         "splits",  # not all of them leave: the rest waits for others
         "due_blocks", "floor_ns", "outside",
@@ -210,6 +213,7 @@ SUMS = (
     "decode_batch_ns", "kv_block_ns", "kv_pool_block_ns", "preemptions",
     "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_refound",
     "verifications", "drafted_tokens", "tested_drafts", "accepted_drafts", "draft_ns",
+    "verify_ns", "draft_floor_ns",
     "splits", "held_tokens", "held_token_ns", "released_tokens", "released_ns", "late_layers", "late_ns",
 )  # fmt: skip
 STATE = Kind.of(
@@ -284,6 +288,8 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "draft_batch",  # where more requests decode, none drafts
         "draft_exit",  # where drafts leave
         "drafts_apart",  # another model drafts
+        "draft_parts",  # on a card of its own, for one of so many parts of the batch at a time; 0: on the same card
+        "exchange_ns",  # what passing tokens from card to card takes
         "regroups",  # a batch is split at an exit where enough of it wants to leave, and the rest waits for others
         "flush_requests",  # so many that wait at an exit run on; NEVER: as many as do not wait
         "flush_ns",  # and so long they wait at most

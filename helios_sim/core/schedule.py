@@ -22,6 +22,9 @@ Rules of other engines, each by its own flag:
 Where requests draft (`rules.draft_tokens`), a decode takes blocks for what it drafts too, and as many tokens of the
 budget; the blocks of drafts that come to nothing are given back when the iteration ends.
 
+Where another card drafts (`rules.draft_parts`), an iteration verifies the drafts that are there, and meanwhile one part
+of the other requests is drafted for.
+
 Where batches are split at exits (`rules.regroups`), an iteration runs either the tokens that wait at one exit, without
 prompts, or all others. Those that wait run on when they are enough, when one of them has waited for long enough or
 would miss the bound on its time per token, or when nothing else decodes.
@@ -81,7 +84,7 @@ def begin_schedule(
     Leaves in `it` what admission needs: the token budget, and whether anything may enter at all.
     """
     it.lingering = s.lingering
-    it.drafts = it.drafted = it.first_band = it.splits = 0
+    it.drafts = it.drafted = it.drafting_apart = it.first_band = it.splits = 0
     # A migration empties the batch; once it has, nothing of the old model starts any more.
     it.blocked = s.migrating and s.running == 0
     it.due_blocks = _blocks_due(s, r, it, requests, lists)
@@ -94,7 +97,7 @@ def begin_schedule(
     if r.shares and it.due_blocks:  # before anything enters, since to take a free block may forget what it holds
         extend(s, r, requests, lists, prefix, owed, it.due_blocks)
         it.due_blocks = 0
-    it.decodes = it.members if r.regroups else s.decoding
+    it.decodes = it.members if r.regroups or r.draft_parts else s.decoding
     it.budget = r.batch_tokens if r.prefill_first else r.batch_tokens - s.decoding - it.drafted
     if it.first_band:
         it.budget = 0
@@ -221,7 +224,7 @@ def admit(
         _add_chunk(s, r, it, requests, chunks, prefix, owed, slot)
     if it.chunks:
         if r.prefill_first:  # decodes wait
-            it.decodes = it.due_blocks = it.kv_tokens = it.drafts = it.drafted = 0
+            it.decodes = it.due_blocks = it.kv_tokens = it.drafts = it.drafted = it.drafting_apart = 0
         for p in range(it.chunks):
             request = requests[chunks[p].slot]
             if request.scheduled_ns == NEVER:
@@ -360,18 +363,32 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
 
 
 def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
-    """The same with K and V of what they draft. Decides how much that is: the batch may be too large for it."""
-    batch, due, kv_tokens = lists.batch, 0, 0
+    """The same with K and V of what they draft. Decides how much that is: the batch may be too large for it.
+
+    Where another card drafts, those are verified now whose drafts are there, and those that do not draft: they come
+    first. Of the others one part, those after them, is drafted for. Blocks are taken for the verification alone.
+    """
+    batch, due, kv_tokens, apart = lists.batch, 0, 0, r.draft_parts
     drafts = r.draft_tokens if s.decoding <= r.draft_batch else 0
     it.drafts = it.drafted = 0
     for i in range(s.decoding):
         request = requests[batch[i]]
         context = request.context_tokens
-        request.drafts = min(drafts, request.remaining - 1)  # a pass yields one token more than it accepts
+        if apart == 0 or request.held == 0:
+            request.drafts = min(drafts, request.remaining - 1)  # a pass yields one token more than it accepts
+            if apart:
+                request.held = int(request.drafts == 0)
+        if apart and request.held == 0:
+            continue
         kv_tokens += context
         it.drafted += request.drafts
         it.drafts = max(it.drafts, request.drafts)
         due += blocks_for(context + 1 + request.drafts, r.block_tokens) - blocks_for(context, r.block_tokens)
+    if apart:
+        it.members, it.drafts = gather(requests, lists, s.decoding, 1), 0
+        it.drafting_apart = min(s.decoding - it.members, (s.decoding + apart - 1) // apart)
+        for i in range(it.members, it.members + it.drafting_apart):
+            it.drafts = max(it.drafts, requests[batch[i]].drafts)
     it.kv_tokens = kv_tokens
     return due
 

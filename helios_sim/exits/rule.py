@@ -35,6 +35,7 @@ MOST_THRESHOLD = 2.0
 WORDS = 4  # that the first exit proposes, and that predictors look at
 MOST_NEAR_TOKENS = 10  # of a request that say which exits look at its next one: their exits fit into one number
 MOST_LOOKS = 62  # exits of a model, where each token is looked at alone: a bit for each
+MOST_EXCHANGE_S = 60.0
 MOST_DRAFTS = 64  # of one pass: beyond it a batch of them would take the token budget
 
 
@@ -258,6 +259,20 @@ class SelfSpeculation:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnCard:
+    """The model that drafts has a card of its own, of the same kind, and works while the other card verifies (CoSine,
+    arXiv 2503.10325).
+
+    A stage ends when both have ended what they do, and `exchange_s` later what either gave is on the other card. With
+    two `parts` one half of the batch is drafted for while drafts of the other half are verified; with one part all of
+    it is, one after the other.
+    """
+
+    exchange_s: float
+    parts: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class DraftModel:
     """Another model, with the same tokenizer, drafts `draft_tokens` tokens; one pass of the active one verifies them.
 
@@ -269,6 +284,7 @@ class DraftModel:
     drafter: str
     draft_tokens: int
     largest_batch: int | None = None
+    own_card: OwnCard | None = None  # None: both models are on one card
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from helios_sim.exits.rule import (
     MOST_DRAFTS,
+    MOST_EXCHANGE_S,
     MOST_NEAR_TOKENS,
     MOST_THRESHOLD,
     Clairvoyant,
@@ -16,6 +17,7 @@ from helios_sim.exits.rule import (
     FixedCap,
     FullDepth,
     Near,
+    OwnCard,
     PerToken,
     ReleaseEarly,
     SelfSpeculation,
@@ -143,8 +145,23 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         layers = candidates[value.drafter].profile.model.n_layers
         if layers > whole:
             return f"DraftModel with a drafter of at most the {whole} layers of {active}"
+        if value.own_card is not None:
+            return own_card(value)
         if not any(other == Placement(value.drafter, layers) for other in found.standby):
             return f"DraftModel with Placement({value.drafter!r}, {layers}) among standby"
+        return drafts(value)
+
+    def own_card(value: DraftModel) -> str | None:
+        own = value.own_card
+        if not isinstance(own, OwnCard) or not _is_number(own.exchange_s) or not 0 <= own.exchange_s <= MOST_EXCHANGE_S:
+            return f"DraftModel with own_card None, or OwnCard(exchange_s from 0 to {MOST_EXCHANGE_S:g}, parts)"
+        if own.parts not in (1, 2):
+            return "DraftModel with an OwnCard of 1 or 2 parts"
+        if any(other.model == value.drafter for other in found.standby):
+            return f"DraftModel with own_card without {value.drafter} among standby: it is on its own card"
+        return drafts(value)
+
+    def drafts(value: DraftModel) -> str | None:
         if not _is_whole(value.draft_tokens, 0, MOST_DRAFTS):
             return f"DraftModel with draft_tokens from 0 to {MOST_DRAFTS}"
         if value.largest_batch is not None and not _is_whole(value.largest_batch):

@@ -199,6 +199,13 @@ def require_all_resident(placement: Placement) -> None:
         raise UserError("policy.resident_layers", placement.resident_layers, allowed, "leave it out")
 
 
+def require_one_card(rule: ExitRule) -> None:
+    """UserError for drafts that another card makes: a live server has one."""
+    if isinstance(rule, DraftModel) and rule.own_card is not None:
+        allowed = "null: live, a server has one card"
+        raise UserError("policy.drafter_on", rule.drafter, allowed, "leave it out, or set mode=simulate")
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Score text that was already served, prompt and answer, in one full-depth prefill pass on each model."""

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from helios_sim.errors import UserError
-from helios_sim.exits.rule import MOST_DRAFTS, DraftModel
+from helios_sim.exits.rule import MOST_DRAFTS, MOST_EXCHANGE_S, DraftModel, OwnCard
 from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule, Placement
 from helios_sim.policy.draft_review import DraftReview
 from helios_sim.policy.drafts import best_drafts_of
 from helios_sim.policy.prediction import seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
+
+
+class DraftsOn(StrEnum):
+    """Where drafts are made, if not on the card of the model that verifies them."""
+
+    OWN = "own"  # a card of the same kind: the batch is drafted for there, and then verified
+    PIPELINED = "pipelined"  # the same, with two halves of the batch in turns, so that both cards work at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,8 @@ class DraftModelParameters:
     draft_tokens: int = 4  # of one pass; with review_requests the most
     largest_batch: int | None = None  # where more requests decode none drafts; None: however many do
     review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
+    drafter_on: DraftsOn | None = None  # a card of its own; None: the model's card
+    exchange_s: float | None = None  # with a card of its own: what passing tokens to the other card takes
     batch_limit: int | None = None  # None: the server's own limit
 
     def __post_init__(self) -> None:
@@ -30,6 +40,26 @@ class DraftModelParameters:
         if not 1 <= self.draft_tokens <= MOST_DRAFTS:
             allowed = f"a whole number from 1 to {MOST_DRAFTS}"
             raise UserError("policy.draft_tokens", self.draft_tokens, allowed, "set policy.draft_tokens=4")
+        it, most = self.exchange_s, MOST_EXCHANGE_S
+        if self.drafter_on is None:
+            if it is not None:
+                allowed = "null where both models are on one card"
+                raise UserError("policy.exchange_s", it, allowed, "leave it out, or set policy.drafter_on=pipelined")
+        elif isinstance(it, bool) or not isinstance(it, int | float) or not 0 <= it <= most:
+            allowed = f"seconds from 0 to {most:g} that tokens take from card to card, which nothing here knows"
+            raise UserError("policy.exchange_s", it, allowed, "measure it, or state one, such as 0.0001")
+
+    @property
+    def own_card(self) -> OwnCard | None:
+        if self.drafter_on is None:
+            return None
+        assert self.exchange_s is not None
+        return OwnCard(float(self.exchange_s), 2 if self.drafter_on is DraftsOn.PIPELINED else 1)
+
+    @property
+    def cards(self) -> int:
+        """How many times the cards of a server without a drafter."""
+        return 1 if self.drafter_on is None else 2
 
     def roles(self, layers: Mapping[str, int]) -> tuple[str, str]:
         """The model and its drafter, of candidates with so many layers.
@@ -51,7 +81,7 @@ class DraftModelParameters:
 
 
 class DraftModelPolicy:
-    """Lossless: every token is the model's own. Both stay in memory with their K and V.
+    """Lossless: every token is the model's own. Both stay in memory with their K and V, on one card or on one each.
 
     With `review_requests` the number of drafts follows what was accepted since the last review, and the running
     requests, as under self-speculation (`DraftReview`); the first one is the most.
@@ -77,8 +107,9 @@ class DraftModelPolicy:
         candidate, load = candidates[self._model], seen_load(self._situation, telemetry, self._model)
         context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
         both, most = (candidate.profile, candidates[self._drafter].profile), self.parameters.draft_tokens
+        own = self.parameters.own_card
         drafts = self._review.next_drafts(
-            telemetry, self._drafts, lambda share: best_drafts_of(*both, share, most, batch, context)
+            telemetry, self._drafts, lambda share: best_drafts_of(*both, share, most, batch, context, own)
         )
         if drafts == self._drafts:
             return None
@@ -89,8 +120,8 @@ class DraftModelPolicy:
         p, self._drafts = self.parameters, drafts
         return Deployment(
             active=Placement(self._model, self._layers[self._model]),
-            standby=(Placement(self._drafter, self._layers[self._drafter]),),
-            exit_rule=DraftModel(self._drafter, drafts, p.largest_batch),
+            standby=(Placement(self._drafter, self._layers[self._drafter]),) if p.own_card is None else (),
+            exit_rule=DraftModel(self._drafter, drafts, p.largest_batch, p.own_card),
             kv_rule=KvRule.NONE,
             batch_limit=p.batch_limit,
             triggers=() if p.review_requests is None else (Completed(p.review_requests),),

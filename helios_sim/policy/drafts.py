@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.core.operate import LEAST_S
+from helios_sim.exits.rule import OwnCard
 from helios_sim.policy.prediction import decode_floor_s, decode_time_s, fixed_depth
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
@@ -80,28 +81,60 @@ def pass_time_with(profile: Profile, drafter: Profile, drafts: int, batch: int, 
     if drafts == 0:
         return pass_time(profile, profile.model.n_layers, 0, batch, context_tokens)
 
-    def step(layers: int, context: int, more: int, drafting: bool) -> Composition:
-        rows = np.array([[batch]], np.int64)
-        return Composition(
-            bounds=(layers,), decode_tokens=rows, decode_kv_tokens=rows * context, verified_tokens=rows * more,
-            sampled_tokens=rows[:, 0] * (1 + more), host_sync_at_checks=False, drafting=drafting,
-        )  # fmt: skip
+    draft_s = sum(_step_s(drafter, batch, context_tokens + k, drafting=True) for k in range(1, drafts + 1))
+    return PassTime(draft_s, _step_s(profile, batch, context_tokens + drafts + 1, more=drafts))
 
-    own = (step(drafter.model.n_layers, context_tokens + k, 0, True) for k in range(1, drafts + 1))
-    draft_s = sum(max(float(drafter.iteration_time_s(each)[0]), LEAST_S) for each in own)
-    verify = step(profile.model.n_layers, context_tokens + drafts + 1, drafts, False)
-    return PassTime(draft_s, max(float(profile.iteration_time_s(verify)[0]), LEAST_S))
+
+def _step_s(profile: Profile, batch: int, context_tokens: int, more: int = 0, drafting: bool = False) -> float:
+    """One step of a whole model in which each request has a row and `more` that read the same K and V."""
+    rows = np.array([[batch]], np.int64)
+    step = Composition(
+        bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * context_tokens,
+        verified_tokens=rows * more, sampled_tokens=rows[:, 0] * (1 + more), host_sync_at_checks=False,
+        drafting=drafting,
+    )  # fmt: skip
+    return max(float(profile.iteration_time_s(step)[0]), LEAST_S)
+
+
+def stage_time(profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int) -> PassTime:
+    """What drafting for so many requests takes on a card of its own, with its own host, and their verification."""
+    first_s = _step_s(drafter, batch, context_tokens + 1) if drafts else 0.0
+    then_s = sum(_step_s(drafter, batch, context_tokens + k, drafting=True) for k in range(2, drafts + 1))
+    return PassTime(first_s + then_s, _step_s(profile, batch, context_tokens + drafts + 1, more=drafts))
+
+
+def pass_time_apart(
+    profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, own: OwnCard
+) -> float:
+    """Seconds from one verification of a request to the next where its drafts are made on a card of their own.
+
+    With two parts the halves of a batch take turns, and each stage takes as long as the slower of the two cards, the
+    larger half counts; with one part, or a single request, one card waits for the other. Without drafts all decode.
+    """
+    if drafts == 0:
+        return pass_time_with(profile, drafter, 0, batch, context_tokens).total_s
+    halves = (batch + own.parts - 1) // own.parts, batch // own.parts
+    if own.parts == 1 or batch == 1:
+        return stage_time(profile, drafter, drafts, batch, context_tokens).total_s + 2 * own.exchange_s
+    more, fewer = (stage_time(profile, drafter, drafts, half, context_tokens) for half in halves)
+    stages_s = max(more.draft_s, fewer.verify_s) + max(fewer.draft_s, more.verify_s)
+    return stages_s + 2 * own.exchange_s
 
 
 def best_drafts_of(
-    profile: Profile, drafter: Profile, acceptance: float, most_drafts: int, batch: int, context_tokens: int
-) -> int:
-    """How many drafts of another model yield most tokens a second; of equals the fewest, 0: none does better."""
-    tokens_per_s = [
-        tokens_per_pass(acceptance, drafts) / pass_time_with(profile, drafter, drafts, batch, context_tokens).total_s
-        for drafts in range(most_drafts + 1)
-    ]
-    return int(np.argmax(tokens_per_s))
+    profile: Profile, drafter: Profile, acceptance: float, most_drafts: int, batch: int, context_tokens: int,
+    own: OwnCard | None = None,
+) -> int:  # fmt: skip
+    """How many drafts of another model yield most tokens a second; of equals the fewest, 0: none does better.
+
+    `own`: on a card of its own."""
+
+    def total_s(drafts: int) -> float:
+        if own is not None:
+            return pass_time_apart(profile, drafter, drafts, batch, context_tokens, own)
+        return pass_time_with(profile, drafter, drafts, batch, context_tokens).total_s
+
+    return int(np.argmax([tokens_per_pass(acceptance, drafts) / total_s(drafts) for drafts in range(most_drafts + 1)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,13 @@ _OTHERS = (
     ("accepted_per_pass", "Accepted/pass", "", "higher", "drafts that full depth accepts in one pass of a request"),
     ("draft_acceptance", "Acceptance", "share", "higher", "accepted drafts / drafted tokens"),
     ("drafting_fraction", "Drafting", "share", "neither", "time of drafting / time in which an iteration runs"),
+    (
+        "verifying_fraction",
+        "Verifying",
+        "share",
+        "neither",
+        "where drafts are made on a card of their own: time in which the other card works / the same",
+    ),
     ("split_fraction", "Split", "share", "neither", "decode iterations that end at an exit where a batch is split"),
     ("held_per_token", "Waits/token", "", "neither", "times that tokens wait at an exit for others / output tokens"),
     ("held_wait_s", "Wait at exit", "s", "lower", "mean wait of a token at an exit, from the split until it runs on"),
@@ -151,7 +158,9 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
-OF_DRAFTS = ("accepted_per_pass", "draft_acceptance", "drafting_fraction")  # with self-speculation
+OF_DRAFTS = (  # with self-speculation, or with a model that drafts
+    "accepted_per_pass", "draft_acceptance", "drafting_fraction", "verifying_fraction",
+)  # fmt: skip
 OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # where batches are split at exits
 OF_CASCADES = ("escalations", "escalated_fraction", "replaced_tokens")
 OF_LATE_LAYERS = ("late_layers_per_iteration", "late_time_fraction")  # where layers stay in host memory
@@ -222,6 +231,7 @@ class Cards:
     replicas: float  # on average, where they come and go
     busy_ns: int
     floor_ns: int
+    beside: bool = False  # of replicas that are counted with their other cards: these draft for them
 
 
 _QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
@@ -248,7 +258,7 @@ def compute_metrics(
     `stats`, of all replicas.
     """
     cards = [Cards(power, 1, stats.busy_ns, stats.floor_ns)] if cards is None else cards
-    replicas: float = sum(of_kind.replicas for of_kind in cards)
+    replicas: float = sum(of_kind.replicas for of_kind in cards if not of_kind.beside)
     costs, ends = costs or Costs(), records.ends_ns()
     if scaled is not None and ends is not None and ends[0] < ends[1]:
         on = scaled.mean(*ends)
@@ -330,6 +340,7 @@ def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
         _over(stats.accepted_drafts, stats.verifications),
         _over(stats.accepted_drafts, stats.drafted_tokens),
         _over(stats.draft_ns, stats.busy_ns) if stats.drafted_tokens else None,
+        _over(stats.verify_ns, stats.busy_ns) if stats.verify_ns and stats.drafted_tokens else None,
     )
     return dict(zip(OF_DRAFTS, of, strict=True))
 

@@ -214,6 +214,9 @@ class Replica:
             values = {**self._rules_of_deployment(), **exit_rules.of_device(deployment, exits)}
         if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
             self._begin_anew()
+        if r.draft_parts and not values["draft_parts"]:  # what was drafted is given up: no token of it was counted
+            for slot in self.lists.batch[: int(s.running)]:
+                self.requests[slot].held = 0
         if values is not self._rules_now:
             for name, value in values.items():
                 if self._rules_now.get(name) != value:
@@ -248,6 +251,7 @@ class Replica:
             "draft_tokens": 0 if drafts is None or deployment.plan is not None else drafts.draft_tokens,
             "draft_batch": FOREVER_NS if drafts is None or drafts.largest_batch is None else drafts.largest_batch,
             "drafts_apart": isinstance(rule, DraftModel) and deployment.plan is None,
+            **_draft_card(deployment, situation, self.foresees),
             "n_layers": profile.model.n_layers,
         }
 
@@ -490,6 +494,16 @@ def _power(situation: Situation, foresees: bool) -> dict[str, int]:
         drawn_w = sum(situation.busy_w) / 2
     drawn_mw = min(round((drawn_w - idle_w) * 500), MOST_MW)
     return {"idle_mw": round(idle_w * 1000), "drawn_mw": drawn_mw, "draws_evenly": situation.busy_w is not None}
+
+
+def _draft_card(deployment: Deployment, situation: Situation, foresees: bool) -> dict[str, int]:
+    """Of a card that drafts for the replica's own: it is idle when that is not said to draw, and counts beside it."""
+    rule = deployment.exit_rule
+    own = rule.own_card if isinstance(rule, DraftModel) and deployment.plan is None else None
+    idle_mw = _power(situation, foresees)["idle_mw"]
+    if own is None:
+        return {"draft_parts": 0, "exchange_ns": 0, "idle_mw": idle_mw}
+    return {"draft_parts": own.parts, "exchange_ns": to_ns(own.exchange_s, "exchange_s"), "idle_mw": 2 * idle_mw}
 
 
 def _levels(slo: Slo) -> dict[str, int]:

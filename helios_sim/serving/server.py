@@ -21,7 +21,7 @@ from helios_sim.core.power import note_drawn
 from helios_sim.core.route import cached_share
 from helios_sim.core.schedule import running_limit
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Placement, require_all_resident
+from helios_sim.policy.deployment import Placement, require_all_resident, require_one_card
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
@@ -284,6 +284,7 @@ class Server:
         """Runs the scheduled iteration on the device. Returns when it was given up, else None."""
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
         require_all_resident(replica.deployment.active)
+        require_one_card(replica.deployment.exit_rule)
         try:
             outcome = cast(Executes, self._engine).execute(plan_of(replica, self._transitions.loading), started_ns)
         except OutOfMemory as error:

@@ -144,7 +144,9 @@ class RunStats:
     drafted_tokens: int = 0
     tested_drafts: int = 0  # up to the first of a pass that was refused
     accepted_drafts: int = 0
-    draft_ns: int = 0  # of iterations, what drafting took
+    draft_ns: int = 0  # of iterations, what drafting took; on a card of its own, prompts there included
+    verify_ns: int = 0  # beside it, the other card, and what the first one's work would take at its ceilings
+    draft_floor_ns: int = 0
     splits: int = 0  # of batches, at an exit
     held_tokens: int = 0  # that waited at an exit for others, each time, and for how long
     held_token_ns: int = 0

@@ -26,9 +26,10 @@ class Residency:
     Room for layers that come late counts as layers, and begins with the first two of them in it.
     """
 
-    def __init__(self, profiles: Mapping[str, Profile], memory: MemoryBudget) -> None:
+    def __init__(self, profiles: Mapping[str, Profile], memory: MemoryBudget, most_running: int) -> None:
         self._profiles = profiles
         self._memory = memory
+        self._most_running = most_running
         self._pool_bytes: dict[tuple[tuple[str, int], ...], int] = {}  # by what is resident
         self.layers: dict[str, int] = {}
 
@@ -67,12 +68,20 @@ class Residency:
         return found
 
     def pool_blocks(self, layers: Mapping[str, int], active: Placement, rule: ExitRule) -> int:
-        return max(0, self.pool_bytes(layers) // self.block_bytes(active, rule))
+        """As many as there is room for; where another card drafts, there too, beside what is drafted."""
+        blocks = self.pool_bytes(layers) // self.block_bytes(active, rule)
+        if isinstance(rule, DraftModel) and rule.own_card is not None:
+            drafter = self._profiles[rule.drafter]
+            layers_there = drafter.model.n_layers
+            block_bytes = self._memory.block_tokens * drafter.kv_bytes_per_token(layers_there)
+            drafted = self._most_running * (rule.draft_tokens // self._memory.block_tokens + 1)
+            blocks = min(blocks, self.pool_bytes({rule.drafter: layers_there}) // block_bytes - drafted)
+        return max(0, blocks)
 
     def block_bytes(self, active: Placement, rule: ExitRule) -> int:
-        """Bytes of a block: of the active model's K and V, and of those of a model that drafts for it."""
+        """Bytes of a block: of the active model's K and V, and of those of a model that drafts beside it."""
         token_bytes = self._profiles[active.model].kv_bytes_per_token(active.layers)
-        if isinstance(rule, DraftModel):
+        if isinstance(rule, DraftModel) and rule.own_card is None:
             drafter = self._profiles[rule.drafter]
             token_bytes += drafter.kv_bytes_per_token(drafter.model.n_layers)
         return self._memory.block_tokens * token_bytes
@@ -94,7 +103,7 @@ class Transitions:
         self._on_change = on_change  # a deployment came into force
         self.wake = wake
         profiles = {name: candidate.profile for name, candidate in replica.situation.candidates.items()}
-        self.residency = Residency(profiles, replica.situation.memory)
+        self.residency = Residency(profiles, replica.situation.memory, replica.situation.max_running_requests)
         self.backoff = Backoff()
         self._pending: Pending | None = None
         self._transfers = 0
@@ -354,7 +363,7 @@ class Transitions:
         replica.resize_pool(blocks)
         replica.block_bytes = residency.block_bytes(active, deployment.exit_rule)
         if (drafter := _drafter(deployment)) is not None:
-            replica.engine.lay_beside(active.model, drafter)
+            replica.engine.lay_beside(active.model, drafter[0])
         self._weigh(residency.layers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
         replica.meet_timeline()
@@ -382,6 +391,7 @@ class Transitions:
         )
 
 
-def _drafter(deployment: Deployment) -> str | None:
-    """The other model that drafts."""
-    return deployment.exit_rule.drafter if isinstance(deployment.exit_rule, DraftModel) else None
+def _drafter(deployment: Deployment) -> tuple[str, bool] | None:
+    """The other model that drafts, and whether on a card of its own."""
+    rule = deployment.exit_rule
+    return (rule.drafter, rule.own_card is not None) if isinstance(rule, DraftModel) else None

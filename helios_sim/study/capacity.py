@@ -263,7 +263,7 @@ def _result(
     for job in jobs:
         fleet = shared_fleet(job.config, job.seed)
         inputs |= inputs_of(fleet)
-        assumptions |= dict.fromkeys(assumptions_of(job.config, fleet))
+        assumptions |= dict.fromkeys(assumptions_of(job.config, fleet, job.arm.policy))
         notices |= dict.fromkeys(notices_of(fleet, job.config))
     result = CapacityResult(
         experiment=config.name,

@@ -15,7 +15,7 @@ from helios_sim.profile.devices import group_of
 from helios_sim.profile.formats import named_format
 from helios_sim.report.capacity import ATTAINMENT, TIMES, Requirement
 from helios_sim.study.band import time_factor
-from helios_sim.study.cost import PRICE, costs_of
+from helios_sim.study.cost import PRICE, card_sets, costs_of
 from helios_sim.study.fleet import Fleet, shared_fleet
 from helios_sim.study.jobs import Job
 from helios_sim.study.modes import BY_REQUESTS, LIVE
@@ -100,7 +100,8 @@ def plan_capacity(config: Config) -> CapacityPlan:
             costs_of(replace(own, cost=replace(own.cost, usd_per_card_hour=None)), fleet)  # carbon needs known power
             fleets.setdefault(card, fleet)
             name = fleet.kinds[0].card.name
-            option = Option(name, group_of(name)[0], arm, own, job.arm.policy.kind.is_bound, least, of)
+            cards, is_bound = group_of(name)[0] * card_sets(job.arm.policy), job.arm.policy.kind.is_bound
+            option = Option(name, cards, arm, own, is_bound, least, of)
             try:
                 check_study(plan_study(replace(own, cost=replace(own.cost, usd_per_card_hour=None))))
                 if least is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from helios_sim.errors import UserError
+from helios_sim.policy.draft_model import DraftModelParameters
+from helios_sim.policy.registry import PolicyConfig
 from helios_sim.profile.devices import group_of
 from helios_sim.report.metrics import Costs
 from helios_sim.study.fleet import Fleet, Kind
@@ -14,8 +16,16 @@ from helios_sim.study.schema import Config
 PRICE, CARBON = "cost.usd_per_card_hour", "cost.gco2e_per_kwh"
 
 
-def costs_of(config: Config, fleet: Fleet) -> Costs:
-    """Dollars an hour of all cards, and grams of CO2e a kWh. UserError where a setting says nothing of this run."""
+def card_sets(policy: PolicyConfig | None) -> int:
+    """How many times its cards a replica has: twice where a card of its own drafts."""
+    return policy.parameters.cards if policy and isinstance(policy.parameters, DraftModelParameters) else 1
+
+
+def costs_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = None) -> Costs:
+    """Dollars an hour of all cards, and grams of CO2e a kWh. UserError where a setting says nothing of this run.
+
+    `policy`: that of kinds without their own.
+    """
     price, carbon = config.cost.usd_per_card_hour, config.cost.gco2e_per_kwh
     if carbon is not None and config.mode == SIMULATE:
         unknown = [kind.card.name for kind in fleet.kinds if kind.card.idle_w is None or kind.card.tdp_w is None]
@@ -25,7 +35,7 @@ def costs_of(config: Config, fleet: Fleet) -> Costs:
             raise UserError(CARBON, carbon, allowed, fix)
     if price is None:
         return Costs(None, carbon)
-    cards = [(len(kind.numbers), *_cards(kind)) for kind in fleet.kinds]
+    cards = [(len(kind.numbers) * card_sets(kind.policy or policy), *_cards(kind)) for kind in fleet.kinds]
     if not isinstance(price, Mapping):
         return Costs(float(price) * sum(replicas * number for replicas, number, _ in cards), carbon)
     prices = {str(name).lower(): float(each) for name, each in price.items()}

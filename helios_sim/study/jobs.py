@@ -16,6 +16,8 @@ from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
 from helios_sim.errors import UserError
 from helios_sim.policy.deployment import Judged
+from helios_sim.policy.draft_model import DraftModelParameters
+from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Policy
 from helios_sim.profile.precision import served_as
 from helios_sim.profile.runtimes import FIT, HOST_TIME
@@ -35,7 +37,7 @@ from helios_sim.serving.server import Server
 from helios_sim.serving.stats import Timeline
 from helios_sim.simulation import BlockSink, Run, simulate
 from helios_sim.study.build import Arm, Parts, arm_of
-from helios_sim.study.cost import costs_of
+from helios_sim.study.cost import card_sets, costs_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
 from helios_sim.study.inputs import made_of
 from helios_sim.study.modes import SIMULATE
@@ -130,7 +132,7 @@ def run_job(job: Job) -> JobResult:
         ),
         capacity_bytes=fleet.kinds[0].card.hbm_bytes,
         inputs=inputs_of(fleet) | ({} if live is None else live.inputs()),
-        assumptions=assumptions_of(config, fleet),
+        assumptions=assumptions_of(config, fleet, job.arm.policy),
         notices=notices_of(fleet, job.config) + _without_exits(job, fleet) + (() if live is None else live.notices()),
         wall_s=perf_counter() - started_s,
         live=notes,
@@ -216,12 +218,17 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     for kind in fleet.kinds:
         power = _power(kind.card)
         stats = [run.servers[number].stats for number in kind.numbers]
-        cards.append(Cards(power, len(stats), sum(s.busy_ns for s in stats), sum(s.floor_ns for s in stats)))
+        two = card_sets(kind.policy or job.arm.policy) > 1
+        busy_ns = sum(s.verify_ns if two else s.busy_ns for s in stats)
+        cards.append(Cards(power, len(stats), busy_ns, sum(s.floor_ns for s in stats)))
+        if two:
+            drafts = sum(s.draft_ns for s in stats), sum(s.draft_floor_ns for s in stats)
+            cards.append(Cards(power, len(stats), *drafts, beside=True))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
     metrics = compute_metrics(
         records, run.stats, slo=slo, cards=cards, transitions=transitions, faults=run.faults,
-        costs=costs_of(job.config, fleet), scaled=run.scaled, answered=run.answered,
+        costs=costs_of(job.config, fleet, job.arm.policy), scaled=run.scaled, answered=run.answered,
     )  # fmt: skip
     if job.config.mode == SIMULATE:
         require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")
@@ -294,8 +301,11 @@ def _without_exits(job: Job, fleet: Fleet) -> tuple[str, ...]:
     return (f"arms.{job.arm.name}: no model has an exit before its last layer, so all tokens run all layers here",)
 
 
-def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
-    """Assumptions of the runtime, which models share unless it came with their profiles, and of the settings."""
+def assumptions_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = None) -> tuple[Assumption, ...]:
+    """Assumptions of the runtime, which models share unless it came with their profiles, and of the settings.
+
+    `policy`: that of kinds without their own.
+    """
     settable = {f.name for f in fields(RuntimeConfig)}
     found = list(dict.fromkeys(
         Assumption(
@@ -316,6 +326,12 @@ def assumptions_of(config: Config, fleet: Fleet) -> tuple[Assumption, ...]:
     if config.profile_prompt_time_factor is not None:
         why, key = "what computes many tokens at once scaled, to study profile error", "profile_prompt_time_factor"
         found.append(Assumption("profile time factor of prompts", config.profile_prompt_time_factor, why, key))
+    for kind in fleet.kinds:
+        own = kind.policy or policy
+        drafts = own.parameters if own and isinstance(own.parameters, DraftModelParameters) else None
+        if drafts is not None and drafts.exchange_s is not None:
+            why = "as stated, at the end of each stage; the card that drafts is of the same kind and has its own host"
+            found.append(Assumption("exchange of drafts in s", drafts.exchange_s, why, "policy.exchange_s"))
     return tuple(found)
 
 

@@ -237,7 +237,7 @@ def _result(
         ),
         inputs=inputs_of(fleet),
         provenance=provenance,
-        assumptions=assumptions_of(config, fleet),
+        assumptions=assumptions_of(config, fleet, job.arm.policy),
         warnings=(*notices_of(fleet, config), *failed, *_cautions(config)),
         seeds=len(config.seeds),
     )
