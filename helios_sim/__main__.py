@@ -23,9 +23,9 @@ def _run(command: list[str]) -> int:
             return 0
         if sys.stderr.isatty():
             print("Reading programs, settings and inputs ...", file=sys.stderr)
+        collect_rarely()
         from helios_sim.cli import repeat_study, run_command  # Hydra and what it needs, which neither of these does
 
-        collect_rarely()
         return repeat_study(command[1:]) if command[:1] == ["repro"] else run_command(command)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -45,3 +48,11 @@ def test_a_png_is_the_same_before_and_after_the_page_is_drawn() -> None:
     svg = to_svg(drawing)
     assert to_png(drawing) == before
     assert to_svg(drawing) == svg
+
+
+def test_properties_are_written_into_docstrings_only_where_a_person_may_ask_for_help() -> None:
+    show = "import helios_sim.report.figures.style; from matplotlib.lines import Line2D; Line2D([], []).set(color='r')"
+    listed = "print('linestyle' in (Line2D.set.__doc__ or ''))"
+    for before, expected in (("", "False"), ("import sys; sys.ps1 = '>>> '; ", "True")):
+        command = [sys.executable, "-c", f"{before}{show}; {listed}"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == expected
