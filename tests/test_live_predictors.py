@@ -16,7 +16,7 @@ from calibrate.exits.traces import ExitOutputs, observe
 from command_line import CommandLine
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import synthetic_trace
-from helios_sim.exits.rule import WORDS, Confidence, Near, PerToken
+from helios_sim.exits.rule import WORDS, Confidence, FixedCap, Near, PerToken, ReleaseEarly
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.live.answers import score
 from helios_sim.live.cuda import CudaDevice
@@ -25,7 +25,7 @@ from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.predictors import FILE, Predictors, drawn_predictors, features, logit
 from helios_sim.live.served import LiveModel, _predictors
-from helios_sim.policy.deployment import KvRule
+from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.synthetic import flat_profile
 from helios_sim.request import RequestBlock, RequestRecord
@@ -261,6 +261,10 @@ def test_predictors_that_are_missing_or_of_other_exits_are_refused(model: LiveMo
     rule = deployed(PerToken(SURE, PREDICTOR), KvRule.PROPAGATE)
     with pytest.raises(UserError, match=r"exits.confidence='predictor'.*\+task=predictors"):
         serve_live({"tiny": replace(model, predictors=None)}, rule, requests(LENGTHS[:1]), 1)
+    for other in (FixedCap(SURE, PREDICTOR), ReleaseEarly((2,), (SURE,), PREDICTOR)):
+        cut = Placement("tiny", EXITS[1] if isinstance(other, FixedCap) else LAYERS)
+        with pytest.raises(UserError, match=r"exits.confidence='predictor'.*one by one"):
+            serve_live({"tiny": model}, Deployment(cut, other, kv_rule=KvRule.NONE), requests(LENGTHS[:1]), 1)
     with pytest.raises(UserError, match=r"exits.confidence='predictor'.*there are none"):
         _predictors(tmp_path, model.heads, EXITS, "cpu")
     drawn_predictors((2, 3), "cpu", 0, width=4).write(tmp_path)

@@ -15,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, FixedCap, PerToken, ReleaseEarly, require_live
+from helios_sim.exits.rule import (
+    MEASURES,
+    Confidence,
+    ExitRule,
+    FixedCap,
+    PerToken,
+    ReleaseEarly,
+    require_leaving,
+    require_live,
+)
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
 from helios_sim.live.model.predictors import Predictors
@@ -228,6 +237,7 @@ class ExitReader:
     def check(self, depth: int, hidden: Tensor, measure: Confidence) -> Tensor:
         """The confidence (n,) of a check on hidden states (n, d). UserError where it cannot be computed live."""
         require_live(measure)
+        require_leaving(measure)
         return MEASURES[measure].of(_StateView(self, depth, hidden))
 
     def classify(self, depth: int, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import simpy
 
 from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
-from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, ReleaseEarly, require_live
+from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, ReleaseEarly, require_leaving, require_live
 from helios_sim.exits.trace import ANY_DRAFTER
 from helios_sim.policy.deployment import Deployment, require_all_resident, require_one_card
 from helios_sim.report.metrics import DEFINITIONS
@@ -288,6 +288,8 @@ def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
             check_drafter(config, parts, first.active.model, rule.drafter)
         if isinstance(rule, FixedCap | PerToken | ReleaseEarly):
             require_live(rule.confidence)
+        if isinstance(rule, FixedCap | ReleaseEarly):
+            require_leaving(rule.confidence)
     if isinstance(rule, FixedCap | PerToken):
         data = parts.models[first.active.model]
         data.trace.trace.confident_at(rule.threshold, rule.confidence)
