@@ -70,6 +70,7 @@ def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str
     assert arm["metrics"]["requests_completed"] == 12
     if policy in ("self_speculation", "draft_model"):
         assert 0 <= arm["metrics"]["draft_acceptance"] <= 1
+    assert (arm["metrics"]["agreement"] is not None) == (policy == "release_early")
     if policy == "helios":
         assert arm["metrics"]["switches"] > 0
 

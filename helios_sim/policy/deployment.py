@@ -162,7 +162,7 @@ class KvRule(StrEnum):
 
     PROPAGATE = "propagate"  # computed from the exit's hidden state in the same iteration
     RECOMPUTE = "recompute"  # the token runs the layers later, with the next token of its request that goes there
-    COPY = "copy"  # those of the exit's own layer stand for them, at no cost: pages are mapped, nothing is moved
+    COPY = "copy"  # those of the exit's own layer stand for them. Simulated: pages are mapped, at no cost
     NONE = "none"  # no later token of its request goes deeper, or it needs none there (the oracle)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from simpy.events import Timeout
 
 from helios_sim.errors import TooLittleMemory, UserError
-from helios_sim.exits.rule import Confidence
+from helios_sim.exits.rule import Confidence, ReleaseEarly
 from helios_sim.exits.store import folder_of
 from helios_sim.live.clock import WallClock
 from helios_sim.live.energy import ABSENT, Meter, open_counter
@@ -62,6 +62,7 @@ class LiveRun:
         """Raises UserError as `open_models` and `read_texts` do, and for more than one replica."""
         check_settings(config)
         self._config, self._parts, self._seed = config, parts, seed
+        self._server: Server  # from `begin` on
         self.clock = WallClock()
         self.device_engine = make_engine(config, parts, seed, self.clock)
         if config.server.schedule_ahead and self.device_engine.device.kernels.name == "torch":
@@ -85,6 +86,7 @@ class LiveRun:
         self.device_engine.faults = server
         server.joules = self.meter.so_far_j
         server.open()
+        self._server = server
         deployment, live = server.decisions[0].deployment, self._config.live
         places = self.device_engine.work.places[deployment.active.model].requests
         requests = list(islice(self._requests(), min(WARM_REQUESTS, places)))
@@ -118,7 +120,9 @@ class LiveRun:
 
     def measured(self, metrics: Metrics, records: Records) -> dict[str, MetricValue]:
         """Metrics with energy from the device's counter in place of the simulated band; null for what is not known."""
-        unknown = UNKNOWN if not self._config.live.score else UNKNOWN - {"agreement"}
+        # Where answers leave at ramps, full depth has said of each token whether it would have given it.
+        judged = all(isinstance(decision.deployment.exit_rule, ReleaseEarly) for decision in self._server.decisions)
+        unknown = UNKNOWN - {"agreement"} if judged or self._config.live.score else UNKNOWN
         known = {name: None if name in unknown else value for name, value in metrics.items()}
         done = records.completed
         known |= energy_metrics(self.meter.energy_j, int(done.sum()), int(records.output_chars[done].sum()))
