@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exact_torch import exact
-from helios_sim.exits.rule import Confidence, FixedCap, FullDepth
+from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth
 from helios_sim.live.ahead import RunAhead
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
@@ -77,6 +77,22 @@ def breaches(live: Live) -> list[int]:
 
 def said(live: Live) -> list[tuple[list[int], list[int]]]:
     return [(live.tokens(record.request_id), live.depths(record.request_id)) for record in live.records]
+
+
+def test_another_model_drafts_where_kernels_go_by_lengths(tiny: LiveModel) -> None:
+    """Its first drafts read one token or several, beside chunks of prompts; slots lie anywhere."""
+    cuda, both = StrictCuda(), {"tiny": tiny, "other": tiny}
+    deployment = Deployment(
+        Placement("tiny", LAYERS), DraftModel("other", 3), (Placement("other", LAYERS),), kv_rule=KvRule.NONE
+    )
+    with exact() as kernels, cuda.watched():
+        device = CudaDevice(torch.device("cpu"), cuda, kernels)
+        live = serve_live(
+            both, deployment, requests(LENGTHS), len(LENGTHS), slots=3, max_batch_tokens=16, device=device, close=True
+        )
+    plain = served(None, tiny, cut(LAYERS, tiny))
+    assert [tokens for tokens, _ in said(live)] == [tokens for tokens, _ in said(plain)]
+    assert live.run.stats.accepted_drafts == live.run.stats.drafted_tokens > 0
 
 
 def test_tokens_that_exited_run_their_layers_in_captured_steps(
