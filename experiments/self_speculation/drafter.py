@@ -165,9 +165,10 @@ def compare(pair: Pair, numbers: Sequence[int]) -> tuple[Run, list[Outcome]]:
 def page(names: tuple[str, str], whole: Run, outcomes: Sequence[Outcome]) -> str:
     n, tokens = len(whole.answers), sum(len(answer.tokens) for answer in whole.answers.values())
     lines = ["# self_speculation: a model that drafts, live", ""]
-    made = "Made by `python experiments/self_speculation/drafter.py`"
-    lines += [f"{made}: {names[1]} drafts for {names[0]}, float32, {n} answers, {tokens:,} tokens, {RUNNING} requests"
-              " at a time. By task: one pass over the answers.", ""]  # fmt: skip
+    drafts = " ".join(str(it.drafts) for it in outcomes)
+    made = f"python experiments/self_speculation/drafter.py --requests {n} --tokens {tokens // n} --drafts {drafts}"
+    said = f"{names[1]} drafts for {names[0]}, in float32, {tokens:,} tokens, {RUNNING} requests at a time"
+    lines += [f"Made by `{made}`: {said}. By task: one pass over the answers.", ""]
     of_tasks = " | ".join(TASKS)
     lines += [f"| drafts a pass | equal to full depth's | acceptance | one pass over the answers | {of_tasks} |"]
     lines += ["| ---: | ---: | ---: | ---: |" + " ---: |" * len(TASKS)]
