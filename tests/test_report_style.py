@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from helios_sim.report.figures import style
+from helios_sim.report.figures.arms import exit_figure
 from helios_sim.report.figures.style import (
     Drawing,
+    arm_styles,
     handles_of,
     legend_above,
     look,
@@ -19,6 +22,8 @@ from helios_sim.report.figures.style import (
     to_svg,
     use_log_seconds,
 )
+from helios_sim.report.result import ExitDepths
+from report_example import example_result
 
 
 def example() -> Drawing:
@@ -56,3 +61,11 @@ def test_properties_are_written_into_docstrings_only_where_a_person_may_ask_for_
     for before, expected in (("", "False"), ("import sys; sys.ps1 = '>>> '; ", "True")):
         command = [sys.executable, "-c", f"{before}{show}; {listed}"]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == expected
+
+
+@pytest.mark.parametrize(("depths", "shown"), [({32: 9}, False), ({16: 4, 32: 5}, True)])
+def test_exit_depths_are_drawn_where_there_is_more_than_one(depths: dict[int, int], shown: bool) -> None:
+    full = example_result((1,), points=False)
+    arm = replace(full.arms["helios"], exit_depths=(ExitDepths("some", 32, depths),))
+    result = replace(full, arms={"helios": arm}, baseline="helios")
+    assert (exit_figure(result, arm_styles(["helios"], "helios")) is not None) is shown

@@ -152,12 +152,15 @@ def latency_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Dra
 
 
 def exit_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Drawing | None:
-    """Share of output tokens by the layer after which they left, a panel for each model, bars for each arm."""
+    """Share of output tokens by the layer after which they left, a panel for each model, bars for each arm.
+
+    None where all tokens of each model left at one layer: every bar would say 100.
+    """
     models: dict[str, list[int]] = {}
     for arm in result.arms.values():
         for depths in arm.exit_depths:
             models[depths.model] = sorted({*models.get(depths.model, []), *depths.tokens_by_depth})
-    if not models:
+    if all(len(depths) < 2 for depths in models.values()):
         return None
     figure, axes = new_figure(1, len(models), 3.7, sharey=True)
     for ax, (model, depths_of_model) in zip(axes, models.items(), strict=True):
