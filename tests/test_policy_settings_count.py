@@ -46,7 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "draft_model": {
         "draft_tokens": 2, "largest_batch": 1, "batch_limit": 2, "drafter": "opt-6.7b", "model": "opt-1.3b",
-        "review_requests": 10, "drafter_on": "pipelined", "exchange_s": 0.01,
+        "review_requests": 10, "drafter_on": "pipelined", "exchange_s": 0.01, "fused_with": "[opt-1.3b]",
     },
     "oracle": {"batch_limit": 1, "epoch_requests": 200},
     "helios": OF_HELIOS,
@@ -58,6 +58,7 @@ VALUES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 REFUSED = {
     ("draft_model", "drafter"), ("draft_model", "model"),  # the same model, and a smaller one than the drafter
+    ("draft_model", "fused_with"),  # on the model's card: test_draft_fusion
     ("early_exit_lazy", "kv_rule"), ("helios", "raised_kv_rule"), ("helios_probe", "raised_kv_rule"),
     ("helios_probe", "evaluated_tokens"),
     ("early_exit", "near_layers"), ("early_exit", "near_tokens"),  # without exits that always check: test_predictors

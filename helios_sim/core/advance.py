@@ -154,7 +154,8 @@ def advance(t: Tables, until_ns: int) -> int:
                 break  # another card drafts, and nothing waits for verification
         if r.draft_parts:
             it.verify_ns = duration_ns - it.draft_ns
-            duration_ns = max(it.draft_ns, it.verify_ns)
+            compare_ns = it.drafts * r.exchange_ns if r.draft_cards > 1 else 0
+            duration_ns = max(it.draft_ns + compare_ns, it.verify_ns)
             if it.draft_ns or it.drafted:
                 duration_ns += r.exchange_ns
         s.end_ns, s.warm_up_ns = s.now_ns + duration_ns + s.warm_up_ns, 0

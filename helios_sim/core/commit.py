@@ -37,7 +37,7 @@ def commit(
     if not r.live:  # what a device draws is read from its counter
         drawn_ns = _drawn_ns(r, it.verify_ns if r.draft_parts else busy_ns, it.floor_ns)
         if r.draft_parts:
-            drawn_ns += _drawn_ns(r, it.draft_ns, it.draft_floor_ns)
+            drawn_ns += r.draft_cards * _drawn_ns(r, it.draft_ns, it.draft_floor_ns)
         note_drawn(s, c.marks, start_ns, end_ns, drawn_ns)
     if it.due_blocks:
         take_blocks(s, r, freed, it.due_blocks)

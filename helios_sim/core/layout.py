@@ -290,6 +290,7 @@ RULES = Kind.of(  # what holds as long as a deployment is in force; exits by the
         "drafts_apart",  # another model drafts
         "draft_parts",  # on a card of its own, for one of so many parts of the batch at a time; 0: on the same card
         "exchange_ns",  # what passing tokens from card to card takes
+        "draft_cards",  # that draft side by side: with several, each draft is passed too
         "regroups",  # a batch is split at an exit where enough of it wants to leave, and the rest waits for others
         "flush_requests",  # so many that wait at an exit run on; NEVER: as many as do not wait
         "flush_ns",  # and so long they wait at most

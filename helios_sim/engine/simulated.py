@@ -35,6 +35,7 @@ from helios_sim.exits.rule import (
 from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import BoundTrace, ExitTrace, TokenSpan
 from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule
+from helios_sim.policy.drafts import slowest_drafter
 from helios_sim.policy.telemetry import Observation, Released, Situation
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import Profile
@@ -96,7 +97,10 @@ class SimulatedEngine:
                 if not regroups:
                     why = "blocks that are shared are not lent to drafts here: false where tokens are drafted"
                 raise UserError("server.enable_prefix_caching", True, why, "set server.enable_prefix_caching=false")
-            drafter = self._models[d.exit_rule.drafter] if isinstance(d.exit_rule, DraftModel) else None
+            drafter = None
+            if isinstance(d.exit_rule, DraftModel):  # side by side, the slowest counts
+                profiles = {name: self._models[name].profile for name in d.exit_rule.drafters}
+                drafter = self._models[slowest_drafter(profiles)]
             found = self._terms[key] = _terms(self._models[d.active.model], d, storage, drafter)
         return found
 
@@ -207,7 +211,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
         bounds, draft_exit = (rule.exit_layers, loaded), trace.exits.index(rule.exit_layers)
     elif isinstance(rule, DraftModel) and not planned:
         bounds, draft_exit = (loaded,), len(trace.exits)
-        agree = np.ascontiguousarray(np.column_stack([agree, trace.drafted_by(rule.drafter)]))
+        agree = np.ascontiguousarray(np.column_stack([agree, trace.drafted_by_all(rule.drafters)]))
     looks, seen_alone = _looks(trace, rule if not planned else None)
     rules = {
         "per_token": per_token and not planned,

@@ -66,6 +66,7 @@ def _part(trace: ExitTrace, rows: NDArray[np.bool_]) -> ExitTrace:
         trace, task=trace.task[rows], prompt=trace.prompt[rows], chars=trace.chars[rows], agree=trace.agree[rows],
         confidences={c: values[rows] for c, values in trace.confidences.items()}, confident=cut(trace.confident),
         bits=cut(trace.bits), drafters={name: drafted[rows] for name, drafted in trace.drafters.items()},
+        drafters_sure={name: sure[rows] for name, sure in trace.drafters_sure.items()},
     )  # fmt: skip
 
 

@@ -101,11 +101,11 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
                     f"{trace.model} has exits before its last layer at {', '.join(map(str, exits[:last])) or 'none'}",
                     "choose one of these",
                 )  # fmt: skip
-        case DraftModel(drafter):
+        case DraftModel():
             if not whole:
                 allowed = f"drafts are verified with all {trace.n_layers} layers of {trace.model}"
                 raise UserError("layers", layers, allowed, "load the whole model")
-            trace.drafted_by(drafter)
+            trace.drafted_by_all(rule.drafters)
         case ReleaseEarly(ramps, thresholds, confidence):
             require_leaving(confidence)
             if not whole or not set(ramps) <= set(exits[:last]) or len(ramps) != len(thresholds):

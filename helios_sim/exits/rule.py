@@ -285,6 +285,12 @@ class DraftModel:
     draft_tokens: int
     largest_batch: int | None = None
     own_card: OwnCard | None = None  # None: both models are on one card
+    # Others that propose each token too, each on a card of its own; all go on with the one that was surest (CoSine)
+    fused_with: tuple[str, ...] = ()
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        return (self.drafter, *self.fused_with)
 
 
 @dataclass(frozen=True, slots=True)

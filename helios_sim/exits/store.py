@@ -11,7 +11,8 @@ A trace is a folder, shipped ones at data/exits/<model>@<source>/:
   agree_D (bool, always there), and as listed in "columns": one for each confidence that was recorded
   (`confidence.MEASURES` names them), bits_D (-log2 of the probability of the text's own token), or confident_D (bool,
   published traces). For each model among the header's "drafters", where it has them, drafted_by_<model>: whether that
-  model predicts what the whole model does (bool).
+  model predicts what the whole model does (bool). For each among "drafters_sure", sure_of_draft_<model>: how sure of it
+  that model was (float, 0 to 1).
 
 The texts of a task, one after the other, have the same total of characters in every model's trace: that is what
 lines models up.
@@ -41,7 +42,7 @@ SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
 _KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
-_DRAFTER = "drafted_by_"
+_DRAFTER, _SURE = "drafted_by_", "sure_of_draft_"
 _MOST_BYTES = 256 * MIB
 _PER_EXIT = ("agree", *BY_COLUMN, "confident", "bits")
 _FIX = "write the trace anew, or fetch the file again"
@@ -114,6 +115,7 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
         for e, depth in enumerate(trace.exits):
             columns[f"{name}_{depth}"] = recorded[name][:, e]
     columns |= {f"{_DRAFTER}{name}": drafted for name, drafted in trace.drafters.items()}
+    columns |= {f"{_SURE}{name}": sure for name, sure in trace.drafters_sure.items()}
     table = files.parquet(pa.table(columns))
     header = {
         "format": "exit-trace",
@@ -126,7 +128,8 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
         "published_threshold": trace.published_threshold,
         "published_confidence": trace.published_confidence,
         "human_text": trace.human_text,
-        **({"drafters": list(trace.drafters)} if trace.drafters else {}),  # added later
+        **({"drafters": list(trace.drafters)} if trace.drafters else {}),  # added later, as the next
+        **({"drafters_sure": list(trace.drafters_sure)} if trace.drafters_sure else {}),
         "sha256": hashlib.sha256(table).hexdigest(),
         "provenance": trace.provenance.to_json(),
     }
@@ -163,7 +166,8 @@ def _read_trace(folder: Path, written: tuple[Stamp, ...]) -> ExitTrace:
             raise UserError("exit trace", str(folder / TABLE), "its sha256 is not the one in its header", _FIX)
         kinds = {f"{name}_{depth}": _KINDS.get(name, "number") for name in recorded for depth in exits}
         drafters = header.texts("drafters", 100) if header.has("drafters") else ()
-        kinds |= {f"{_DRAFTER}{name}": "flag" for name in drafters}
+        sure = header.texts("drafters_sure", 100) if header.has("drafters_sure") else ()
+        kinds |= {f"{_DRAFTER}{name}": "flag" for name in drafters} | {f"{_SURE}{name}": "number" for name in sure}
         columns = read_parquet(folder / TABLE, {**_PER_TOKEN, **kinds}, _FIX, MOST_TOKENS, content, exact=True)
         if len(columns["task"]) != header.integer("n_tokens", 1, MOST_TOKENS):
             found = f"{folder / TABLE} has {len(columns['task'])} rows"
@@ -177,6 +181,7 @@ def _read_trace(folder: Path, written: tuple[Stamp, ...]) -> ExitTrace:
             tasks=header.texts("tasks", 10_000),
             provenance=Provenance.from_json(header.inner("provenance").values),
             drafters={name: columns[f"{_DRAFTER}{name}"] for name in drafters},
+            drafters_sure={name: columns[f"{_SURE}{name}"].astype(np.float32) for name in sure},
             published_threshold=header.maybe("published_threshold", 0, 1),
             published_confidence=Confidence(header.text("published_confidence", names)) if published else None,
             human_text=header.flag("human_text"),

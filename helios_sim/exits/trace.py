@@ -22,6 +22,7 @@ MICROBITS = 1_000_000  # in a bit
 MOST_BITS = 10_000  # of one token, more than float32 has of a probability
 _ROUNDING = 1e-3  # by which a stored confidence may leave its range
 ANY_DRAFTER = "*"
+FUSED = "+"  # between the names of drafters whose drafts are fused
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -74,6 +75,8 @@ class ExitTrace:
     human_text: bool = False  # the text was written by people: only then do bits per character rank models
     # By model: (T,) whether it predicts what this one's last layer does. `ANY_DRAFTER`: whichever model it is
     drafters: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    # By model: (T,) how sure it was of what it predicted there, from 0 to 1. All of them read the true text before it
+    drafters_sure: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
     char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
     # (T, E) millionths of a bit, of human text only: whole numbers, so that sums do not depend on the order
@@ -99,6 +102,15 @@ class ExitTrace:
         self._set("confidences", recorded)
         drafted = {name: self._column(name, values, np.bool_, (n_tokens,)) for name, values in self.drafters.items()}
         self._set("drafters", drafted)
+        sure = {
+            name: self._column(f"how sure {name} was", values, np.float32, (n_tokens,))
+            for name, values in self.drafters_sure.items()
+        }
+        for name, values in sure.items():
+            if name not in drafted or not ((values >= -_ROUNDING) & (values <= 1 + _ROUNDING)).all():
+                allowed = "numbers from 0 to 1 for a model whose drafts were recorded"
+                self._fail(f"how sure {name} was", sorted(drafted), allowed)
+        self._set("drafters_sure", sure)
         self._check_columns()
         self._set("task_first", _frozen(np.searchsorted(self.task, np.arange(len(self.tasks) + 1)).astype(np.int64)))
         self._set("char_start", _frozen(np.concatenate(([0], np.cumsum(self.chars, dtype=np.int64)))))
@@ -157,6 +169,30 @@ class ExitTrace:
                 "name one of them, or state a share: exits.source=stated +exits.parameters.drafted=0.7",
             )  # fmt: skip
         return found
+
+    def drafted_by_all(self, models: Sequence[str]) -> NDArray[np.bool_]:
+        """(T,) the same of drafts that several models fuse: of each token that of the model that is surest of its own
+        counts, of equally sure ones that of the first named.
+
+        Exact where drafts are verified greedily: up to the first that is refused, all of them have read the true text.
+        It takes a joint trace, with how sure each model was, or what is stated of all together. UserError without.
+        """
+        if len(models) == 1:
+            return self.drafted_by(models[0])
+        together = FUSED.join(models)
+        if together in self.drafters:
+            return self.drafters[together]
+        if not all(model in self.drafters_sure for model in models):
+            self._fail(
+                "drafters", ", ".join(models),
+                "fused drafts take a joint trace, with how sure each was of each token; recorded so: "
+                + (", ".join(self.drafters_sure) or "none"),
+                f'state a share: exits.source=stated +exits.parameters.drafted="{{{together}: 0.8}}"',
+            )  # fmt: skip
+        surest = np.argmax([self.drafters_sure[model] for model in models], axis=0)
+        each: NDArray[np.bool_] = np.stack([self.drafters[model] for model in models])
+        right: NDArray[np.bool_] = each[surest, np.arange(self.n_tokens)]
+        return right
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
         """The trace as a workload with these task names reads it; UserError when a task is missing."""

@@ -147,6 +147,8 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return f"DraftModel with a drafter of at most the {whole} layers of {active}"
         if value.own_card is not None:
             return own_card(value)
+        if value.fused_with:
+            return "DraftModel with fused_with only with own_card: each of its models has a card"
         if not any(other == Placement(value.drafter, layers) for other in found.standby):
             return f"DraftModel with Placement({value.drafter!r}, {layers}) among standby"
         return drafts(value)
@@ -157,8 +159,13 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
             return f"DraftModel with own_card None, or OwnCard(exchange_s from 0 to {MOST_EXCHANGE_S:g}, parts)"
         if own.parts not in (1, 2):
             return "DraftModel with an OwnCard of 1 or 2 parts"
-        if any(other.model == value.drafter for other in found.standby):
-            return f"DraftModel with own_card without {value.drafter} among standby: it is on its own card"
+        if not isinstance(value.fused_with, tuple) or len(set(value.drafters)) <= len(value.fused_with):
+            return "DraftModel with fused_with (): a tuple of other drafters, each once"
+        for name in value.fused_with:
+            if name not in candidates or name == found.active.model:
+                return f"DraftModel with fused_with among {', '.join(candidates)}"
+        if at := [other.model for other in found.standby if other.model in value.drafters]:
+            return f"DraftModel with own_card without {at[0]} among standby: it is on its own card"
         return drafts(value)
 
     def drafts(value: DraftModel) -> str | None:

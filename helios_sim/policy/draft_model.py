@@ -11,7 +11,7 @@ from helios_sim.exits.rule import MOST_DRAFTS, MOST_EXCHANGE_S, DraftModel, OwnC
 from helios_sim.policy.checks import check_positive
 from helios_sim.policy.deployment import Cause, Completed, Deployment, KvRule, Placement
 from helios_sim.policy.draft_review import DraftReview
-from helios_sim.policy.drafts import best_drafts_of
+from helios_sim.policy.drafts import best_drafts_of, slowest_drafter
 from helios_sim.policy.prediction import seen_load
 from helios_sim.policy.telemetry import Situation, Telemetry
 
@@ -32,6 +32,7 @@ class DraftModelParameters:
     review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
     drafter_on: DraftsOn | None = None  # a card of its own; None: the model's card
     exchange_s: float | None = None  # with a card of its own: what passing tokens to the other card takes
+    fused_with: list[str] | None = None  # drafters that propose each token too, each on a card of its own
     batch_limit: int | None = None  # None: the server's own limit
 
     def __post_init__(self) -> None:
@@ -49,6 +50,14 @@ class DraftModelParameters:
             allowed = f"seconds from 0 to {most:g} that tokens take from card to card, which nothing here knows"
             raise UserError("policy.exchange_s", it, allowed, "measure it, or state one, such as 0.0001")
 
+        if self.fused_with is not None and (self.drafter is None or self.drafter_on is None):
+            allowed = "null, unless policy.drafter and policy.drafter_on are set: fused drafts are made side by side"
+            raise UserError("policy.fused_with", self.fused_with, allowed, "set both, or leave it out")
+        if self.fused_with is not None and (
+            not self.fused_with or len({self.drafter, *self.fused_with}) <= len(self.fused_with)
+        ):
+            raise UserError("policy.fused_with", self.fused_with, "models beside the drafter, each once", "correct it")
+
     @property
     def own_card(self) -> OwnCard | None:
         if self.drafter_on is None:
@@ -59,7 +68,7 @@ class DraftModelParameters:
     @property
     def cards(self) -> int:
         """How many times the cards of a server without a drafter."""
-        return 1 if self.drafter_on is None else 2
+        return 1 if self.drafter_on is None else 2 + len(self.fused_with or ())
 
     def roles(self, layers: Mapping[str, int]) -> tuple[str, str]:
         """The model and its drafter, of candidates with so many layers.
@@ -77,6 +86,10 @@ class DraftModelParameters:
         if drafter is None or drafter not in others:
             allowed = f"a model with at most the {layers[model]} layers of {model}: {', '.join(others) or 'none'}"
             raise UserError("policy.drafter", self.drafter, allowed, "name one of these")
+        for name in self.fused_with or ():
+            if name not in others:
+                allowed = f"models with at most the {layers[model]} layers of {model}: {', '.join(others)}"
+                raise UserError("policy.fused_with", name, allowed, "name some of these")
         return model, drafter
 
 
@@ -95,6 +108,7 @@ class DraftModelPolicy:
         self._situation = situation
         self._layers = {name: it.profile.model.n_layers for name, it in situation.candidates.items()}
         self._model, self._drafter = self.parameters.roles(self._layers)
+        self._drafters = (self._drafter, *(self.parameters.fused_with or ()))
         self._review = DraftReview(1.0)
         most = self.parameters.draft_tokens
         return self._deployment(most, f"{self._drafter} drafts {most} tokens, {self._model} verifies them")
@@ -106,10 +120,11 @@ class DraftModelPolicy:
         candidates, batch = self._situation.candidates, max(1, telemetry.running_requests)
         candidate, load = candidates[self._model], seen_load(self._situation, telemetry, self._model)
         context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
-        both, most = (candidate.profile, candidates[self._drafter].profile), self.parameters.draft_tokens
-        own = self.parameters.own_card
+        slowest = slowest_drafter({name: candidates[name].profile for name in self._drafters})
+        both, most = (candidate.profile, candidates[slowest].profile), self.parameters.draft_tokens
+        own, fused = self.parameters.own_card, len(self._drafters) > 1
         drafts = self._review.next_drafts(
-            telemetry, self._drafts, lambda share: best_drafts_of(*both, share, most, batch, context, own)
+            telemetry, self._drafts, lambda share: best_drafts_of(*both, share, most, batch, context, own, fused)
         )
         if drafts == self._drafts:
             return None
@@ -121,7 +136,7 @@ class DraftModelPolicy:
         return Deployment(
             active=Placement(self._model, self._layers[self._model]),
             standby=(Placement(self._drafter, self._layers[self._drafter]),) if p.own_card is None else (),
-            exit_rule=DraftModel(self._drafter, drafts, p.largest_batch, p.own_card),
+            exit_rule=DraftModel(self._drafter, drafts, p.largest_batch, p.own_card, self._drafters[1:]),
             kv_rule=KvRule.NONE,
             batch_limit=p.batch_limit,
             triggers=() if p.review_requests is None else (Completed(p.review_requests),),

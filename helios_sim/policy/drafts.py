@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,8 @@ from helios_sim.exits.rule import OwnCard
 from helios_sim.policy.prediction import decode_floor_s, decode_time_s, fixed_depth
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
+
+SOME_TOKENS = 512  # in the KV cache
 
 
 def tokens_per_pass(acceptance: float, drafts: int) -> float:
@@ -96,15 +98,26 @@ def _step_s(profile: Profile, batch: int, context_tokens: int, more: int = 0, dr
     return max(float(profile.iteration_time_s(step)[0]), LEAST_S)
 
 
-def stage_time(profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int) -> PassTime:
-    """What drafting for so many requests takes on a card of its own, with its own host, and their verification."""
+def slowest_drafter(profiles: Mapping[str, Profile]) -> str:
+    """Which of models that draft side by side takes longest for a step, of one request with `SOME_TOKENS` before it."""
+    return max(profiles, key=lambda name: _step_s(profiles[name], 1, SOME_TOKENS))
+
+
+def stage_time(
+    profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, compare_s: float = 0.0
+) -> PassTime:
+    """What drafting for so many requests takes on a card of its own, with its own host, and their verification.
+
+    `compare_s`: what cards that draft side by side take after each draft to tell each other what they propose.
+    """
     first_s = _step_s(drafter, batch, context_tokens + 1) if drafts else 0.0
     then_s = sum(_step_s(drafter, batch, context_tokens + k, drafting=True) for k in range(2, drafts + 1))
-    return PassTime(first_s + then_s, _step_s(profile, batch, context_tokens + drafts + 1, more=drafts))
+    verify_s = _step_s(profile, batch, context_tokens + drafts + 1, more=drafts)
+    return PassTime(first_s + then_s + drafts * compare_s, verify_s)
 
 
 def pass_time_apart(
-    profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, own: OwnCard
+    profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, own: OwnCard, fused: bool = False
 ) -> float:
     """Seconds from one verification of a request to the next where its drafts are made on a card of their own.
 
@@ -113,25 +126,26 @@ def pass_time_apart(
     """
     if drafts == 0:
         return pass_time_with(profile, drafter, 0, batch, context_tokens).total_s
+    compare_s = own.exchange_s if fused else 0.0
     halves = (batch + own.parts - 1) // own.parts, batch // own.parts
     if own.parts == 1 or batch == 1:
-        return stage_time(profile, drafter, drafts, batch, context_tokens).total_s + 2 * own.exchange_s
-    more, fewer = (stage_time(profile, drafter, drafts, half, context_tokens) for half in halves)
+        return stage_time(profile, drafter, drafts, batch, context_tokens, compare_s).total_s + 2 * own.exchange_s
+    more, fewer = (stage_time(profile, drafter, drafts, half, context_tokens, compare_s) for half in halves)
     stages_s = max(more.draft_s, fewer.verify_s) + max(fewer.draft_s, more.verify_s)
     return stages_s + 2 * own.exchange_s
 
 
 def best_drafts_of(
     profile: Profile, drafter: Profile, acceptance: float, most_drafts: int, batch: int, context_tokens: int,
-    own: OwnCard | None = None,
+    own: OwnCard | None = None, fused: bool = False,
 ) -> int:  # fmt: skip
     """How many drafts of another model yield most tokens a second; of equals the fewest, 0: none does better.
 
-    `own`: on a card of its own."""
+    `own`: on a card of its own. `fused`: several draft side by side, of which `drafter` is the slowest."""
 
     def total_s(drafts: int) -> float:
         if own is not None:
-            return pass_time_apart(profile, drafter, drafts, batch, context_tokens, own)
+            return pass_time_apart(profile, drafter, drafts, batch, context_tokens, own, fused)
         return pass_time_with(profile, drafter, drafts, batch, context_tokens).total_s
 
     return int(np.argmax([tokens_per_pass(acceptance, drafts) / total_s(drafts) for drafts in range(most_drafts + 1)]))

@@ -262,7 +262,7 @@ def compute_metrics(
     costs, ends = costs or Costs(), records.ends_ns()
     if scaled is not None and ends is not None and ends[0] < ends[1]:
         on = scaled.mean(*ends)
-        cards = [replace(of_kind, replicas=on) for of_kind in cards]
+        cards = [replace(of_kind, replicas=on * (of_kind.replicas / replicas)) for of_kind in cards]
         if costs.usd_per_hour is not None:
             costs = replace(costs, usd_per_hour=costs.usd_per_hour * on / replicas)
         replicas = on

@@ -498,12 +498,16 @@ def _power(situation: Situation, foresees: bool) -> dict[str, int]:
 
 def _draft_card(deployment: Deployment, situation: Situation, foresees: bool) -> dict[str, int]:
     """Of a card that drafts for the replica's own: it is idle when that is not said to draw, and counts beside it."""
-    rule = deployment.exit_rule
-    own = rule.own_card if isinstance(rule, DraftModel) and deployment.plan is None else None
+    rule = deployment.exit_rule if deployment.plan is None else None
+    own = rule.own_card if isinstance(rule, DraftModel) else None
     idle_mw = _power(situation, foresees)["idle_mw"]
-    if own is None:
-        return {"draft_parts": 0, "exchange_ns": 0, "idle_mw": idle_mw}
-    return {"draft_parts": own.parts, "exchange_ns": to_ns(own.exchange_s, "exchange_s"), "idle_mw": 2 * idle_mw}
+    if own is None or not isinstance(rule, DraftModel):
+        return {"draft_parts": 0, "exchange_ns": 0, "draft_cards": 0, "idle_mw": idle_mw}
+    cards = len(rule.drafters)
+    return {
+        "draft_parts": own.parts, "exchange_ns": to_ns(own.exchange_s, "exchange_s"), "draft_cards": cards,
+        "idle_mw": (1 + cards) * idle_mw,
+    }  # fmt: skip
 
 
 def _levels(slo: Slo) -> dict[str, int]:

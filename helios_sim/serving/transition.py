@@ -71,11 +71,11 @@ class Residency:
         """As many as there is room for; where another card drafts, there too, beside what is drafted."""
         blocks = self.pool_bytes(layers) // self.block_bytes(active, rule)
         if isinstance(rule, DraftModel) and rule.own_card is not None:
-            drafter = self._profiles[rule.drafter]
-            layers_there = drafter.model.n_layers
-            block_bytes = self._memory.block_tokens * drafter.kv_bytes_per_token(layers_there)
             drafted = self._most_running * (rule.draft_tokens // self._memory.block_tokens + 1)
-            blocks = min(blocks, self.pool_bytes({rule.drafter: layers_there}) // block_bytes - drafted)
+            for name in rule.drafters:
+                drafter, n_layers = self._profiles[name], self._profiles[name].model.n_layers
+                block_bytes = self._memory.block_tokens * drafter.kv_bytes_per_token(n_layers)
+                blocks = min(blocks, self.pool_bytes({name: n_layers}) // block_bytes - drafted)
         return max(0, blocks)
 
     def block_bytes(self, active: Placement, rule: ExitRule) -> int:
@@ -391,7 +391,7 @@ class Transitions:
         )
 
 
-def _drafter(deployment: Deployment) -> tuple[str, bool] | None:
-    """The other model that drafts, and whether on a card of its own."""
+def _drafter(deployment: Deployment) -> tuple[str, bool, tuple[str, ...]] | None:
+    """The other model that drafts, whether on a card of its own, and those that draft beside it."""
     rule = deployment.exit_rule
-    return (rule.drafter, rule.own_card is not None) if isinstance(rule, DraftModel) else None
+    return (rule.drafter, rule.own_card is not None, rule.fused_with) if isinstance(rule, DraftModel) else None

@@ -17,7 +17,7 @@ PRICE, CARBON = "cost.usd_per_card_hour", "cost.gco2e_per_kwh"
 
 
 def card_sets(policy: PolicyConfig | None) -> int:
-    """How many times its cards a replica has: twice where a card of its own drafts."""
+    """How many times its cards a replica has: one more for each drafter on a card of its own."""
     return policy.parameters.cards if policy and isinstance(policy.parameters, DraftModelParameters) else 1
 
 

@@ -299,7 +299,8 @@ def _by_drafts(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[st
             models = build(plan.config, seed).models
             model, drafter = plan.policy.parameters.roles({n: d.profile.model.n_layers for n, d in models.items()})
             bound = models[model].trace
-            drafted, first = bound.trace.drafted_by(drafter), bound.trace.task_first
+            drafters = (drafter, *(plan.policy.parameters.fused_with or ()))
+            drafted, first = bound.trace.drafted_by_all(drafters), bound.trace.task_first
         missed[plan.name] = [1 - float(drafted[first[k] : first[k + 1]].mean()) for k in bound.task_index]
     return _least(missed, tasks)
 

@@ -218,12 +218,12 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
     for kind in fleet.kinds:
         power = _power(kind.card)
         stats = [run.servers[number].stats for number in kind.numbers]
-        two = card_sets(kind.policy or job.arm.policy) > 1
-        busy_ns = sum(s.verify_ns if two else s.busy_ns for s in stats)
+        beside = card_sets(kind.policy or job.arm.policy) - 1
+        busy_ns = sum(s.verify_ns if beside else s.busy_ns for s in stats)
         cards.append(Cards(power, len(stats), busy_ns, sum(s.floor_ns for s in stats)))
-        if two:
-            drafts = sum(s.draft_ns for s in stats), sum(s.draft_floor_ns for s in stats)
-            cards.append(Cards(power, len(stats), *drafts, beside=True))
+        if beside:  # of several that draft side by side, each is taken to be as busy as the slowest
+            draft_ns, floor_ns = sum(s.draft_ns for s in stats), sum(s.draft_floor_ns for s in stats)
+            cards.append(Cards(power, beside * len(stats), beside * draft_ns, beside * floor_ns, beside=True))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
     slo = Slo(**asdict(job.config.slo))
     metrics = compute_metrics(
