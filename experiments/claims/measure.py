@@ -188,18 +188,20 @@ def _pipeline(claim: Mapping[str, Any], requests: int) -> Row:
 
     Whatever is accepted, since both draft as many tokens a pass. Passing tokens takes no time.
     """
-    model, drafter = (find_profile(claim[which], CARD).with_runtime(preset("captured_graphs")) for which in ("of", "by"))
+    graphs = preset("captured_graphs")
+    model, drafter = (find_profile(claim[which], CARD).with_runtime(graphs) for which in ("of", "by"))
     times = []
     for drafts in claim["drafts"]:
         for batch in claim["batches"]:
             together_s = pass_time_with(model, drafter, drafts, batch, CONTEXT).total_s
             times.append(pass_time_apart(model, drafter, drafts, 2 * batch, CONTEXT, OwnCard(0.0)) / together_s)
     gains = sorted(100 * ((ratio if claim["latency"] else 1 / ratio) - 1) for ratio in times)
-    sign = "-" if claim["latency"] else "+"
+    published, ours = "-" if claim["latency"] else "+", f"{gains[0]:+.1f} to {gains[-1]:+.1f}%"
+    published += f"{claim['published']:.1%}"
     given = f"{claim['of']} drafted by {claim['by']}, {claim['drafts'][0]} to {claim['drafts'][-1]} drafts, "
     given += f"{claim['batches'][0]} to {claim['batches'][-1]} requests a card, which we assume; any acceptance"
     return Row(
-        claim["source"], claim["what"], f"{sign}{claim['published']:.1%}", f"{gains[0]:+.1f} to {gains[-1]:+.1f}%", given,
+        claim["source"], claim["what"], published, ours, given,
         "drafting beside verification alone, on cards of one kind", OPEN, claim["why"],
     )  # fmt: skip
 
