@@ -36,11 +36,14 @@ from helios_sim.config import (
     to_config,
 )
 from helios_sim.errors import UserError
-from helios_sim.help import conf_folder
+from helios_sim.help import conf_folder, config_dirs
 from helios_sim.interrupt import is_asked, leave_by_status, stop_if_asked
 from helios_sim.report.terminal import say, without_json
 from helios_sim.study.schema import Config
+from helios_sim.words import MOST_BYTES
 from helios_sim.wrong_settings import in_a_circle, in_words
+
+MOST_LOOKED_AT = 300  # files and folders of the user's, before all settings are rather composed once more
 
 
 def run_command(command: list[str]) -> int:
@@ -148,15 +151,32 @@ def repeat_study(arguments: list[str]) -> int:
 def _composed_once(command: Sequence[str]) -> Iterator[None]:
     """Keep Hydra from composing all settings once more, only to read `hydra.mode`.
 
-    Files of the user and the command line may set it; where they cannot, -m alone says what it is.
+    Files of the user and the command line may set it; where they do not, -m alone says what it is.
     """
     read = Hydra.get_mode
-    if not any(word.lstrip("+").startswith(("--config-", "hydra.mode", "hydra.searchpath")) for word in command):
+    by_word = any(word.lstrip("+").startswith(("hydra.mode", "hydra.searchpath")) for word in command)
+    if not by_word and not any(map(_may_set_hydra, config_dirs(command))):
         setattr(Hydra, "get_mode", lambda *_, **__: None)  # noqa: B010 - as where it is not set
     try:
         yield
     finally:
         setattr(Hydra, "get_mode", read)  # noqa: B010
+
+
+def _may_set_hydra(folder: str) -> bool:
+    """Whether a file of settings in it names Hydra, or lies among Hydra's own; or to look at all would take long."""
+    seen = 0
+    for place, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MOST_LOOKED_AT or "hydra" in folders or any(Path(place, name).is_symlink() for name in folders):
+            return True
+        for file in (Path(place, name) for name in files if name.endswith((".yaml", ".yml"))):
+            try:
+                if file.stat().st_size > MOST_BYTES or b"hydra" in file.read_bytes():
+                    return True
+            except OSError:
+                return True
+    return False
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 
+from helios_sim.composing import keep_what_is_read, loaded
 from helios_sim.errors import UserError
 from helios_sim.help import conf_folder
 from helios_sim.own_files import package_of
@@ -117,10 +118,11 @@ def _fix_of(word: str) -> str:
 
 
 def look_at_files() -> None:
-    """From now on, look at every YAML file before Hydra loads it, but at ours.
+    """From now on, look at every YAML file before Hydra loads it, but at ours, which are read once.
 
     UserError, where it is loaded, for one that could run code or fill the memory.
     """
+    keep_what_is_read()
     Plugins.instance()  # which loads the class of sources anew, so that an import would give another one
     sources: Any = SourcesRegistry.instance().resolve("file")
     load = sources.load_config
@@ -129,7 +131,9 @@ def look_at_files() -> None:
 
     def checked(source: Any, config_path: str) -> Any:
         folder, name = Path(source.path.removeprefix("file://")), source._normalize_file_name(config_path)
-        if folder.resolve() != Path(conf_folder()).resolve() and (folder / name).is_file():
+        if (folder / name).is_file():
+            if folder.resolve() == Path(conf_folder()).resolve():
+                return loaded(source, folder / name)
             check_file(folder / name)
         return load(source, config_path)
 
