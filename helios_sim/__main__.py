@@ -32,7 +32,7 @@ def _run(command: list[str]) -> int:
 
 def collect_rarely() -> None:
     """To look often through all that was imported for cycles takes a tenth of a run, and at its end a tenth more."""
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(300_000, 20, 20)
     atexit.register(gc.freeze)  # what is left when the process ends goes with it
 
 
