@@ -76,7 +76,7 @@ def test_times_that_do_not_fit_are_refused() -> None:
         simulate("quickstart", "policy=none", "workload.n_requests=1000000", "runtime.sync_s=3600")
 
 
-NESTED = "a: " + "[" * 5000 + "]" * 5000
+NESTED = "a: " + "[\n" * 1500 + "]" * 1500
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefg", "bcdefgh", strict=True)
 )
