@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exact_torch import exact
-from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth
+from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth, ReleaseEarly
 from helios_sim.live.ahead import RunAhead
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
@@ -22,7 +22,7 @@ from helios_sim.live.model import heads
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.live.served import LiveModel
-from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement, Regrouping
 from live_rig import EXITS, LAYERS, Live, live_model, requests, serve_live
 from strict_cuda import StrictCuda
 from test_live_captured import Capturing
@@ -77,6 +77,22 @@ def breaches(live: Live) -> list[int]:
 
 def said(live: Live) -> list[tuple[list[int], list[int]]]:
     return [(live.tokens(record.request_id), live.depths(record.request_id)) for record in live.records]
+
+
+def test_ramps_and_split_batches_write_what_a_cpu_writes_where_kernels_go_by_lengths(tiny: LiveModel) -> None:
+    """Rows that go on and rows that wait lie in any slots."""
+    rule = rule_of(tiny, Confidence.MAX_PROBABILITY)
+    split = replace(deployed(rule, KvRule.COPY, BatchingRule.REBATCH), regrouping=Regrouping(0.0, 2))
+    ramps = replace(split, exit_rule=ReleaseEarly(EXITS[:-1], (rule.threshold,) * 2), kv_rule=KvRule.NONE)
+    for deployment in (split, replace(ramps, batching=BatchingRule.EACH_TOKEN)):
+        cuda = StrictCuda()
+        with exact() as kernels:
+            on_card = served(cuda, tiny, deployment, kernels)
+        on_cpu = served(None, tiny, deployment)
+        assert said(on_card) == said(on_cpu)
+        for name in ("splits", "released_tokens", "iterations"):
+            assert getattr(on_card.run.stats, name) == getattr(on_cpu.run.stats, name)
+        assert on_card.run.stats.splits + on_card.run.stats.released_tokens > 3
 
 
 def test_another_model_drafts_where_kernels_go_by_lengths(tiny: LiveModel) -> None:
