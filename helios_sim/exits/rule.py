@@ -264,8 +264,8 @@ class OwnCard:
     arXiv 2503.10325).
 
     A stage ends when both have ended what they do, and `exchange_s` later what either gave is on the other card. With
-    two `parts` one half of the batch is drafted for while drafts of the other half are verified; with one part all of
-    it is, one after the other.
+    two `parts` at most half of the batch is drafted for at once, while drafts of the other half are verified; with one
+    part all that wait are: requests that came at one moment then wait for one card after the other together.
     """
 
     exchange_s: float

@@ -19,8 +19,8 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 class DraftsOn(StrEnum):
     """Where drafts are made, if not on the card of the model that verifies them."""
 
-    OWN = "own"  # a card of the same kind: the batch is drafted for there, and then verified
-    PIPELINED = "pipelined"  # the same, with two halves of the batch in turns, so that both cards work at once
+    OWN = "own"  # a card of the same kind: all requests that wait for drafts are drafted for at once
+    PIPELINED = "pipelined"  # the same, at most half of the batch at once, so that the other card has the other half
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ def pass_time_apart(
     """Seconds from one verification of a request to the next where its drafts are made on a card of their own.
 
     With two parts the halves of a batch take turns, and each stage takes as long as the slower of the two cards, the
-    larger half counts; with one part, or a single request, one card waits for the other. Without drafts all decode.
+    larger half counts; with one part, or a single request, one card waits for the other, as if all came at once.
+    Without drafts all decode.
     """
     if drafts == 0:
         return pass_time_with(profile, drafter, 0, batch, context_tokens).total_s
