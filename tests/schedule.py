@@ -15,12 +15,13 @@ TESTS = Path(__file__).parent
 LONGEST = {
     "test_machine_code.py": 100,  # 45, and the first, since it makes the machine code that others find
     "test_calibrate_command.py": 80, "digests/test_digests.py": 76, "test_experiments.py": 75,
-    "test_profile_precision.py": 67, "test_campaign.py": 65, "test_kills.py": 60, "test_environments.py": 55,
-    "test_capacity.py": 52, "test_faults_machine.py": 45, "test_settings_count.py": 44, "test_study_runs.py": 42,
+    "test_campaign.py": 65, "test_kills.py": 60, "test_environments.py": 55,
+    "test_capacity.py": 45, "test_faults_machine.py": 45, "test_study_runs.py": 30,
     "test_bad_inputs.py": 41, "test_notebooks.py": 40, "test_report_names.py": 37, "test_capacity_scaled.py": 36,
     "test_policy_settings_count.py": 31, "test_live_mode.py": 28, "cuda/test_serving.py": 28,
     "cuda/test_kernels.py": 27, "test_study_resumed.py": 26, "test_settings_of_kinds_count.py": 25,
     "test_calibrate_profile.py": 23, "test_faults_weights.py": 21, "test_report_files.py": 19,
+    "test_words.py": 27, "test_profile_precision.py": 20, "test_settings_count.py": 11,
     "test_live_exits.py": 18, "test_profile_any.py": 18, "test_study_seeds.py": 18, "test_live_policies.py": 17,
     "test_fidelity_live.py": 16, "test_prefix_caching.py": 15, "test_report_sentences.py": 15,
     "test_serve_live.py": 14, "test_serving_properties.py": 14, "test_bundle.py": 13,
