@@ -327,8 +327,9 @@ def _after_a_pass(source: Any, n: int) -> list[tuple[list[Tensor], list[tuple[in
             OnePass(GraphedDecodes(model, cache, device), device).run(reader, rule, 0.5, rows, Tally(exits))
         else:
             plan = SimpleNamespace(
-                exit_rule=PerToken(0.5), batching=BatchingRule.EACH_TOKEN, kv_rule=KvRule.PROPAGATE, loaded_layers=3
-            )
+                exit_rule=PerToken(0.5), batching=BatchingRule.EACH_TOKEN, kv_rule=KvRule.PROPAGATE, loaded_layers=3,
+                first_band=0,
+            )  # fmt: skip
             Forward(model, reader, cache, plan, exits).run(rows, [])  # type: ignore[arg-type]
         at = [(row.slot, slice(None), row.position) for row in rows]
         kv = [torch.stack([tensor[place] for place in at]) for tensor in (*cache.keys, *cache.values)]
@@ -359,9 +360,25 @@ def not_numbers() -> list[bool]:
     return torch.isnan(best).tolist()
 
 
+def attended_not_numbers() -> list[list[bool]]:
+    """Which of two requests come out as NaN where a key, a value, and the new query of the second one are NaN."""
+    found = []
+    for kv_heads, splits, spoilt in itertools.product((4, 1), (1, 4), range(3)):
+        keys, values = drawn(2, kv_heads, 200, 64), drawn(2, kv_heads, 200, 64)
+        qkv = drawn(2, 4 + 2 * kv_heads, 64)
+        (keys[1, :, 150], values[1, :, 150], qkv[1, :4])[spoilt].fill_(math.nan)
+        tiles = replace(attention.tiling(2, 4, kv_heads, 64, 200, 132, 4), splits=splits)
+        q, k, v = qkv.split((4, kv_heads, kv_heads), 1)
+        places, lengths = torch.tensor([0, 1]), torch.tensor([190, 190])
+        got = attention.decode(q, k, v, keys, values, places, lengths, 0.125, tiles=tiles)
+        found.append(torch.isnan(got).any(1).tolist())
+    return found
+
+
 if __name__ == "__main__":
     whole = "exhaustive" in sys.argv
     found = {case.name: attend(case) for case in attentions(whole)}
     of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated()}
     of_passes = {"one_pass": one_pass(whole), "leaves": leaves()}
-    print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers()}))
+    print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers(),
+                      "attended": attended_not_numbers()}))  # fmt: skip

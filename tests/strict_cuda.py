@@ -11,7 +11,9 @@ addresses, and raises where one of them has been freed. Two modes follow the rul
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -258,17 +260,29 @@ class Runtime:
     def __init__(self) -> None:
         self.locked: dict[int, int] = {}
         self.refuses = False
+        self.error = ""  # kept until a launch asks for it
+        self.unmapped = 0  # of what was unlocked
 
     def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:
         if self.refuses:
+            self.error = OOM
             return 2
         assert address not in self.locked, "CUDA error: part or all of the requested memory range is already mapped"
         self.locked[address] = n_bytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        # Of memory that is gone: another thread may have mapped, and locked, something else there.
+        there = ctypes.CDLL(None).msync(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 1) == 0
+        self.unmapped += not there  # and not raised, since a finalizer's errors are not
         del self.locked[address]
         return 0
+
+    def launched(self) -> None:
+        """Torch asks after every launch whether there was an error."""
+        said, self.error = self.error, ""
+        if said:
+            raise RuntimeError(said)
 
     def holds(self, tensor: Tensor) -> bool:
         return any(start <= tensor.data_ptr() < start + n for start, n in self.locked.items())
@@ -347,7 +361,8 @@ class StrictCuda:
             stream.synchronize()
 
     def _sleep(self, cycles: int) -> None:
-        """Takes no time here."""
+        """A launch, which takes no time here."""
+        self.runtime.launched()
 
     def ordered(self, stream: Stream) -> Clock:
         """Everything that comes before the stream's next operation."""
@@ -493,6 +508,7 @@ class _Operations(TorchDispatchMode):
         cuda, kwargs = self._cuda, kwargs or {}
         name, schema = function.overloadpacket.__name__, function._schema
         graph = cuda.capturing if cuda.capturing and cuda.current_stream() is cuda.capturing.on else None
+        cuda.runtime.launched()
         if name in PRODUCTS:
             cuda.product()
         if name in RANDOM and kwargs.get("generator") is None:

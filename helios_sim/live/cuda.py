@@ -13,6 +13,7 @@ hands out only 32 streams, and then the same ones again. Captures keep three rul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -122,12 +123,19 @@ def page_locked(n_bytes: int, cuda: Any) -> Tensor:
     It is locked in place: torch's own pinned memory is rounded up to a power of two. Raises MemoryError if the system
     does not allow it.
     """
-    pages, memory = mapped(n_bytes)
-    runtime = cuda.cudart()
-    status = int(runtime.cudaHostRegister(memory.data_ptr(), n_bytes, 0))
+    pages, used, memory = mapped(n_bytes)
+    runtime, address = cuda.cudart(), memory.data_ptr()
+    status = int(runtime.cudaHostRegister(address, n_bytes, 0))
     if status:
+        # The runtime keeps this error until somebody asks for it, which torch does after its next launch.
+        with suppress(RuntimeError):
+            cuda._sleep(1)
         raise MemoryError(f"{n_bytes} bytes of host memory cannot be page-locked: CUDA error {status}")
-    finalize(pages, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+
+    def unlock(mapping: object = pages) -> None:  # which stays mapped until it is unlocked
+        runtime.cudaHostUnregister(address)
+
+    finalize(used, unlock).atexit = False
     return memory
 
 

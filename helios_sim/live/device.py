@@ -136,23 +136,26 @@ def block(n_bytes: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or n_bytes < LARGE_PAGE_BYTES:
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    return mapped(n_bytes)[1]
+    return mapped(n_bytes)[2]
 
 
-def mapped(n_bytes: int) -> tuple[mmap.mmap, Tensor]:
-    """Host memory of the process's own on large pages, and as uint8 (n_bytes,). It is unmapped when both are gone."""
+def mapped(n_bytes: int) -> tuple[mmap.mmap, memoryview, Tensor]:
+    """Host memory of the process's own on large pages: the mapping, the view that goes when no tensor needs it any
+    more, and uint8 (n_bytes,). It is unmapped when all are gone, and only then are weak references to the mapping told.
+    """
     try:
         pages = mmap.mmap(-1, n_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{n_bytes} bytes: {error.strerror}") from error
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    view = memoryview(pages)
+    memory = torch.frombuffer(view, dtype=torch.uint8)
     start = -memory.data_ptr() % LARGE_PAGE_BYTES
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
     whole_pages = n_bytes // LARGE_PAGE_BYTES
     if advice is not None and whole_pages:
         with suppress(OSError):  # a kernel without large pages
             pages.madvise(advice, start, whole_pages * LARGE_PAGE_BYTES)
-    return pages, memory[start : start + n_bytes]
+    return pages, view, memory[start : start + n_bytes]
 
 
 def written_block(n_bytes: int, device: torch.device) -> Tensor:

@@ -58,6 +58,7 @@ def check(found: dict[str, Any]) -> None:
     assert max(found["one_pass"]) < 1e-5
     assert not found["leaves"]
     assert found["not_numbers"] == [True, True, False, False]
+    assert found["attended"] == [[False, True]] * 12, "a row of NaN looks like one of numbers"
 
 
 def test_the_kernels_compute_what_torch_defines_and_read_what_they_need() -> None:

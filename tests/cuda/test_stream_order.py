@@ -108,6 +108,7 @@ def test_host_memory_is_locked_once_for_a_model_and_not_a_byte_too_much(
     del memory
     assert len(locked) == 1
     residents.close()
+    assert not cuda.runtime.unmapped
 
 
 def test_host_memory_for_all_weights_is_asked_for_before_any_is_read(
@@ -124,3 +125,4 @@ def test_memory_that_cannot_be_locked_is_a_shortage(cuda: StrictCuda, on: CudaDe
     cuda.runtime.refuses = True
     with pytest.raises(MemoryError, match="page-locked"):
         on.host_empty(4096)
+    assert torch.ones(1).tolist() == [1.0], "the next launch raises an error that is not its own"

@@ -127,11 +127,11 @@ def decode_split(
         most = new
     head = row * HEADS + kv * G + g
     if DIRECT:
-        acc = tl.where((total > 0)[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+        acc = tl.where((total != 0)[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
         tl.store(out + head[:, None] * D + d[None, :], acc.to(dtype), mask=some)
     else:
         at_part = head * splits + split
-        tl.store(part + at_part[:, None] * D + d[None, :], acc, mask=some & (total > 0)[:, None])
+        tl.store(part + at_part[:, None] * D + d[None, :], acc, mask=some & (total != 0)[:, None])
         tl.store(sums + at_part * 2, most, mask=g < G)
         tl.store(sums + at_part * 2 + 1, total, mask=g < G)
 
@@ -144,11 +144,11 @@ def decode_merge(part, sums, out, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.
     at = head * SPLITS + s
     most, total = tl.load(sums + at * 2), tl.load(sums + at * 2 + 1)
     top = tl.max(most, 0)
-    weight = tl.where(total > 0, tl.exp2(most - top), 0.0)
+    weight = tl.where(total != 0, tl.exp2(most - top), 0.0)
     whole = tl.sum(total * weight, 0)
-    some = (total > 0)[:, None] & (d < D)[None, :]
+    some = (total != 0)[:, None] & (d < D)[None, :]
     acc = tl.sum(tl.load(part + at[:, None] * D + d[None, :], mask=some, other=0.0) * weight[:, None], 0)
-    acc = tl.where(whole > 0, acc / tl.where(whole > 0, whole, 1.0), 0.0)
+    acc = tl.where(whole != 0, acc / tl.where(whole != 0, whole, 1.0), 0.0)
     tl.store(out + head * D + d, acc.to(out.dtype.element_ty), mask=d < D)
 
 
