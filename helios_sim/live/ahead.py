@@ -53,6 +53,7 @@ class RunAhead:
         memory = [device.host_empty(3 * 8 * graphs.most_rows).view(torch.float64) for _ in range(ROOMS)]
         self._rooms, self._turn = memory, 0
         self._next: _Launched | None = None
+        self._latest: Mark | None = None  # of what was launched, also when it is forgotten
 
     @property
     def goes_on(self) -> bool:
@@ -65,9 +66,9 @@ class RunAhead:
 
     def close(self) -> None:
         """Wait until nothing is written to the host any more."""
-        if self._next is not None:
-            self._next.arrived.synchronize()
-        self._next = None
+        if self._latest is not None:
+            self._latest.synchronize()
+        self._next = self._latest = None
 
     def knows(self, rows: Sequence[Row], end: int, measure: Confidence | None, exits: ExitReader) -> bool:
         """Whether the tokens after these rows are being computed."""
@@ -128,4 +129,5 @@ class RunAhead:
         self._turn = (self._turn + 1) % ROOMS
         room = self._rooms[self._turn][: 3 * size].view(3, size)
         room.copy_(self._graphs.said[size], non_blocking=True)
-        return _Launched(rows, end, measure, exits, self._reads(end), size, room, self._device.mark())
+        self._latest = arrived = self._device.mark()
+        return _Launched(rows, end, measure, exits, self._reads(end), size, room, arrived)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,16 @@ def test_a_card_computes_with_triton_unless_it_is_turned_off(monkeypatch: pytest
     assert kernels_for(card).name == "triton"
     assert "Triton" in described(kernels_for(card))
     assert kernels_for(card, "torch") is TORCH
+    with monkeypatch.context() as bare:  # Triton builds its launcher at the first launch on a host
+        bare.delenv("CC", raising=False)
+        bare.setattr(shutil, "which", lambda name: None)
+        assert kernels_for(card) is TORCH
+        assert "C compiler" in described(TORCH)
+        with pytest.raises(UserError, match="C compiler"):
+            kernels_for(card, "triton")
+    with monkeypatch.context() as bare:
+        bare.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+        assert kernels_for(card) is TORCH
     capability[0] = (7, 5)
     assert kernels_for(card) is TORCH
     with pytest.raises(UserError, match="compute capability"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,3 +319,17 @@ def test_what_a_final_rule_needs_is_captured_before_time_starts(tiny: LiveModel)
         patch.setattr(LiveEngine, "capture", noted)
         served(cuda, tiny, deployment, kernels)
     assert cuda.captures == at_start[0]
+
+
+def test_what_was_launched_ahead_and_forgotten_is_waited_for_before_its_memory_goes() -> None:
+    waited = []
+    mark = SimpleNamespace(synchronize=lambda: waited.append(True))
+    device = SimpleNamespace(host_empty=lambda n: torch.empty(n, dtype=torch.uint8), mark=lambda: mark)
+    model = SimpleNamespace(layers=[], outer=None)
+    graphs = SimpleNamespace(most_rows=1, model=model, said={1: torch.zeros(3, 1)}, launch=lambda *given: None)
+    ahead = RunAhead(graphs, device)  # type: ignore[arg-type]
+    ahead._launched(1, [(0, 0)], 0, None, None)  # type: ignore[arg-type]
+    ahead.forget()
+    assert not waited  # what runs next is ordered after it
+    ahead.close()
+    assert waited

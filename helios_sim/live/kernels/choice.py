@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -27,6 +30,8 @@ def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
         lacking = "the package triton"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         lacking = "a card of compute capability 8.0 or later"
+    elif device.type == "cuda":
+        lacking = _lacking_to_build()
     if wanted == "torch" or (wanted is None and (lacking is not None or device.type != "cuda")):
         return TORCH
     if lacking is not None:
@@ -36,10 +41,20 @@ def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
     return TRITON
 
 
+def _lacking_to_build() -> str | None:
+    """Of what Triton compiles its launcher with at the first launch on a host, the first thing that is not there."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang, or one named by CC)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers (Python.h)"
+    return None
+
+
 def described(kernels: Kernels) -> str:
     """What computes a decode step, for people."""
     if kernels.name == "torch":
-        return "decode steps by torch's operations"
+        lacking = _lacking_to_build()
+        return "decode steps by torch's operations" + (f"; Triton's kernels need {lacking}" if lacking else "")
     import triton
 
     return f"decode steps by the project's kernels in Triton {triton.__version__}"
