@@ -20,10 +20,11 @@ from helios_sim.exits.rule import WORDS, Confidence, FixedCap, Near, PerToken, R
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.live.answers import score
 from helios_sim.live.cuda import CudaDevice
-from helios_sim.live.engine import LiveEngine, ReplayingEngine
+from helios_sim.live.engine import LiveEngine
 from helios_sim.live.memory.kv import Packed
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.predictors import FILE, Predictors, drawn_predictors, features, logit
+from helios_sim.live.replaying import ReplayingEngine
 from helios_sim.live.served import LiveModel, _predictors
 from helios_sim.policy.deployment import Deployment, KvRule, Placement
 from helios_sim.profile.composition import Composition

@@ -1,7 +1,7 @@
 """The live engine: iterations run on the real device, weights really move, and times come from the wall clock.
 
-`LiveEngine` follows the same `Engine` protocol as the simulated engine. `ReplayingEngine` serves models with random
-weights: everything is computed, but their output means nothing, so exits are taken from a recorded trace.
+`LiveEngine` follows the same `Engine` protocol as the simulated engine. Where weights are random, `replaying.py` takes
+exits from a recorded trace.
 """
 
 from __future__ import annotations
@@ -9,19 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import replace
-from itertools import pairwise
 from typing import Protocol
-
-import numpy as np
 
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import (
-    MEASURES,
     Clairvoyant,
-    Confidence,
     DraftModel,
     ExitRule,
-    FixedCap,
     PerToken,
     ReleaseEarly,
     SelfSpeculation,
@@ -29,6 +23,7 @@ from helios_sim.exits.rule import (
 from helios_sim.exits.schedule import schedule_of
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer, Answers, observation, score
+from helios_sim.live.captures import measures, passes, segments
 from helios_sim.live.clock import WallClock
 from helios_sim.live.device import Device, oom_message, open_device
 from helios_sim.live.exits import Choice, Chunk, ObservedToken, Row, Tally
@@ -37,13 +32,12 @@ from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
-from helios_sim.live.one_pass import Rule
 from helios_sim.live.other_drafts import OtherDrafts, require_one_tokenizer
 from helios_sim.live.release import RampedToken, delivered, told
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.live.speculation import Drafts, Speculation
 from helios_sim.policy.deployment import Deployment, KvRule
-from helios_sim.policy.telemetry import Observation, Released
+from helios_sim.policy.telemetry import Observation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
@@ -487,37 +481,6 @@ class LiveEngine:
         return Token(row.layers, row.breach, last)
 
 
-def segments(exits: SequenceOf[int], deployment: Deployment | None) -> list[tuple[int, int]]:
-    """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once.
-
-    Without a deployment, those of any.
-    """
-    if deployment is None:
-        return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
-    layers = deployment.active.layers
-    if isinstance(deployment.exit_rule, ReleaseEarly):
-        return list(pairwise((0, *deployment.exit_rule.ramps, layers)))
-    if isinstance(deployment.exit_rule, PerToken) or deployment.observe_tokens is not None:
-        return list(pairwise((0, *exits[: exits.index(layers) + 1])))
-    return [(0, deployment.run_layers or layers)]
-
-
-def measures(deployment: Deployment | None) -> list[Confidence | None]:
-    """The confidences that are looked at together with a token: none, and that of the exit rule."""
-    rule = None if deployment is None else deployment.exit_rule
-    return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken | ReleaseEarly) else [None]
-
-
-def passes(exits: SequenceOf[int], deployment: Deployment | None, n_layers: int) -> list[Rule]:
-    """The rules of passes through several exits: up to the deployment's layers, or to any exit if those may change."""
-    if deployment is None:
-        return []
-    ends = exits if deployment.triggers else [deployment.active.layers]
-    up_to = [exits[: exits.index(end) + 1] for end in ends]
-    found = [Rule.of(deployment.exit_rule, deployment.batching, deployment.kv_rule, of, n_layers) for of in up_to]
-    return [rule for rule in found if rule is not None]
-
-
 def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
     a = model.checkpoint.architecture
     return CacheShape(a, model.profile.model.n_layers, min(slot_tokens, a.max_context_tokens), model.dtype)
@@ -525,104 +488,3 @@ def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
 
 def _observed(plan: Plan, answer: Answer) -> bool:
     return plan.observe_tokens is not None and len(answer.tokens) < plan.observe_tokens
-
-
-class ReplayingEngine(LiveEngine):
-    """A `LiveEngine` with exits, and drafts, that follow the models' traces."""
-
-    def lay_beside(self, model: str, drafter: str) -> None:
-        self._models[model].trace.trace.drafted_by(drafter)  # UserError where that was not recorded
-        super().lay_beside(model, drafter)
-
-    def observe(
-        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
-    ) -> Observation:
-        return self._recorded(model, request_id, span, n_tokens, exit_rule)
-
-    def probe(
-        self, model: str, requests: SequenceOf[Request], exit_rule: ExitRule
-    ) -> tuple[int, tuple[Observation, ...]]:
-        taken_ns, scored = super().probe(model, requests, exit_rule)
-        found = []
-        for request in requests[: len(scored)]:
-            _, span = self.tokenize(model, request)
-            found.append(self._recorded(model, request.request_id, span, span.n_tokens, exit_rule))
-        return taken_ns, tuple(found)
-
-    def _rows(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Row]:
-        rows = super()._rows(plan, answers)
-        for row, answer, member in zip(rows, answers, plan.members, strict=False):
-            if isinstance(plan.exit_rule, ReleaseEarly):
-                row.recorded, row.ramped = self._at_ramps(plan.model, plan.exit_rule, answer, member)
-                continue
-            row.recorded, row.asked = self._confident(plan, answer, member), self._asked(plan, answer, member)
-        return rows
-
-    def _chunks(self, plan: Plan, answers: SequenceOf[Answer]) -> list[Chunk]:
-        chunks = super()._chunks(plan, answers)
-        for part, chunk in zip(plan.prefill, chunks, strict=True):
-            if chunk.row is not None:
-                chunk.row.recorded = self._confident(plan, answers[part.index], plan.members[part.index])
-        return chunks
-
-    def _accepted(self, plan: Plan, answer: Answer, member: Member, drafts: Drafts) -> int:
-        trace, span, rule, accepted = self._models[plan.model].trace.trace, member.span, plan.exit_rule, 0
-        if isinstance(rule, DraftModel):
-            agree = trace.drafted_by(rule.drafter)
-        else:
-            assert isinstance(rule, SelfSpeculation)
-            agree = trace.agree[:, trace.exits.index(rule.exit_layers)]
-        while accepted < drafts.most:
-            if not agree[span.first + (span.start + len(answer.tokens) + accepted) % span.length]:
-                break
-            accepted += 1
-        return accepted
-
-    def _confident(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
-        """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""
-        rule = plan.exit_rule
-        if not isinstance(rule, FixedCap | PerToken):
-            return None
-        trace, span = self._models[plan.model].trace.trace, member.span
-        at = span.first + (span.start + len(answer.tokens)) % span.length
-        return dict(zip(trace.exits, trace.confident_at(rule.threshold, rule.confidence)[at].tolist(), strict=True))
-
-    def _at_ramps(
-        self, model: str, rule: ReleaseEarly, answer: Answer, member: Member
-    ) -> tuple[dict[int, bool], RampedToken]:
-        """Whether each ramp is sure of the next token, and which agree."""
-        trace = self._models[model].trace.trace
-        row = member.span.first + (member.span.start + len(answer.tokens)) % member.span.length
-        seen = Released.recorded(model, answer.request.request_id, trace, np.array([row]), rule, 0)
-        sure, agrees = (dict(zip(rule.ramps, of[0].tolist(), strict=True)) for of in (seen.confident, seen.agrees))
-        return sure, RampedToken(rule, agrees)
-
-    def _asked(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
-        """Whether predictors ask the head at each depth, in vain or not; None where none look."""
-        rule = plan.exit_rule
-        if not isinstance(rule, PerToken) or not MEASURES[rule.confidence].proposes:
-            return None
-        trace, span = self._models[plan.model].trace.trace, member.span
-        at = span.first + (span.start + len(answer.tokens)) % span.length
-        asked = abs(trace.recorded(rule.confidence)[at]) >= np.float32(rule.threshold)
-        return dict(zip(trace.exits, asked.tolist(), strict=True))
-
-    def _recorded(
-        self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule
-    ) -> Observation:
-        trace = self._models[model].trace.trace
-        rows = span.indices()[:n_tokens]
-        if isinstance(exit_rule, ReleaseEarly):
-            return Released.recorded(model, request_id, trace, rows[1:], exit_rule, int(self._env.now))
-        confident = trace.agree
-        if isinstance(exit_rule, FixedCap | PerToken):
-            confident = trace.confident_at(exit_rule.threshold, exit_rule.confidence)
-        return Observation(
-            model=model,
-            request_id=request_id,
-            time_ns=int(self._env.now),
-            confident=confident[rows],
-            agrees=trace.agree[rows],
-            bits=None,  # the text does not exist
-            chars=int(trace.chars[rows].sum()),
-        )

@@ -185,7 +185,8 @@ class LiveRun:
 
 def make_engine(config: Config, parts: Parts, seed: int, clock: WallClock) -> LiveEngine:
     """The live engine, with room for the workload's longest requests."""
-    from helios_sim.live.engine import LiveEngine, ReplayingEngine
+    from helios_sim.live.engine import LiveEngine
+    from helios_sim.live.replaying import ReplayingEngine
     from helios_sim.serving.replica import SERVED_TEXTS
 
     live_models = opened(config, parts)

@@ -15,8 +15,9 @@ from torch import Tensor
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.live.answers import Answer
 from helios_sim.live.clock import WallClock
-from helios_sim.live.engine import LiveEngine, ReplayingEngine
+from helios_sim.live.engine import LiveEngine
 from helios_sim.live.exits import Choice
+from helios_sim.live.replaying import ReplayingEngine
 from helios_sim.live.served import LiveModel, PromptTexts
 from helios_sim.request import Request
 from helios_sim.serve.asked import Asked, Book, Sampling
