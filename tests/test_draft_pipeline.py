@@ -244,8 +244,9 @@ def test_what_may_be_asked_for() -> None:
         assert (field, text in allowed) == ("exit_rule", True), allowed
     _, _, allowed = fault_of(replace(good, standby=(Placement(SMALL, 3),)), known)
     assert "on its own card" in allowed
-    with pytest.raises(UserError, match="a server has one card"):
-        require_one_card(good.exit_rule)
+    for parts, value in ((1, "own"), (2, "pipelined")):
+        with pytest.raises(UserError, match=f"drafter_on='{value}': .*a server has one card.*exchange_s out"):
+            require_one_card(replace(good.exit_rule, own_card=OwnCard(0.0, parts)))
     require_one_card(DraftModel(SMALL, 2))
     for settings in ({"drafter_on": "pipelined"}, {"exchange_s": 0.1}, {"drafter_on": "own", "exchange_s": -1}):
         with pytest.raises(UserError, match=r"policy\.exchange_s"):

@@ -202,8 +202,9 @@ def require_all_resident(placement: Placement) -> None:
 def require_one_card(rule: ExitRule) -> None:
     """UserError for drafts that another card makes: a live server has one."""
     if isinstance(rule, DraftModel) and rule.own_card is not None:
-        allowed = "null: live, a server has one card"
-        raise UserError("policy.drafter_on", rule.drafter, allowed, "leave it out, or set mode=simulate")
+        allowed, value = "null: live, a server has one card", "own" if rule.own_card.parts == 1 else "pipelined"
+        fix = "leave it and policy.exchange_s out, or set mode=simulate"
+        raise UserError("policy.drafter_on", value, allowed, fix)
 
 
 @dataclass(frozen=True, slots=True)
