@@ -308,14 +308,17 @@ def page(found: list[Row]) -> str:
 
 def _figure(found: list[Row]) -> Drawing:
     """LayerSkip's own figures: published on one axis, ours on the other."""
-    points = [row.drawn for row in found if row.drawn is not None]
-    ends = np.array([1.0, 1.1 * max(ours for _, ours in points)])
+    points = [(row.drawn, row.verdict) for row in found if row.drawn is not None]
+    ends = np.array([1.0, 1.1 * max(published for (published, _), _ in points)])
     with look():
         figure, (ax,) = new_figure(1, 1, 3.4)
         ax.plot(ends, ends, "-", color=BASELINE_COLOR, label="as published")
         ax.fill_between(ends, (1 - NEAR) * ends, (1 + NEAR) * ends, color=BASELINE_COLOR, alpha=0.2, lw=0,
-                        label=f"within {NEAR:.0%}: reproduced")  # fmt: skip
-        ax.plot(*zip(*points, strict=True), "o", color=MODEL_COLORS[0], label="Llama-2-7B, published acceptance")
+                        label=f"within {NEAR:.0%}")  # fmt: skip
+        for place, (verdict, mark) in enumerate({REPRODUCED: "o", REFUTED: "D"}.items()):
+            of = [drawn for drawn, found_to_be in points if found_to_be == verdict]
+            label = f"Llama-2-7B, published acceptance: {verdict}"
+            ax.plot(*zip(*of, strict=True), mark, color=MODEL_COLORS[place], label=label)
         ax.set_xlabel("published, times full depth")
         ax.set_ylabel("ours, times full depth")
         ax.set_xlim(*ends)
