@@ -135,6 +135,7 @@ def test_of_those_that_linger_the_one_last_in_order_gives_way_and_the_others_sta
         (0, 0, -1, 3, 0, False),
         (0, 1, -1, 3, 0, True),  # preempted, at the head of the line
         (0, 1, -1, 0, 0, False),  # it had no token yet
+        (0, 1, -1, 1, 0, True),  # one token begins it
         (0, 1, -1, 3, 1, False),  # begun by another model
         (0, 1, 0, 3, 0, False),  # the first arrival, not the last slot
     ],
