@@ -446,7 +446,8 @@ def test_dates_are_those_that_tables_have_or_named(tmp_path: Path, cell: str, is
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("t.csv.gz", gzip.compress(gzip.compress(b"a,b\n")), "packed twice"), ("t.tgz", b"\x1f\x8b", "tar xf"),
+        ("t.csv.gz", gzip.compress(gzip.compress(b"a,b\n", mtime=0), mtime=0), "packed twice"),
+        ("t.tgz", b"\x1f\x8b", "tar xf"),
         ("t.csv", "prompt_tokens,output_tokens\n5,5\n".encode("utf-16-le"), "this is UTF-16, or no text"),
         ("t.jsonl", b'{"prompt_tokens": [17, 4], "output_tokens": 5}\n', "a number of tokens, not a list"),
     ],

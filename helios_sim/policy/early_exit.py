@@ -160,6 +160,9 @@ class EarlyExitPolicy:
         if p.most_checks is None:
             return None
         share = offline.exit_share[:-1]
+        if p.most_checks >= len(share):
+            allowed = f"below {len(share)}: {self._candidate.profile.model.name} has no more exits, and all check"
+            raise UserError("policy.most_checks", p.most_checks, allowed, "lower it, or leave it out")
         chosen = set(np.argsort(-share, kind="stable")[: p.most_checks].tolist())
         if MEASURES[p.confidence].proposes:
             chosen.add(0)  # its head is asked in any case

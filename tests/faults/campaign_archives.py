@@ -29,7 +29,7 @@ def mutants(seed: int) -> Iterator[Mutant]:
             what, content = changed_bytes(_content(), rng)
         elif kind == "tar":
             what, unpacked = changed_bytes(gzip.decompress(_content()), rng, rng.choice((512, 2048, None)))
-            content = gzip.compress(unpacked)
+            content = gzip.compress(unpacked, mtime=0)
         elif kind == "manifest":
             what, changed = changed_json(json.loads(members[MANIFEST]), rng)
             content = _packed([*{**members, MANIFEST: json.dumps(changed).encode()}.items()])
@@ -84,7 +84,7 @@ def _summed(members: dict[str, bytes]) -> list[tuple[str, bytes]]:
 
 def _packed(members: list[tuple[str, bytes]]) -> bytes:
     out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb") as zipped, tarfile.open(fileobj=zipped, mode="w|") as archive:
+    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w|") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             if data in (tarfile.SYMTYPE, tarfile.CHRTYPE):
@@ -99,7 +99,7 @@ def _bomb(size: int) -> bytes:
     info = tarfile.TarInfo(f"stages/{STAGES[0]}/zeros")
     info.size = size
     out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1) as zipped:
+    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0) as zipped:
         zipped.write(info.tobuf())
         for _ in range(size >> 24):
             zipped.write(bytes(1 << 24))

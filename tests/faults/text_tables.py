@@ -89,7 +89,7 @@ def changed_table(text: str, rng: random.Random, separator: str = ",") -> tuple[
 
 def packed(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     """The content packed by gzip, often with a fault of its own."""
-    whole = gzip.compress(content, 1)
+    whole = gzip.compress(content, 1, mtime=0)
     kind = rng.choice(("whole", "cut", "bytes", "twice", "bomb", "not packed"))
     if kind == "cut":
         return kind, whole[: rng.randrange(len(whole))]
@@ -99,5 +99,5 @@ def packed(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     if kind == "twice":
         return kind, whole + whole
     if kind == "bomb":
-        return kind, gzip.compress(content + rng.choice(BOMBS), 1)
+        return kind, gzip.compress(content + rng.choice(BOMBS), 1, mtime=0)
     return kind, content if kind == "not packed" else whole
