@@ -26,6 +26,7 @@ import sweep_example
 from command_line import CommandLine
 from helios_sim import UserError, study_config
 from helios_sim.config import kind_of
+from helios_sim.exits.rule import FullDepth
 from helios_sim.observe.settings import ObserveConfig
 from helios_sim.profile.devices import device_of
 from helios_sim.report.write import summarise_capacity, summarise_designs
@@ -392,6 +393,8 @@ def known_after_serving(config: Config) -> Mapping[str, Any]:
 
     served, nothing = LiveRun.__new__(LiveRun), np.zeros(1, np.int64)
     served._config, served.meter = config, SimpleNamespace(energy_j=None)
+    at_full_depth = SimpleNamespace(deployment=SimpleNamespace(exit_rule=FullDepth()))
+    served._server = SimpleNamespace(decisions=[at_full_depth])  # type: ignore[assignment]
     records = SimpleNamespace(completed=nothing > 0, output_chars=nothing, output_tokens=nothing)
     return served.measured({"agreement": 0.9, "bits_per_char": 1.0}, records)
 

@@ -242,7 +242,7 @@ def test_where_slots_may_lie_anywhere_no_request_is_moved(monkeypatch: pytest.Mo
         slots = Slots(4, lambda *given: moved.append(any_lengths))  # noqa: B023 - called before the next
         work = Workspace.__new__(Workspace)
         work.slots, work.cache = slots, SimpleNamespace(kernels=SimpleNamespace(any_lengths=any_lengths))  # type: ignore[assignment]
-        answers = [SimpleNamespace(request=SimpleNamespace(request_id=i), cached=5) for i in range(3)]
+        answers = [SimpleNamespace(request=SimpleNamespace(request_id=i), written=5) for i in range(3)]
         for i in range(3):
             slots.take(i)
         slots.give(0)
