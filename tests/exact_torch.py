@@ -26,12 +26,11 @@ class ExactTorch(TorchKernels):
 EXACT = ExactTorch()
 
 
-def decode(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
-    angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
-    tiles: Any = None, whole: bool = False,
+def turn_and_write(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
+    angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `kernels.attention.decode`."""
+    """As `kernels.turn.turn_and_write`."""
     if norms is not None:
         q, k = (rms_norm(x, w.shape, w, norms[2]) for x, w in zip((q, k), norms[:2], strict=True))
     if angles is not None:
@@ -45,6 +44,17 @@ def decode(
     for cached, new in ((keys, k), (values, v)):
         written = torch.einsum("nst,nhd->shtd", here.to(new.dtype), new)
         cached.copy_(torch.where(here.any(0)[:, None, :, None], written, cached))
+    return q
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
+    angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
+    tiles: Any = None, whole: bool = False,
+) -> Tensor:  # fmt: skip
+    """As `kernels.attention.decode`."""
+    q = turn_and_write(q, k, v, keys, values, slots, positions, angles, norms)
+    slot = torch.where(slots >= -1, slots, -2 - slots)
     at = torch.arange(keys.shape[2])
     sees = (at <= positions[:, None]) & (slots >= 0)[:, None]
     if window is not None:

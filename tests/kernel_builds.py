@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms
+from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms, turn
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -54,7 +54,7 @@ def noted() -> Iterator[list[Launch]]:
         found.append((kernel, given, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (activation, attention, gemv, head, leave, norms):
+        for module in (activation, attention, gemv, head, leave, norms, turn):
             patch.setattr(module, "launch", note)
         yield found
 

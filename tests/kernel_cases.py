@@ -28,7 +28,7 @@ from helios_sim.live.device import CpuDevice
 from helios_sim.live.exits import ExitReader, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.graphs import GraphedDecodes
-from helios_sim.live.kernels import activation, attention, gemv, head, norms
+from helios_sim.live.kernels import activation, attention, gemv, head, norms, turn
 from helios_sim.live.kernels.card import TRITON
 from helios_sim.live.kernels.interface import TORCH, UNKNOWN, Inside
 from helios_sim.live.memory.decodes import decode_step
@@ -126,10 +126,9 @@ def attend(case: Attention) -> dict[str, float]:
     tiles = attention.tiling(n, h, kv, d, tokens, 132, dtype.itemsize)
     tiles = tiles if case.splits is None else replace(tiles, splits=case.splits)
     with interpreted.reads([keys, values]) as counted:
-        got = attention.decode(
-            q, k, v, keys, values, torch.tensor(case.slots), torch.tensor(case.lengths) - 1, d**-0.5,
-            None if case.turned else angles, (*weights, EPS) if case.normed else None, case.window, tiles,
-        )  # fmt: skip
+        at = torch.tensor(case.slots), torch.tensor(case.lengths) - 1
+        turning = None if case.turned else angles, (*weights, EPS) if case.normed else None
+        got = attention.decode(q, k, v, keys, values, *at, d**-0.5, *turning, case.window, tiles)
     past = [min(n - 1, (case.window or n) - 1) for n, slot in zip(case.lengths, case.slots, strict=True) if slot >= 0]
     needed = 2 * sum(past) * kv * d * dtype.itemsize
     there = ((keys, was[0], wanted_keys), (values, was[1], wanted_values))
@@ -274,6 +273,27 @@ def repeated() -> float:
     return error(*found[::-1])
 
 
+def turned_outside() -> dict[str, float]:
+    """Where other attention follows: errors of q and of what is written, beside the kernel that does all of it."""
+    torch.manual_seed(0)
+    found = {}
+    angle = torch.arange(50)[:, None] * 1e4 ** (-torch.arange(0, 64, 2) / 64)
+    angles, weights = torch.cat((angle.cos(), angle.sin()), 1), (drawn(64), drawn(64))
+    slots, positions = torch.tensor([2, -1, 0, -5]), torch.tensor([7, 49, 0, 30])
+    for heads, kv, normed in ((4, 4, False), (6, 2, True)):
+        q, k, v = drawn(4, heads + 2 * kv, 64).split((heads, kv, kv), 1)
+        noise, norms = drawn(2, 5, kv, 50, 64), (*weights, EPS) if normed else None
+        (keys, values), (wanted_keys, wanted_values) = noise.clone(), noise.clone()
+        attention.decode(q, k, v, wanted_keys, wanted_values, slots, positions, 0.125, angles, norms)
+        got = turn.turn_and_write(q, k, v, keys, values, slots, positions, angles, norms)
+        of_q = rms(q, weights[0]) if normed else q
+        wanted = [turned(x, angles, int(at)) for x, at in zip(of_q, positions, strict=True)]
+        real = [0, 2, 3]
+        found[f"{heads}/{kv}"] = error(got[real].flatten(0, 1), torch.stack(wanted)[real].flatten(0, 1))
+        found[f"{heads}/{kv}, written"] = float(not (keys.equal(wanted_keys) and values.equal(wanted_values)))
+    return found
+
+
 def leaves() -> int:
     """In how many cases the kernel lets other rows leave than torch's operations do, or with something else."""
     different = 0
@@ -378,7 +398,7 @@ def attended_not_numbers() -> list[list[bool]]:
 if __name__ == "__main__":
     whole = "exhaustive" in sys.argv
     found = {case.name: attend(case) for case in attentions(whole)}
-    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated()}
+    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated(), "turned": turned_outside()}
     of_passes = {"one_pass": one_pass(whole), "leaves": leaves()}
     print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers(),
                       "attended": attended_not_numbers()}))  # fmt: skip

@@ -101,7 +101,7 @@ class CpuDevice:
 
 
 def open_device(name: str, kernels: str | None = None) -> Device:
-    """The device named `cpu`, `cuda` or `cuda:N`. `kernels`: triton or torch; None: what suits it.
+    """The device named `cpu`, `cuda` or `cuda:N`. `kernels`: triton, torch or flashinfer; None: what suits it.
 
     Raises UserError for kernels that it cannot run.
     """

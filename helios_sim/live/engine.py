@@ -29,6 +29,7 @@ from helios_sim.live.device import Device, oom_message, open_device
 from helios_sim.live.exits import Choice, Chunk, ObservedToken, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.memory.kv import CacheShape
+from helios_sim.live.memory.paged import paged_tokens
 from helios_sim.live.memory.residents import Residents
 from helios_sim.live.memory.workspace import Workspace, try_out
 from helios_sim.live.model.decoder import SegmentedModel
@@ -59,7 +60,7 @@ class LiveEngine:
 
     slots: how many requests can run at once if memory suffices.
     slot_tokens: the most tokens of a request, prompt and answer together.
-    kernels: triton or torch, of a device that is given by name; None: what suits it.
+    kernels: triton, torch or flashinfer, of a device that is given by name; None: what suits it.
     weight_bytes: device memory for weights; None: enough for all models.
     residents: weights that are loaded already, if any.
     kept_answers: how many answers of requests that completed and left are kept, the latest ones; None: all.
@@ -83,8 +84,9 @@ class LiveEngine:
         on = open_device(device, kernels) if isinstance(device, str) else device
         self.device = on
         self.residents = residents or Residents(models, on, weight_bytes)
+        page = on.kernels.page_tokens
         self.work = Workspace(
-            {name: _cache_shape(model, slot_tokens) for name, model in models.items()}, slots, on,
+            {name: _cache_shape(name, model, slot_tokens, page) for name, model in models.items()}, slots, on,
             max(model.profile.activation_reserve_bytes for model in models.values()),
         )  # fmt: skip
         self.answers = Answers(kept_answers)
@@ -481,9 +483,13 @@ class LiveEngine:
         return Token(row.layers, row.breach, last)
 
 
-def _cache_shape(model: LiveModel, slot_tokens: int) -> CacheShape:
+def _cache_shape(name: str, model: LiveModel, slot_tokens: int, page: int) -> CacheShape:
+    """`page`: slots are whole pages of so many tokens; 0: of any number."""
     a = model.checkpoint.architecture
-    return CacheShape(a, model.profile.model.n_layers, min(slot_tokens, a.max_context_tokens), model.dtype)
+    tokens = min(slot_tokens, a.max_context_tokens)
+    if page:
+        tokens = paged_tokens(a, name, model.dtype, tokens, page)
+    return CacheShape(a, model.profile.model.n_layers, tokens, model.dtype)
 
 
 def _observed(plan: Plan, answer: Answer) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor
 from helios_sim.exits.rule import Confidence
 from helios_sim.live.device import Device, Step
 from helios_sim.live.exits import ExitReader, HeadOutput, Row
-from helios_sim.live.memory.decodes import decode_step_on_device
+from helios_sim.live.memory.decodes import Decodes, decode_step_on_device
 from helios_sim.live.memory.kv import KvCache
+from helios_sim.live.memory.paged import PagedStep, Plans
 from helios_sim.live.model.decoder import SegmentedModel
 
 SIZES = (1, 2, 4, *range(8, 513, 8))  # batch sizes, as vLLM captures them by default
@@ -70,6 +71,7 @@ class GraphedDecodes:
         self._of_rows = (*self.sizes, 2 * cache.slots)  # where rows may be several of a request
         self._exact = cache.kernels.any_lengths
         self._spans = [0] if self._exact else spans(cache.max_tokens)
+        self.plans = Plans(cache, device) if cache.kernels.page_tokens else None
         on = cache.device
         self.numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._of_rows}
         self._states = {size: self._hidden_of(size) for size in self._of_rows}
@@ -222,6 +224,8 @@ class GraphedDecodes:
         staged.numpy()[:] = numbers
         self.numbers[size].copy_(staged, non_blocking=True)
         self._read = self._device.mark()
+        if self.plans is not None:
+            self.plans.plan(size, slots, [row.position for row in rows])
         return size, in_row
 
     def reads(self, start: int, end: int) -> tuple[object, ...]:
@@ -238,10 +242,16 @@ class GraphedDecodes:
     def _capture(self, shape: _Shape, reads: tuple[object, ...]) -> _Captured:
         model, cache = self.model, self.cache
         numbers, (hidden, out) = self.numbers[shape.size], self._states[shape.size]
+        if self.plans is not None:
+            self.plans.ready(shape.size)
 
         def step() -> None:
-            given = numbers[_SLOTS], numbers[_POSITIONS], shape.span, shape.in_row, shape.repeated
-            attend = decode_step_on_device(cache, *given)
+            slots, positions = numbers[_SLOTS], numbers[_POSITIONS]
+            attend: Decodes | PagedStep
+            if self.plans is not None:  # where K and V of all rows are written before any attends
+                attend = self.plans.step(shape.size, slots, positions)
+            else:
+                attend = decode_step_on_device(cache, slots, positions, shape.span, shape.in_row, shape.repeated)
             into = hidden if shape.start else model.embed(numbers[_IDS], numbers[_POSITIONS])
             out.copy_(model.run(into, shape.start, shape.end, attend))
 

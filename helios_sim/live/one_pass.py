@@ -23,6 +23,7 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels.interface import UNKNOWN, Inside
 from helios_sim.live.kernels.launch import MOST_ROWS
 from helios_sim.live.memory.decodes import ExactStep
+from helios_sim.live.memory.paged import PagedStep
 from helios_sim.policy.deployment import BatchingRule, KvRule
 
 _IDS, _SLOTS, _POSITIONS, _THRESHOLD, _RECORDED = range(5)
@@ -116,6 +117,8 @@ class OnePass:
                 to[_RECORDED:, i] = [row.recorded[depth] for depth in rule.bounds]
         numbers.copy_(room, non_blocking=True)
         self._read = self._device.mark()
+        if self._graphs.plans is not None:
+            self._graphs.plans.plan(size, [row.slot for row in rows], [row.position for row in rows])
 
     def _pass(self, rule: Rule, size: int, exits: ExitReader) -> _Captured:
         graphs = self._graphs
@@ -126,18 +129,26 @@ class OnePass:
             numbers = torch.zeros((_RECORDED + len(rule.bounds), size), dtype=torch.float64, device=on)
             numbers[_SLOTS] = -1
             said = torch.zeros((4, size), dtype=torch.float64, device=on)
+            if graphs.plans is not None:
+                graphs.plans.ready(size)
             launch = self._device.prepare(lambda: said.copy_(self._through(rule, exits, numbers)))
             self._passes[rule, size] = known = _Captured(launch, reads, numbers, said)
         return known
 
     def _through(self, rule: Rule, exits: ExitReader, numbers: Tensor) -> Tensor:
         """What `said` holds, of what `numbers` says."""
-        model, cache, last = self._graphs.model, self._graphs.cache, rule.bounds[-1]
+        model, cache, plans = self._graphs.model, self._graphs.cache, self._graphs.plans
+        last = rule.bounds[-1]
         ids, now, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
         rows = Inside(now, torch.zeros_like(now), torch.zeros_like(numbers[:4]))
         hidden = waiting = model.embed(ids, positions)  # `waiting`: of rows that left by a check on the state
         for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
-            hidden = model.run(hidden, start, end, ExactStep(cache, now, positions, frozen=band > 0))
+            attend: ExactStep | PagedStep
+            if plans is None:
+                attend = ExactStep(cache, now, positions, frozen=band > 0)
+            else:  # rows that have left attend too, and nothing is added to their states
+                attend = plans.step(len(now), now, positions, frozen=band > 0)
+            hidden = model.run(hidden, start, end, attend)
             if end < last and not rule.checked[band]:
                 continue
             asks, sure, look = end < last or rule.watched, None, None

@@ -19,7 +19,7 @@ KERNELS = ("vllm", "trtllm")
 SCHEDULERS = ("plain", "vllm_v1", "vllm_v0", "sglang", "trtllm")
 METHODS = ("grid", "search")
 SEARCHES = ("bisection", "every")
-LIVE_KERNELS = ("triton", "torch")
+LIVE_KERNELS = ("triton", "torch", "flashinfer")
 BY_REQUESTS = "requests"
 STATISTICS_OF_SLOS = ("mean", "p50", "p90", "p95", "p99")
 MOST_REPLICAS = 4096
@@ -32,7 +32,7 @@ class LiveConfig:
 
     device: str = "cpu"  # cpu, cuda, cuda:N; `device=...` for short
     dtype: str | None = None  # float32, bfloat16; null: as in the profile
-    kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
+    kernels: str | None = None  # of decodes: triton, torch, flashinfer; null: triton on a card that can, else torch
     threads: int | None = None  # of a CPU; null: all that the process may use
     weights: dict[str, str] = field(default_factory=dict)  # by model: folder, .gguf file or hub id; else by its name
     heads: dict[str, str] = field(default_factory=dict)  # by model: folder of exit heads; else those shipped for it
@@ -50,7 +50,7 @@ class LiveConfig:
         name, _, number = self.device.partition(":")
         known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
         require(known, "live.device", self.device, "cpu, cuda or cuda:N")
-        allowed = f"null, {' or '.join(LIVE_KERNELS)}"
+        allowed = f"null, {', '.join(LIVE_KERNELS)}"
         require(self.kernels in (None, *LIVE_KERNELS), "live.kernels", self.kernels, allowed)
         for key, least in (("threads", 1), ("warm_up", 0), ("run", 0)):
             value = getattr(self, key)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")  # there is none for macOS and Windows
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import open_device
-from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms
+from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms, turn
 from helios_sim.live.kernels.choice import described, kernels_for
 from helios_sim.live.kernels.interface import TORCH, Inside
 from kernel_builds import SHARED_BYTES, build, launches
@@ -57,6 +57,7 @@ def check(found: dict[str, Any]) -> None:
     for name, error in found["steps"].items():
         assert error < 1e-5, name
     assert found["repeated"] < 1e-6
+    assert max(found["turned"].values()) < 1e-6
     assert max(found["one_pass"]) < 1e-5
     assert not found["leaves"]
     assert found["not_numbers"] == [True, True, False, False]
@@ -99,6 +100,9 @@ def steps_of_rows(dtype: torch.dtype, widths: tuple[int, ...]) -> list[Any]:
     for lazy in (False, True):
         found.append(lambda lazy=lazy: leave.leave(inside, 8, sure, (slots(16), sure), one, one, lazy, False))
     found.append(lambda: gemv.product(of(3, 11008), of(4096, 11008), None))
+    found.append(lambda: turn.turn_and_write(  # attention that is not ours follows
+        of(8, 32, 128), of(8, 8, 128), of(8, 8, 128), of(8, 8, 4096, 128), of(8, 8, 4096, 128), slots(8), slots(8),
+        drawn(4096, 128, dtype=torch.float32)))  # fmt: skip
     for w in widths:
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), of(w), of(w), None, 1e-5))
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), None, of(w), of(w), 1e-5))

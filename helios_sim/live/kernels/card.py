@@ -23,6 +23,7 @@ class TritonKernels:
 
     name = "triton"
     any_lengths = True
+    page_tokens = 0
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
@@ -66,4 +67,11 @@ class TritonKernels:
         leave(rows, depth, sure, look, threshold, recorded, lazy, last)
 
 
-TRITON = TritonKernels()
+class FlashInferKernels(TritonKernels):
+    """The same, but for attention of captured decodes, which is FlashInfer's."""
+
+    name = "flashinfer"
+    page_tokens = 16
+
+
+TRITON, FLASHINFER = TritonKernels(), FlashInferKernels()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,8 +20,8 @@ LEAST_CAPABILITY = (8, 0)  # of a card: bfloat16 on tensor cores
 def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
     """Those that are wanted; without a wish Triton's on a card that can run them, else torch's.
 
-    Raises UserError for Triton's where they cannot run. Triton interprets its kernels on a CPU where the environment
-    has TRITON_INTERPRET=1, for tests.
+    Raises UserError for Triton's, and FlashInfer's beside them, where they cannot run. Triton interprets its kernels on
+    a CPU where the environment has TRITON_INTERPRET=1, for tests.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     lacking = None
@@ -32,13 +33,21 @@ def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
         lacking = "a card of compute capability 8.0 or later"
     elif device.type == "cuda":
         lacking = _lacking_to_build()
+    if lacking is None and wanted == "flashinfer":
+        lacking = _lacking_of_flashinfer(device)
     if wanted == "torch" or (wanted is None and (lacking is not None or device.type != "cuda")):
         return TORCH
     if lacking is not None:
-        raise UserError("live.kernels", wanted, f"triton needs {lacking}", "set live.kernels=torch, or leave it out")
-    from helios_sim.live.kernels.card import TRITON
+        raise UserError("live.kernels", wanted, f"{wanted} needs {lacking}", "set live.kernels=torch, or leave it out")
+    from helios_sim.live.kernels.card import FLASHINFER, TRITON
 
-    return TRITON
+    return FLASHINFER if wanted == "flashinfer" else TRITON
+
+
+def _lacking_of_flashinfer(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "a CUDA card"
+    return None if find_spec("flashinfer") else "the package flashinfer-python"
 
 
 def _lacking_to_build() -> str | None:
@@ -57,4 +66,7 @@ def described(kernels: Kernels) -> str:
         return "decode steps by torch's operations" + (f"; Triton's kernels need {lacking}" if lacking else "")
     import triton
 
-    return f"decode steps by the project's kernels in Triton {triton.__version__}"
+    said = f"decode steps by the project's kernels in Triton {triton.__version__}"
+    if kernels.name == "flashinfer":
+        said += f", attention of captured ones by FlashInfer {import_module('flashinfer').__version__}"
+    return said

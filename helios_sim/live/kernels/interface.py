@@ -44,6 +44,7 @@ class Kernels(Protocol):
 
     name: str
     any_lengths: bool  # whether attention of decodes reads slots in any order, each request as long as it is
+    page_tokens: int  # 0, or attention of captured decodes is planned over pages of so many tokens (`memory/paged.py`)
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
@@ -95,6 +96,7 @@ class TorchKernels:
 
     name = "torch"
     any_lengths = False
+    page_tokens = 0
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,

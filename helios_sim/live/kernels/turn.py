@@ -1,0 +1,69 @@
+"""What comes before attention that is somebody else's: q and k are turned, and k and v are written into the cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from helios_sim.live.kernels.attention import _turned
+from helios_sim.live.kernels.launch import launch, power_of_two
+
+
+@triton.jit
+def turn_write(
+    q, k, v, q_norm, k_norm, angles, slots, positions, keys, values, out, eps, q_row, k_row, v_row,
+    slot_stride, head_stride, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    GROUP: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One program for a request and a KV head; shapes as in `attention.decode_split`, `out` (N, HEADS, D)."""
+    row, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    G: tl.constexpr = HEADS // KV
+    HALF: tl.constexpr = D // 2
+    dtype: tl.constexpr = keys.dtype.element_ty
+    given = tl.load(slots + row).to(tl.int64)
+    slot = tl.where(given >= -1, given, -2 - given)
+    position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
+    d, g = tl.arange(0, DP), tl.arange(0, GROUP)
+    inside = d < D
+    pair = tl.where(d < HALF, d + HALF, d - HALF)
+    q_weight, q_turned, k_weight, k_turned = d.to(tl.float32), d.to(tl.float32), d.to(tl.float32), d.to(tl.float32)
+    if NORM:
+        q_weight = tl.load(q_norm + d, mask=inside, other=0.0).to(tl.float32)
+        q_turned = tl.load(q_norm + pair, mask=inside, other=0.0).to(tl.float32)
+        k_weight = tl.load(k_norm + d, mask=inside, other=0.0).to(tl.float32)
+        k_turned = tl.load(k_norm + pair, mask=inside, other=0.0).to(tl.float32)
+    of_q = q + row * q_row + (kv * G + g)[:, None] * D
+    some = (g[:, None] < G) & inside[None, :]
+    query = tl.load(of_q + d[None, :], mask=some, other=0.0).to(tl.float32)
+    partner = tl.load(of_q + pair[None, :], mask=some, other=0.0).to(tl.float32)
+    query = _turned(query, partner, q_weight, q_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+    tl.store(out + (row * HEADS + kv * G + g)[:, None] * D + d[None, :], query, mask=some)
+    if slot >= 0:
+        of_k, of_v = k + row * k_row + kv * D, v + row * v_row + kv * D
+        key = tl.load(of_k + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        partner_key = tl.load(of_k + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
+        key = _turned(key, partner_key, k_weight, k_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+        value = tl.load(of_v + d, mask=inside, other=0.0)[None, :]
+        to = slot * slot_stride + kv * head_stride + position * D + d
+        tl.store(keys + to[None, :], key, mask=inside[None, :])
+        tl.store(values + to[None, :], value, mask=inside[None, :])
+
+
+def turn_and_write(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
+    angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """q (N, heads, D), normed and turned. k and v (N, kv_heads, D) are written as by `attention.decode`, which has
+    these arguments; slot -1 is padding, and -2 - s is slot s here too."""
+    rows, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    out = q.new_empty((rows, heads, width))
+    q_norm, k_norm, eps = norms or (q, q, 0.0)
+    launch(
+        turn_write, (rows, kv_heads), q, k, v, q_norm, k_norm, out if angles is None else angles, slots, positions,
+        keys, values, out, eps, q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), HEADS=heads,
+        KV=kv_heads, D=width, DP=power_of_two(width), GROUP=power_of_two(heads // kv_heads), ROPE=angles is not None,
+        NORM=norms is not None,
+    )  # fmt: skip
+    return out

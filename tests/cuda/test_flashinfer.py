@@ -1,0 +1,114 @@
+"""Attention of captured decodes by FlashInfer, where it is asked for: the same tokens, and no for what it cannot do."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytest.importorskip("triton")  # there is none for macOS and Windows
+
+from test_on_card import said, served
+
+from fake_flashinfer import PAGE, BatchDecodeWithPagedKVCacheWrapper, ExactPaged, installed
+from helios_sim.errors import UserError
+from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.live.kernels.choice import described, kernels_for
+from helios_sim.live.memory import paged
+from helios_sim.live.model.architecture import Architecture
+from helios_sim.live.one_pass import OnePass
+from helios_sim.live.served import LiveModel
+from helios_sim.policy.deployment import BatchingRule, Deployment, KvRule, Placement
+from live_rig import LAYERS, live_model
+from strict_cuda import StrictCuda
+from test_live_exits import deployed, rule_of
+from tiny_models import write_tiny
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
+    return live_model(write_tiny("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.mark.parametrize("kind", ["full depth", "one pass", "bands", "owed tokens"])
+def test_it_writes_what_a_cpu_writes(tiny: LiveModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of decodes has a plan of its own, made outside of captures, in memory that nothing reads any more."""
+    width = tiny.checkpoint.architecture.head_dim
+    monkeypatch.setattr(paged, "WIDTHS", (width,))
+    monkeypatch.setattr(paged, "DTYPE", torch.float32)
+    deployment = Deployment(Placement("tiny", LAYERS), FullDepth(), kv_rule=KvRule.NONE)
+    if kind != "full depth":
+        rule = rule_of(tiny, Confidence.MAX_PROBABILITY)
+        kv = KvRule.RECOMPUTE if kind == "owed tokens" else KvRule.PROPAGATE
+        deployment = deployed(rule, kv, BatchingRule.EACH_TOKEN)
+    if kind == "bands":
+        monkeypatch.setattr(OnePass, "pays", lambda one_pass, rows: False)
+    cuda = StrictCuda()
+    with installed(cuda, widths=(width,), types=(torch.float32,)) as wrapper:
+        on_card = served(cuda, tiny, deployment, ExactPaged(), schedule_ahead=int(kind == "full depth"))
+    assert said(on_card) == said(served(None, tiny, deployment))
+    assert wrapper.plans > 10
+
+
+def test_pages_are_the_cache_itself() -> None:
+    """Page p of head h of slot s is where the slot has these tokens, and the last one ends where the cache does."""
+    slots, heads, tokens, width = 3, 2, 4 * PAGE, 8
+    cache = torch.arange(slots * heads * tokens * width).view(slots, heads, tokens, width)
+    found = paged.pages(cache, PAGE)
+    assert found.data_ptr() == cache.data_ptr()
+    for slot in range(slots):
+        for page in range(tokens // PAGE):
+            there = found[slot * heads * (tokens // PAGE) + page]
+            assert torch.equal(there, cache[slot, :, page * PAGE : (page + 1) * PAGE])
+    assert int(found[-1, -1, -1, -1]) == int(cache[-1, -1, -1, -1])
+
+
+def test_slots_are_whole_pages_and_what_it_cannot_run_is_refused_by_name(tiny: LiveModel) -> None:
+    a = replace(tiny.checkpoint.architecture, head_dim=64, max_context_tokens=128)
+
+    def tokens(a: Architecture, dtype: torch.dtype = torch.bfloat16, at_least: int = 33) -> int:
+        return paged.paged_tokens(a, "tiny", dtype, at_least, PAGE)
+
+    assert [tokens(a, at_least=n) for n in (1, 16, 33, 128)] == [16, 16, 48, 128]
+    for other, dtype, why in (
+        (replace(a, head_dim=96), torch.bfloat16, "64, 128 or 256"),
+        (replace(a, window_tokens=8, sliding=(True,) * LAYERS), torch.bfloat16, "sliding windows"),
+        (a, torch.float32, "bfloat16"),
+    ):
+        with pytest.raises(UserError, match=f"live.kernels.*{why}"):
+            tokens(other, dtype)
+    with pytest.raises(UserError, match="whole pages"):
+        tokens(replace(a, max_context_tokens=40))
+
+
+def test_it_is_never_chosen_and_never_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(UserError, match=r"live\.kernels.*CUDA card"):
+        kernels_for(torch.device("cpu"), "flashinfer")
+    if find_spec("flashinfer") is None:
+        with pytest.raises(UserError, match=r"live\.kernels.*flashinfer-python"):
+            kernels_for(CARD, "flashinfer")
+    with installed(StrictCuda()):
+        assert kernels_for(CARD).name == "triton"
+        assert kernels_for(CARD, "flashinfer").page_tokens == PAGE
+        assert "FlashInfer 0.7.4" in described(kernels_for(CARD, "flashinfer"))
+
+
+def test_the_stand_in_takes_what_the_real_wrapper_takes() -> None:
+    """All arguments by the same names, in the same places."""
+    pytest.importorskip("flashinfer")
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper as Real
+
+    # `plan` passes what it is given by name on to another function.
+    plan = getattr(Real, "_plan_impl", Real.plan)
+    for mine, theirs in (("__init__", Real.__init__), ("plan", plan), ("run", Real.run)):
+        given = inspect.signature(getattr(BatchDecodeWithPagedKVCacheWrapper, mine)).parameters
+        real = inspect.signature(theirs).parameters
+        assert set(given) <= set(real)
+        ordered = [name for name, of in given.items() if of.kind is of.POSITIONAL_OR_KEYWORD]
+        assert list(real)[: len(ordered)] == ordered
