@@ -168,7 +168,8 @@ def tiling(rows: int, heads: int, kv_heads: int, width: int, tokens: int, on_cor
     group = 1 if per_kv == 1 else max(TILE, power_of_two(per_kv))
     wide = group * power_of_two(width) > 2048
     block = 64 if power_of_two(width) <= 128 and value_bytes == 2 else 16 if wide and value_bytes == 4 else 32
-    wanted = -(-PROGRAMS_PER_CORE * on_cores // (rows * kv_heads))
+    there = rows * kv_heads
+    wanted = -(-(PROGRAMS_PER_CORE * on_cores - there // 8) // there)  # an eighth more is not worth a merge
     splits = min(MOST_SPLITS, power_of_two(wanted), power_of_two(-(-tokens // (2 * block))))
     return Tiling(max(1, splits), block, group, 8 if wide else 4)
 
