@@ -1,4 +1,4 @@
-"""The speed of drafts on a real model: `python experiments/self_speculation/speed.py [--seconds 150] [--passes 3]`.
+"""The speed of drafts on a real model: `python experiments/self_speculation/speed.py [--seconds 300] [--passes 2]`.
 
 SmolLM2 in float32 on one thread is measured (`seconds` for its profile), then serves the same prompts at full depth and
 with drafts in turns, full depth first and last. Full depth's answers, looked at once more at every exit, are the trace
@@ -289,8 +289,8 @@ def page(found: Mapping[str, Compared], seconds: float, passes: int) -> str:
 
 def command(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=150.0, help="for the profile")
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=300.0, help="for the profile")
+    parser.add_argument("--passes", type=int, default=2)
     options = parser.parse_args(words)
     main(options.seconds, options.passes)
 

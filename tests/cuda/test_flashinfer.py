@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +55,36 @@ def test_it_writes_what_a_cpu_writes(tiny: LiveModel, kind: str, monkeypatch: py
         on_card = served(cuda, tiny, deployment, ExactPaged(), schedule_ahead=int(kind == "full depth"))
     assert said(on_card) == said(served(None, tiny, deployment))
     assert wrapper.plans > 10
+
+
+def test_a_plan_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper writes every plan to the same page-locked memory, from which the card may still be copying."""
+    events: list[str] = []
+
+    class Wrapper:
+        def __init__(self, *given: object, **named: object) -> None:
+            events.append("made")
+
+        def plan(self, *given: object, **named: object) -> None:
+            events.append("planned")
+
+    def mark() -> SimpleNamespace:
+        number = events.count("marked")
+        events.append("marked")
+        return SimpleNamespace(synchronize=lambda: events.append(f"waited for {number}"))
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper))
+    monkeypatch.setattr(paged, "WORKSPACE_BYTES", 16)
+    shape = SimpleNamespace(n_heads=4, n_kv_heads=2, head_dim=64, attention_scale=0.125)
+    cache = SimpleNamespace(
+        architecture=shape, kernels=SimpleNamespace(page_tokens=PAGE), max_tokens=4 * PAGE, device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    plans = paged.Plans(cache, SimpleNamespace(mark=mark))  # type: ignore[arg-type]
+    plans.ready(2)
+    plans.plan(2, [1, 0], [5, 17])
+    first, second = ["waited for 0", "planned", "marked"], ["waited for 1", "planned", "marked"]
+    assert events == ["marked", "made", *first, *second]
 
 
 def test_pages_are_the_cache_itself() -> None:
