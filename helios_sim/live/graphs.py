@@ -240,16 +240,16 @@ class GraphedDecodes:
         return known
 
     def _capture(self, shape: _Shape, reads: tuple[object, ...]) -> _Captured:
-        model, cache = self.model, self.cache
+        model, cache, plans = self.model, self.cache, self.plans  # the step holds no more than these
         numbers, (hidden, out) = self.numbers[shape.size], self._states[shape.size]
-        if self.plans is not None:
-            self.plans.ready(shape.size)
+        if plans is not None:
+            plans.ready(shape.size)
 
         def step() -> None:
             slots, positions = numbers[_SLOTS], numbers[_POSITIONS]
             attend: Decodes | PagedStep
-            if self.plans is not None:  # where K and V of all rows are written before any attends
-                attend = self.plans.step(shape.size, slots, positions)
+            if plans is not None:  # where K and V of all rows are written before any attends
+                attend = plans.step(shape.size, slots, positions)
             else:
                 attend = decode_step_on_device(cache, slots, positions, shape.span, shape.in_row, shape.repeated)
             into = hidden if shape.start else model.embed(numbers[_IDS], numbers[_POSITIONS])
