@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from live import accepted
 
 from helios_sim import files
 from helios_sim.entry import script
@@ -132,18 +133,6 @@ def opened(name: str, weights: str) -> LiveModel:
     profile = replace(flat_profile(0.001, n_layers=spec.n_layers, name=name), model=spec)
     trace = no_exits(spec).bind(TASKS)
     return LiveModel(checkpoint, ExitHeads.own(()), checkpoint.tokenizer(), profile, trace)
-
-
-def accepted(texts: Sequence[Sequence[bool]], drafts: int) -> float:
-    """The share of drafts that is accepted where each token agrees or not. The prompt gives the first token."""
-    drafted = taken = 0
-    for agrees in texts:
-        at = 1
-        while at < len(agrees):
-            most = min(drafts, len(agrees) - at - 1)
-            run = next((n for n in range(most) if not agrees[at + n]), most)
-            drafted, taken, at = drafted + most, taken + run, at + run + 1
-    return taken / drafted
 
 
 def compare(pair: Pair, numbers: Sequence[int]) -> tuple[Run, list[Outcome]]:

@@ -106,18 +106,18 @@ def of_exit(
         len(whole),
         sum(len(answer.tokens) for answer in whole.values()),
         stats.accepted_drafts / stats.drafted_tokens,
-        accepted([row[column] for row in rows] for rows in seen.values()),
-        accepted(texts),
+        accepted(([row[column] for row in rows] for rows in seen.values()), DRAFTS),
+        accepted(texts, DRAFTS),
     )
 
 
-def accepted(texts: Iterable[Sequence[bool]]) -> float:
+def accepted(texts: Iterable[Sequence[bool]], drafts: int) -> float:
     """The share of drafts that is accepted where each token agrees or not. The prompt gives the first token."""
     drafted = taken = 0
     for agrees in texts:
         at = 1
         while at < len(agrees):
-            most = min(DRAFTS, len(agrees) - at - 1)
+            most = min(drafts, len(agrees) - at - 1)
             run = next((n for n in range(most) if not agrees[at + n]), most)
             drafted, taken, at = drafted + most, taken + run, at + run + 1
     return taken / drafted
