@@ -23,7 +23,9 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels.interface import UNKNOWN, Inside
 from helios_sim.live.kernels.launch import MOST_ROWS
 from helios_sim.live.memory.decodes import ExactStep
-from helios_sim.live.memory.paged import PagedStep
+from helios_sim.live.memory.kv import KvCache
+from helios_sim.live.memory.paged import PagedStep, Plans
+from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.policy.deployment import BatchingRule, KvRule
 
 _IDS, _SLOTS, _POSITIONS, _THRESHOLD, _RECORDED = range(5)
@@ -129,43 +131,46 @@ class OnePass:
             numbers = torch.zeros((_RECORDED + len(rule.bounds), size), dtype=torch.float64, device=on)
             numbers[_SLOTS] = -1
             said = torch.zeros((4, size), dtype=torch.float64, device=on)
-            if graphs.plans is not None:
-                graphs.plans.ready(size)
-            launch = self._device.prepare(lambda: said.copy_(self._through(rule, exits, numbers)))
+            model, cache, plans = graphs.model, graphs.cache, graphs.plans  # the pass holds no more than these
+            if plans is not None:
+                plans.ready(size)
+            launch = self._device.prepare(lambda: said.copy_(_through(model, cache, plans, rule, exits, numbers)))
             self._passes[rule, size] = known = _Captured(launch, reads, numbers, said)
         return known
 
-    def _through(self, rule: Rule, exits: ExitReader, numbers: Tensor) -> Tensor:
-        """What `said` holds, of what `numbers` says."""
-        model, cache, plans = self._graphs.model, self._graphs.cache, self._graphs.plans
-        last = rule.bounds[-1]
-        ids, now, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
-        rows = Inside(now, torch.zeros_like(now), torch.zeros_like(numbers[:4]))
-        hidden = waiting = model.embed(ids, positions)  # `waiting`: of rows that left by a check on the state
-        for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
-            attend: ExactStep | PagedStep
-            if plans is None:
-                attend = ExactStep(cache, now, positions, frozen=band > 0)
-            else:  # rows that have left attend too, and nothing is added to their states
-                attend = plans.step(len(now), now, positions, frozen=band > 0)
-            hidden = model.run(hidden, start, end, attend)
-            if end < last and not rule.checked[band]:
-                continue
-            asks, sure, look = end < last or rule.watched, None, None
-            if rule.measure.by_head:
-                tokens, sure, best, _ = exits.on_device(model, end, hidden, rule.measure if asks else None)
-                look = tokens, best
-            else:
-                sure = exits.check(end, hidden, rule.measure) if asks else None
-                inside = (now >= 0)[:, None]
-                waiting = torch.where(inside, exits.adapted(model, end, hidden), waiting)
-            model.kernels.leave(
-                rows, end, sure, look, numbers[_THRESHOLD], numbers[_RECORDED + band], rule.lazy, end == last
-            )
-        if not rule.measure.by_head:
-            for to, value in zip(rows.said, exits.tokens_on_device(model, waiting), strict=False):
-                to.copy_(value)
-        return rows.said
+
+def _through(
+    model: SegmentedModel, cache: KvCache, plans: Plans | None, rule: Rule, exits: ExitReader, numbers: Tensor
+) -> Tensor:
+    """What `said` holds, of what `numbers` says."""
+    last = rule.bounds[-1]
+    ids, now, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
+    rows = Inside(now, torch.zeros_like(now), torch.zeros_like(numbers[:4]))
+    hidden = waiting = model.embed(ids, positions)  # `waiting`: of rows that left by a check on the state
+    for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
+        attend: ExactStep | PagedStep
+        if plans is None:
+            attend = ExactStep(cache, now, positions, frozen=band > 0)
+        else:  # rows that have left attend too, and nothing is added to their states
+            attend = plans.step(len(now), now, positions, frozen=band > 0)
+        hidden = model.run(hidden, start, end, attend)
+        if end < last and not rule.checked[band]:
+            continue
+        asks, sure, look = end < last or rule.watched, None, None
+        if rule.measure.by_head:
+            tokens, sure, best, _ = exits.on_device(model, end, hidden, rule.measure if asks else None)
+            look = tokens, best
+        else:
+            sure = exits.check(end, hidden, rule.measure) if asks else None
+            inside = (now >= 0)[:, None]
+            waiting = torch.where(inside, exits.adapted(model, end, hidden), waiting)
+        model.kernels.leave(
+            rows, end, sure, look, numbers[_THRESHOLD], numbers[_RECORDED + band], rule.lazy, end == last
+        )
+    if not rule.measure.by_head:
+        for to, value in zip(rows.said, exits.tokens_on_device(model, waiting), strict=False):
+            to.copy_(value)
+    return rows.said
 
 
 def count(rule: Rule, rows: Sequence[Row], tally: Tally) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from exact_torch import exact
 from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth, ReleaseEarly
@@ -333,3 +335,28 @@ def test_what_was_launched_ahead_and_forgotten_is_waited_for_before_its_memory_g
     assert not waited  # what runs next is ordered after it
     ahead.close()
     assert waited
+
+
+def test_after_a_run_with_exits_its_memory_is_free(kernels: Kernels, tiny: LiveModel) -> None:
+    """At once, passes through all exits included: nothing waits for the cyclic collector."""
+    memory: list[StorageWeakRef] = []
+    cuda = StrictCuda()
+    rule = rule_of(tiny, Confidence.MAX_PROBABILITY)
+
+    def act(env: Any, engine: LiveEngine, server: Any) -> None:
+        engine.capture(server.decisions[0].deployment)
+        weights = engine.residents.running("tiny", LAYERS).layers[0].qkv
+        memory.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (weights, engine.work._block))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with cuda.watched():
+            device = CudaDevice(torch.device("cpu"), cuda, kernels)
+            deployment = deployed(rule, KvRule.PROPAGATE, BatchingRule.EACH_TOKEN)
+            serve_live({"tiny": tiny}, deployment, requests(LENGTHS), 3, slots=3, device=device, act=act, close=True)
+        assert cuda.replays
+        assert [storage.expired() for storage in memory] == [True, True]
+        assert not any(pool.used_by for pool in cuda.pools.values())
+    finally:
+        gc.enable()
