@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from exact_torch import exact
-from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth, ReleaseEarly
+from helios_sim.exits.rule import Confidence, DraftModel, FixedCap, FullDepth, ReleaseEarly, SelfSpeculation
 from helios_sim.live.ahead import RunAhead
 from helios_sim.live.cuda import CudaDevice
 from helios_sim.live.engine import LiveEngine
@@ -337,11 +337,18 @@ def test_what_was_launched_ahead_and_forgotten_is_waited_for_before_its_memory_g
     assert waited
 
 
-def test_after_a_run_with_exits_its_memory_is_free(kernels: Kernels, tiny: LiveModel) -> None:
+@pytest.mark.parametrize("kind", ["one pass", "split", "ramps", "drafts"])
+def test_after_a_run_with_exits_its_memory_is_free(kernels: Kernels, tiny: LiveModel, kind: str) -> None:
     """At once, passes through all exits included: nothing waits for the cyclic collector."""
     memory: list[StorageWeakRef] = []
     cuda = StrictCuda()
-    rule = rule_of(tiny, Confidence.MAX_PROBABILITY)
+    rule, whole = rule_of(tiny, Confidence.MAX_PROBABILITY), Placement("tiny", LAYERS)
+    deployments = {
+        "one pass": deployed(rule, KvRule.PROPAGATE, BatchingRule.EACH_TOKEN),
+        "split": replace(deployed(rule, KvRule.COPY, BatchingRule.REBATCH), regrouping=Regrouping(0.0, 2)),
+        "ramps": Deployment(whole, ReleaseEarly(EXITS[:-1], (rule.threshold,) * 2), kv_rule=KvRule.NONE),
+        "drafts": Deployment(whole, SelfSpeculation(EXITS[0], 2), kv_rule=KvRule.NONE),
+    }
 
     def act(env: Any, engine: LiveEngine, server: Any) -> None:
         engine.capture(server.decisions[0].deployment)
@@ -353,9 +360,9 @@ def test_after_a_run_with_exits_its_memory_is_free(kernels: Kernels, tiny: LiveM
     try:
         with cuda.watched():
             device = CudaDevice(torch.device("cpu"), cuda, kernels)
-            deployment = deployed(rule, KvRule.PROPAGATE, BatchingRule.EACH_TOKEN)
-            serve_live({"tiny": tiny}, deployment, requests(LENGTHS), 3, slots=3, device=device, act=act, close=True)
-        assert cuda.replays
+            given = {"tiny": tiny}, deployments[kind], requests(LENGTHS), 3
+            serve_live(*given, slots=3, device=device, act=act, close=True)
+        assert bool(cuda.replays) == (kind != "drafts")  # which run as they come
         assert [storage.expired() for storage in memory] == [True, True]
         assert not any(pool.used_by for pool in cuda.pools.values())
     finally:
