@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from helios_sim.entry import answers, run
+
+_statuses: list[int] = []  # with which this process is to end, once that is known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: a mistake of the user, in one message, or stopped; 2: a gate failed."""
-    return run("helios_sim", _run, arguments)
+    status = run("helios_sim", _run, arguments)
+    if arguments is None:  # the process was started for this, and ends by it
+        _statuses.append(status)
+    return status
 
 
 def _run(command: list[str]) -> int:
@@ -33,7 +40,17 @@ def _run(command: list[str]) -> int:
 def collect_rarely() -> None:
     """To look often through all that was imported for cycles takes a tenth of a run, and at its end a tenth more."""
     gc.set_threshold(300_000, 20, 20)
-    atexit.register(gc.freeze)  # what is left when the process ends goes with it
+    atexit.register(_leave)  # before anything that is imported registers its own end, so it is called after those
+
+
+def _leave() -> None:
+    """End a process whose work is done without taking apart, module by module, what goes with it anyway."""
+    gc.freeze()
+    if _statuses:
+        with suppress(OSError, ValueError):  # a stream that cannot be written: Python says so in its own way
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_statuses[-1])
 
 
 if __name__ == "__main__":

@@ -56,3 +56,12 @@ def test_a_reader_that_leaves_early_changes_nothing() -> None:
 def test_the_command_is_named_only_where_there_was_one(monkeypatch, arguments: list[str], command: str) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     assert command_given("calibrate") == command
+
+
+def test_a_process_ends_with_its_status_once_all_that_was_registered_is_done() -> None:
+    program = (
+        "import atexit, helios_sim.__main__ as m; m.collect_rarely(); atexit.register(print, 'said at the end'); "
+        "m._statuses.append(2)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "said at the end\n")

@@ -86,10 +86,10 @@ def _scale(ax: Axes, which: str) -> dict[str, Any]:
     names = None
     if isinstance(axis.get_major_locator(), FixedLocator) and isinstance(inner, FixedFormatter | FuncFormatter):
         names = [[float(place), formatter(place, at)] for at, place in enumerate(axis.get_majorticklocs())]
-    shown = any(tick.label1.get_visible() and tick.label1.get_text() for tick in axis.get_major_ticks())
+    shown = axis.get_tick_params()["labelbottom" if which == "x" else "labelleft"]
     return {
         "low": low, "high": high, "log": axis.get_scale() == "log", "label": " ".join(axis.get_label_text().split()),
-        "names": names, "labelled": shown,
+        "names": names, "labelled": shown and any(formatter.format_ticks([*axis.get_majorticklocs()])),
         "seconds": isinstance(inner, FuncFormatter) and inner.func is seconds_of_tick,
     }  # fmt: skip
 

@@ -35,7 +35,6 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
-    NullLocator,
 )
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
@@ -234,46 +233,82 @@ def _texts(artist: Artist) -> Iterator[Text]:
             yield from _texts(child)
 
 
+class _Labels:
+    """Labels of one axis, drawn as a tick of it, since a page looks for ticks."""
+
+    def __init__(self, axis: Axis, texts: list[Text]) -> None:
+        self._name, self.texts = f"{axis.axis_name}tick", texts
+
+    def draw(self, renderer: Any) -> None:
+        renderer.open_group(self._name)
+        for text in self.texts:
+            text.draw(renderer)
+        renderer.close_group(self._name)
+
+
 class _Kept:
     """The ticks of an axis and the room of their labels, kept while its place and its limits stay.
 
-    matplotlib finds them anew some twenty times for each figure. Minor ticks without labels become the marks of one.
+    matplotlib finds them anew some twenty times for each figure, and makes five artists for each tick. Here one tick
+    has the marks and grid lines of all, and other labels are texts alone: the same pixels.
     """
 
     def __init__(self, axis: Any) -> None:  # what matplotlib itself calls is not in its types
         self._axis = axis
         self._now: tuple[float, ...] = ()
-        self._renderer: object = None
-        self._find, self._measure = axis._update_ticks, axis._get_ticklabel_bboxes
+        self._boxes: Any = None
+        self._texts: dict[bool, list[Text]] = {}  # labels but the first, by whether they are of major ticks
         axis._update_ticks, axis._get_ticklabel_bboxes = self._ticks_now, self._boxes_now
 
-    def _ticks_now(self) -> list[Tick]:
-        now = (*self._axis.axes.bbox.bounds, *self._axis.get_view_interval())
+    def _ticks_now(self) -> list[Any]:
+        now = (*self._axis.axes.get_position().bounds, *self._axis.get_view_interval())
         if now != self._now:
-            self._now, self._renderer = now, None
-            unlabelled = isinstance(self._axis.get_minor_formatter(), NullFormatter)
-            self._ticks = self._in_one() if unlabelled else self._find()
+            self._now, self._boxes = now, None
+            self._ticks = [*self._in_one(major=True), *self._in_one(major=False)]
         return self._ticks
 
-    def _boxes_now(self, ticks: list[Tick], renderer: object) -> Any:
-        if renderer is not self._renderer:
-            self._renderer, self._boxes = renderer, self._measure(ticks, renderer)
+    def _boxes_now(self, ticks: list[Any], renderer: Any) -> Any:
+        """Another renderer needs none of its own, since the axis has its label already; but for a factor beside it."""
+        if self._boxes is None or self._axis.get_major_formatter().get_offset():
+            texts = [text for tick in ticks for text in (tick.texts if isinstance(tick, _Labels) else [tick.label1])]
+            self._boxes = [text.get_window_extent(renderer) for text in texts if text.get_visible()], []
         return self._boxes
 
-    def _in_one(self) -> list[Tick]:
-        axis, minor = self._axis, self._axis.minor.locator
-        low, high = sorted(axis.get_view_interval())
+    def _in_one(self, *, major: bool) -> list[Any]:
+        axis, flat = self._axis, self._axis.axis_name == "x"
+        places = axis.get_majorticklocs() if major else axis.get_minorticklocs()
+        names = (axis.get_major_formatter() if major else axis.get_minor_formatter()).format_ticks(places)
+        low, high = sorted(axis.get_transform().transform(axis.get_view_interval()))
         near = 1e-10 * (high - low)  # as matplotlib has it
-        places = [place for place in axis.get_minorticklocs() if low - near <= place <= high + near]
-        axis.minor.locator = NullLocator()
-        ticks: list[Tick] = self._find()
-        axis.minor.locator = minor
-        if places:
-            (tick,) = axis.get_minor_ticks(1)
-            tick.update_position(places[0])
-            (tick.tick1line.set_xdata if axis.axis_name == "x" else tick.tick1line.set_ydata)(places)
-            ticks.append(tick)
-        return ticks
+        at = axis.get_transform().transform(np.asarray(places, dtype=np.float64))
+        shown = [(p, name) for p, name, it in zip(places, names, at, strict=True) if low - near <= it <= high + near]
+        if not shown:
+            return []
+        (tick,) = axis.get_major_ticks(1) if major else axis.get_minor_ticks(1)
+        tick.update_position(shown[0][0])
+        tick.label1.set_text(shown[0][1])
+        along, across = np.repeat([place for place, _ in shown], 3), np.tile((0.0, 1.0, np.nan), len(shown))
+        tick.gridline.set_data(*((along, across) if flat else (across, along)))
+        for mark in (tick.tick1line, tick.tick2line):
+            (mark.set_xdata if flat else mark.set_ydata)(along[::3])
+        labelled = [it for it in shown[1:] if it[1]] if tick.label1.get_visible() else []
+        texts = self._texts.setdefault(major, [])
+        while len(texts) < len(labelled):
+            text = Text(*tick.label1.get_position(), figure=tick.get_figure())
+            text.update_from(tick.label1)
+            texts.append(text)
+        for text, (place, name) in zip(texts, labelled, strict=False):
+            (text.set_x if flat else text.set_y)(place)
+            text.set_text(name)
+        return [tick, _Labels(axis, texts[: len(labelled)])]
+
+
+def _place_label(axis: Any) -> None:
+    """Let the label of an axis stay where it is, which otherwise is sought with each drawing."""
+    if axis.get_label_text():
+        axis.get_tightbbox()
+        place = axis.label.get_transform().transform(axis.label.get_position())
+        axis.set_label_coords(*axis.axes.transAxes.inverted().transform(place))
 
 
 class ShownTicks(Formatter):
@@ -323,6 +358,8 @@ def lay_out(drawing: Drawing) -> None:
             for ax in whole.axes:
                 ax.set_position(np.round(ax.get_position(original=True).bounds, 9))  # the solver's last digits vary
                 setattr(ax, "_autotitlepos", False)  # noqa: B010 - titles have their places, and each drawing seeks them
+            for axis in _axes_of(whole):
+                _place_label(axis)
 
 
 def to_png(drawing: Drawing) -> bytes:
