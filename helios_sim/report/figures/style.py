@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis, Tick
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import PathCollection
@@ -236,7 +236,7 @@ def _texts(artist: Artist) -> Iterator[Text]:
 class _Labels:
     """Labels of one axis, drawn as a tick of it, since a page looks for ticks."""
 
-    def __init__(self, axis: Axis, texts: list[Text]) -> None:
+    def __init__(self, axis: Any, texts: list[Text]) -> None:
         self._name, self.texts = f"{axis.axis_name}tick", texts
 
     def draw(self, renderer: Any) -> None:
