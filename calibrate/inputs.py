@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import helios_sim
 from calibrate.exits.texts import TASKS
-from calibrate.schema import POTENTIAL, PREDICTORS, CalibrateConfig
+from calibrate.schema import DRAFTERS, POTENTIAL, PREDICTORS, CalibrateConfig
 from calibrate.stages import CODE
 from helios_sim.contents import code_of, digest_of
 from helios_sim.errors import TooLittleMemory, UserError, WeightsError
+from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.live.served import check_packages
 from helios_sim.report import format as fmt
 
@@ -49,18 +50,41 @@ class Inputs:
         check_packages("measuring a model")
         self._check_name()
         layers = self.layers
-        needed, there = self.spec(1.0).weight_bytes(layers), self.device.facts.memory_bytes
-        if needed > there:
-            taken, given = (fmt.in_unit(n_bytes, "bytes") for n_bytes in (needed, there))
-            allowed = f"{layers} layers in {self.dtype} take {taken}, and {given} are there"
-            raise TooLittleMemory("memory", self.config.model.name, allowed, "set model.layers lower, or another dtype")
+        self._check_room(self.config.model.name, self.spec(1.0), "set model.layers lower, or another dtype")
         if not set(self.exits) <= set(range(1, layers)):
             allowed = f"depths from 1 to {layers - 1}, below the last layer loaded"
             raise UserError("model.exits", list(self.exits), allowed, "name others, or leave it out")
         _ = self.heads
+        self._check_drafters()
         unknown = sorted(set(self.config.tasks or ()) - set(TASKS))
         if unknown:
             raise UserError("tasks", unknown, f"some of {', '.join(TASKS)}", "correct the names, or leave it out")
+
+    def _check_room(self, name: str, spec: ModelSpec, fix: str) -> None:
+        needed, there = spec.weight_bytes(spec.n_layers), self.device.facts.memory_bytes
+        if needed > there:
+            taken, given = (fmt.in_unit(n_bytes, "bytes") for n_bytes in (needed, there))
+            allowed = f"{spec.n_layers} layers in {self.dtype} take {taken}, and {given} are there"
+            raise TooLittleMemory("memory", name, allowed, fix)
+
+    def _check_drafters(self) -> None:
+        """Raise UserError for a drafter that is the model or another drafter, or has another tokenizer."""
+        from helios_sim.live.model.architecture import model_spec
+        from helios_sim.live.other_drafts import are_one_tokenizer
+
+        known = {self.checkpoint.digest: f"{self.config.model.name}, the model that verifies"}
+        for name, checkpoint in self.drafters.items():
+            if (same := known.get(checkpoint.digest)) is not None:
+                allowed = f"weights of a model of its own: these are those of {same}"
+                raise UserError(f"drafters.{name}", self.config.drafters[name], allowed, "name other weights")
+            known[checkpoint.digest] = name
+            if not are_one_tokenizer(self.tokenizer, checkpoint.tokenizer()):
+                allowed = f"a model with the very tokenizer of {self.config.model.name}, whose tokens it is to draft"
+                raise UserError(
+                    f"drafters.{name}", self.config.drafters[name], allowed, "name a model of the same family"
+                )
+            spec = model_spec(checkpoint.architecture, name, 1.0, self.dtype)
+            self._check_room(name, spec, "name a smaller drafter, or another dtype")
 
     def _check_name(self) -> None:
         """Raise WeightsError for weights under the name of a model of another shape, which results would carry."""
@@ -93,6 +117,32 @@ class Inputs:
             return find_checkpoint(wanted)
         except WeightsError as error:
             raise error.named_by("model" if self.config.model.weights is None else "model.weights") from error
+
+    @cached_property
+    def drafters(self) -> dict[str, Checkpoint]:
+        """Those of `task=drafters` by name. Raises WeightsError for weights that cannot be opened."""
+        from helios_sim.live.checkpoint.source import find_checkpoint
+
+        found = {}
+        for name, weights in self.config.drafters.items() if self.config.task == DRAFTERS else ():
+            try:
+                found[name] = find_checkpoint(SHORT_NAMES.get(weights, weights))
+            except WeightsError as error:
+                raise error.named_by(f"drafters.{name}") from error
+        return found
+
+    def drafter(self, name: str) -> SegmentedModel:
+        """That drafter with all its layers on the device, in the model's place, which is loaded anew if asked for."""
+        import torch
+
+        from helios_sim.live.kernels.choice import kernels_for
+        from helios_sim.live.model.decoder import SegmentedModel
+
+        self.__dict__.pop("loaded", None)
+        on = torch.device(self.device.torch_device)
+        return SegmentedModel.load(
+            self.drafters[name], None, self.torch_dtype, on, kernels_for(on, self.config.kernels)
+        )
 
     @property
     def architecture(self) -> Architecture:

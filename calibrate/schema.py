@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 from helios_sim.errors import UserError, require_finite
+from helios_sim.exits.trace import ANY_DRAFTER, FUSED
 from helios_sim.profile.devices import device_of
 
-TASKS = ("all", "latency", "adapters", "train_exits", "traces", "predictors", "potential", "report")
-POTENTIAL, TRAIN_EXITS, PREDICTORS = "potential", "train_exits", "predictors"
+TASKS = ("all", "latency", "adapters", "train_exits", "traces", "predictors", "drafters", "potential", "report")
+POTENTIAL, TRAIN_EXITS, PREDICTORS, DRAFTERS = "potential", "train_exits", "predictors", "drafters"
 CURRICULA = ("rotational", "gradual")
 _MEASURING, _TRAINING = ("all", "latency"), ("adapters", TRAIN_EXITS)
 _TRACING = ("all", *_TRAINING, "traces", PREDICTORS, POTENTIAL)
@@ -20,7 +21,8 @@ _TRACING = ("all", *_TRAINING, "traces", PREDICTORS, POTENTIAL)
 COUNTS = {
     **dict.fromkeys(("train_tokens", "check_width"), (*_TRAINING, PREDICTORS)),
     "adapter_width": _TRAINING, "epochs": ("adapters",),
-    **dict.fromkeys(("tasks", "trace_tokens"), _TRACING), "answers": ("all", "traces"),
+    "trace_tokens": _TRACING, "tasks": (*_TRACING, DRAFTERS), "answers": ("all", "traces", DRAFTERS),
+    "drafters": (DRAFTERS,),
     **dict.fromkeys(("max_batch", "max_batch_tokens", "max_context_tokens", "energy"), _MEASURING),
     "budget_s": tuple(task for task in TASKS if task != "report"),
 }
@@ -78,7 +80,8 @@ class CalibrateConfig:
     """A calibration of one model on one device: what to measure, in how much time, and where to put it."""
 
     # all, latency (times, memory, loads, energy), adapters (exits attached to the frozen model), train_exits (the model
-    # trained for exits), traces, predictors (of a few words, and a trace with them), potential (does it exit?), report
+    # trained for exits), traces, predictors (of a few words, and a trace with them), drafters (a joint trace of its
+    # answers with what other models predict for them), potential (does it exit?), report
     task: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
@@ -93,6 +96,9 @@ class CalibrateConfig:
     trace_tokens: int | None = None
     card: str | None = None  # of task=potential: the card for which a speed-up is told; null: h100-80gb
     answers: int = 6  # answers of the model to trace for each task; 0: none
+    # of task=drafters: models with the same tokenizer, by the names that a trace gives them, and the weights of each:
+    # folder, .gguf file, hub id, or a known name
+    drafters: dict[str, str] = field(default_factory=dict)
     # of text, approximately; null: 200,000 for adapters, 20,000 for predictors, 2,000,000 for train_exits
     train_tokens: int | None = None
     adapter_width: int = 128  # width of an exit adapter's gated network
@@ -119,6 +125,7 @@ class CalibrateConfig:
         require(budget is None or budget > 0, "budget_s", budget, "null or above 0")
         require(self.tasks is None or bool(self.tasks), "tasks", self.tasks, "null or at least one task")
         require(self.answers >= 0, "answers", self.answers, "at least 0")
+        self._check_drafters()
         for key, least in (
             ("trace_tokens", 1),
             ("train_tokens", 1),
@@ -141,6 +148,17 @@ class CalibrateConfig:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+    def _check_drafters(self) -> None:
+        if self.task != DRAFTERS:
+            return
+        given = dict(self.drafters)
+        require(bool(given), "drafters", given, "one model or more by name, such as +drafters={small: PATH}")
+        require(self.answers >= 1, "answers", self.answers, "at least 1: drafters are asked for the tokens of answers")
+        for name in given:
+            plain = bool(name) and not set(name) & set(f"{FUSED}{ANY_DRAFTER}/")
+            require(plain, "drafters", name, f"a name without {FUSED}, {ANY_DRAFTER} and /")
+            require(name != self.model.name, "drafters", name, "another name than that of the model, model.name")
 
     @property
     def priced_for(self) -> str:

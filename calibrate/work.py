@@ -1,4 +1,4 @@
-"""The stages of a calibration: device ceilings, profile, exit adapters, trained exits, exit traces, traces of answers.
+"""The stages of a calibration: ceilings, profile, adapters, trained exits, exit traces, answers, what drafters say.
 
 Also decides which labelled texts are available, and how much of them can be traced in the time.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from calibrate.exits.texts import TASKS, Split, documents, passages
 from calibrate.inputs import Inputs, measured_by
-from calibrate.schema import POTENTIAL, PREDICTORS, TRAIN_EXITS
+from calibrate.schema import DRAFTERS, POTENTIAL, PREDICTORS, TRAIN_EXITS
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
 from helios_sim.errors import UserError
@@ -26,6 +26,8 @@ from helios_sim.provenance import command_given
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
 ENERGY = "energy"  # of a campaign: once for the device
+JOINT = "joint"  # of a stage: traces of the same answers by model
+KEPT = "kept"  # of a stage: a folder from which it goes on
 SPEC = "spec"  # of the model, in a stage's result
 STAGES_OF = {
     "all": (CEILINGS, PROFILE, TRACES, ANSWERS),
@@ -34,6 +36,7 @@ STAGES_OF = {
     "traces": (TRACES, ANSWERS),
     TRAIN_EXITS: (TRAIN_EXITS,),
     PREDICTORS: (PREDICTORS, TRACES),
+    DRAFTERS: (ANSWERS, DRAFTERS),
     POTENTIAL: (POTENTIAL,),
 }
 Run = Callable[[StageRun], Mapping[str, Any]]
@@ -65,6 +68,7 @@ EFFORTS = {
     ANSWERS: Effort(100, 30),
     TRAIN_EXITS: Effort(5400, 120),
     PREDICTORS: Effort(300, 20),
+    DRAFTERS: Effort(60, 10),
     POTENTIAL: Effort(180, 20),
 }
 QUICK = Effort(2, 0.5)
@@ -74,7 +78,7 @@ def stages_of(inputs: Inputs) -> list[Stage]:
     """The stages of the chosen task. Traces need the whole model, since exits are compared with full depth."""
     makers = {
         CEILINGS: _ceilings, PROFILE: _profile, ADAPTERS: _adapters, TRAIN_EXITS: _train_exits, TRACES: _traces,
-        ANSWERS: _answers, PREDICTORS: _predictors, POTENTIAL: _potential,
+        ANSWERS: _answers, PREDICTORS: _predictors, DRAFTERS: _drafters, POTENTIAL: _potential,
     }  # fmt: skip
     names = [name for name in STAGES_OF[inputs.config.task] if inputs.whole or name in (CEILINGS, PROFILE)]
     if not names:
@@ -290,7 +294,8 @@ def _answers(inputs: Inputs) -> Stage:
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
-        from calibrate.exits.traces import GENERATED_TASKS, TimeSpent, TraceOrigin, generated_trace
+        from calibrate.exits.answers import GENERATED_TASKS, generated_trace
+        from calibrate.exits.traces import TimeSpent, TraceOrigin
         from helios_sim.exits.store import write_trace
 
         available = available_texts(inputs)
@@ -301,8 +306,8 @@ def _answers(inputs: Inputs) -> Stage:
         tokens, prompt_chars = (12, 60) if config.quick else (64, 400)
         try:
             trace, cut = generated_trace(
-                inputs.model, inputs.tokenizer, inputs.heads, origin, tasks, config.answers, tokens, stage.tell,
-                prompt_chars, None if stage.left_s is None else lambda: stage.left_s or 0.0,
+                inputs.model, inputs.tokenizer, inputs.heads, origin, stage.folder / KEPT, tasks, config.answers,
+                tokens, stage.tell, prompt_chars, None if stage.left_s is None else lambda: stage.left_s or 0.0,
             )  # fmt: skip
         except TimeSpent as error:
             raise NotEnoughTime(str(error)) from error
@@ -312,6 +317,41 @@ def _answers(inputs: Inputs) -> Stage:
     settings = {**inputs.identity(), "tasks": config.tasks, "answers": config.answers, "quick": config.quick}
     settings |= {"heads": inputs.heads_digest(), "exits": list(inputs.exits)}
     return _stage(inputs, ANSWERS, run, 40, (), settings)
+
+
+def _drafters(inputs: Inputs) -> Stage:
+    """What other models predict for the tokens of the answers, and the joint trace of all."""
+
+    def run(stage: StageRun) -> Mapping[str, Any]:
+        from calibrate.exits.answers import read_answers
+        from calibrate.exits.drafters import drafters_trace, joint_trace, predictions
+        from calibrate.exits.traces import TimeSpent
+        from helios_sim.exits.store import read_trace, write_trace
+
+        before = stage.finished[ANSWERS]
+        trace = read_trace(before.part("trace"))
+        answers = read_answers(before.part(KEPT), trace.tasks)
+        found, shas = {}, {}
+        for number, (name, checkpoint) in enumerate(inputs.drafters.items()):
+
+            def tell(text: str, share: float | None, name: str = name, number: int = number) -> None:
+                stage.tell(f"{name}, {text}", None if share is None else (number + share) / len(inputs.drafters))
+
+            left_s = None if stage.left_s is None else lambda: stage.left_s or 0.0
+            try:
+                found[name] = predictions(inputs.drafter(name), answers, stage.folder / KEPT / name, tell, left_s)
+            except TimeSpent as error:
+                raise NotEnoughTime(f"{name}: {error}") from error
+            shas[name] = checkpoint.sha256
+            alone = drafters_trace(
+                trace, name, checkpoint.architecture.n_layers, found[name], shas[name], command_given("calibrate")
+            )
+            write_trace(alone, stage.folder / JOINT / name)
+        write_trace(joint_trace(trace, found, shas, command_given("calibrate")), stage.folder / JOINT / trace.model)
+        return {"tokens": trace.n_tokens, "right": {name: float(it.right.mean()) for name, it in found.items()}}
+
+    settings = {**inputs.identity(), "drafters": {name: it.digest for name, it in inputs.drafters.items()}}
+    return _stage(inputs, DRAFTERS, run, 38, (ANSWERS,), settings)
 
 
 def _candidates(inputs: Inputs) -> tuple[int, ...]:

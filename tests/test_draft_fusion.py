@@ -161,8 +161,12 @@ def test_what_may_be_asked_for() -> None:
         assert text in fault_of(replace(good, exit_rule=rule), known)[2]
     alone = replace(good, exit_rule=replace(good.exit_rule, own_card=None), standby=(Placement(SMALL, 3),))
     assert "only with own_card" in fault_of(alone, known)[2]
-    for wrong in ({"fused_with": [QUICK]}, {**asked, "fused_with": []}, {**asked, "fused_with": [SMALL]}):
-        with pytest.raises(UserError, match=r"policy\.fused_with"):
-            policy_config("draft_model", wrong)
+    for wrong, fix in {
+        "with": "set both", "": "leave it out, or name another drafter", SMALL: "leave it out, or name another",
+        f"{QUICK} {SMALL} {QUICK} more": rf"set policy\.fused_with=\[{QUICK},more\]",
+    }.items():  # fmt: skip
+        changed = {"fused_with": [QUICK]} if wrong == "with" else {**asked, "fused_with": wrong.split()}
+        with pytest.raises(UserError, match=rf"policy\.fused_with.*{fix}"):
+            policy_config("draft_model", changed)
     with pytest.raises(UserError, match=r"policy\.fused_with"):
         run(workload(1, 5, 4), make_policy("draft_model", {**asked, "fused_with": ["other"]}), joint())

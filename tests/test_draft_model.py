@@ -175,7 +175,7 @@ def test_what_is_recorded_of_a_drafter_is_kept_and_stated_ones_have_their_share(
     for wrong in (1.5, True, "0.7", {"a": {"x": 0.1}, "b": {"y": 0.1}}, {"a": {}}, {"a": 1.2}):
         with pytest.raises(UserError, match="drafted"):
             stated_exits(PROFILES[LARGE].model, (), (), drafted=wrong)
-    with pytest.raises(UserError, match="write it as a list"):
+    with pytest.raises(UserError, match=r"exits\.parameters=\[\]: layers and unchanged missing.*drafted=0\.7"):
         stated_exits(PROFILES[LARGE].model, (), ())
 
 

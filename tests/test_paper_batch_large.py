@@ -126,3 +126,18 @@ def test_stated_exits_that_do_not_fit_are_refused(layers: list[int], unchanged: 
     model = find_profile("codellama-34b", "2xa100-40gb").model
     with pytest.raises(UserError, match=f"exits.parameters.{key}"):
         stated_exits(model, layers, unchanged)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, r"exits\.parameters=\[\]: layers and unchanged missing"),
+        ({"confident": [0.5], "drafted": 0.7}, r"exits\.parameters=\['confident', 'drafted'\]: layers and unchanged"),
+        ({"layers": [16]}, r"exits\.parameters\.unchanged=\[\]: unchanged missing"),
+        ({"unchanged": [0.9], "drafted": 0.7}, r"exits\.parameters\.layers=\[\]: layers missing"),
+    ],
+)
+def test_what_is_missing_of_stated_exits_is_named_at_once(given: dict, said: str) -> None:
+    model = find_profile("codellama-34b", "2xa100-40gb").model
+    with pytest.raises(UserError, match=rf"{said}.*another model drafts.*Fix: .*layers=\[16\].*drafted=0\.7"):
+        stated_exits(model, **{"layers": (), "unchanged": (), **given})

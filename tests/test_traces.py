@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from calibrate.exits import traces  # noqa: E402
+from calibrate.exits.answers import characters, generated_trace  # noqa: E402
 from calibrate.exits.hidden import start_token, states, tokenized  # noqa: E402
 from calibrate.exits.texts import Split, passages  # noqa: E402
-from calibrate.exits.traces import characters  # noqa: E402
 from calibrate.stages import CannotRun  # noqa: E402
 from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.exits.rule import Confidence  # noqa: E402
@@ -120,10 +120,10 @@ def test_a_trace_that_lacks_time_holds_what_was_read_and_goes_on_later(tiny, tmp
     assert (lacking, rest.n_tokens, rest.tasks) == ("", whole.n_tokens, whole.tasks)
 
 
-def test_generated_answers_are_full_depths_own_choices(tiny) -> None:
+def test_generated_answers_are_full_depths_own_choices(tiny, tmp_path: Path) -> None:
     model, tokenizer, _ = tiny
-    trace, _ = traces.generated_trace(
-        model, tokenizer, ExitHeads.own((3,)), ORIGIN, ("code",), 2, 12, prompt_chars=60
+    trace, _ = generated_trace(
+        model, tokenizer, ExitHeads.own((3,)), ORIGIN, tmp_path, ("code",), 2, 12, prompt_chars=60
     )
     assert not trace.human_text
     assert trace.agree[:, -1].all()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,13 @@ class Passage:
     @property
     def domain(self) -> str:
         return domain_of(self.task)
+
+
+class Tokens(Protocol):
+    """A text as far as its length goes."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]: ...
 
 
 def tokenized(tokenizer: Any, text: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -74,7 +81,7 @@ def tokenized_passages(
     ]
 
 
-def batches(chosen: Sequence[Passage], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
+def batches(chosen: Sequence[Tokens], batch_tokens: int = _BATCH_TOKENS) -> Iterator[list[int]]:
     """Batches of passage indices of similar length, at most `batch_tokens` with padding; every passage once."""
     group: list[int] = []
     for i in sorted(range(len(chosen)), key=lambda i: len(chosen[i].tokens)):
@@ -90,21 +97,26 @@ def states(
     model: SegmentedModel, start: int, texts: Sequence[NDArray[np.int64]], depths: Sequence[int]
 ) -> list[Tensor]:
     """Hidden states (sum of n, d) at each depth, of all texts in order. Row i is the state that predicts token i."""
+    return read_rows(model, [np.concatenate(([start], tokens[:-1])) for tokens in texts], depths)
+
+
+def read_rows(model: SegmentedModel, rows: Sequence[NDArray[np.int64]], depths: Sequence[int]) -> list[Tensor]:
+    """Hidden states (sum of n, d) at each depth, of rows of n token ids that are read as they are, as one batch."""
     import torch
 
     from helios_sim.live.memory.kv import Packed
 
-    longest = max(map(len, texts))
+    longest = max(map(len, rows))
     if longest > model.architecture.max_context_tokens:
         context = model.architecture.max_context_tokens
-        raise CannotRun(f"a passage of the labelled texts has {longest} tokens, and the model takes {context}")
-    rows = np.full((len(texts), longest), start, dtype=np.int64)
-    for row, tokens in zip(rows, texts, strict=True):
-        row[1 : len(tokens)] = tokens[:-1]
-    attend = Packed(model.architecture, len(texts), longest, model.dtype, model.device)
-    real = np.arange(longest) < np.array([[len(tokens)] for tokens in texts])
+        raise CannotRun(f"a text to be read has {longest} tokens, and the model takes {context}")
+    ids = np.full((len(rows), longest), rows[0][0], dtype=np.int64)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    attend = Packed(model.architecture, len(rows), longest, model.dtype, model.device)
+    real = np.arange(longest) < np.array([[len(row)] for row in rows])
     keep = torch.from_numpy(np.flatnonzero(real)).to(model.device)
-    hidden = model.embed(torch.from_numpy(rows.ravel()).to(model.device), attend.positions)
+    hidden = model.embed(torch.from_numpy(ids.ravel()).to(model.device), attend.positions)
     found, done = [], 0
     for depth in depths:
         hidden = model.run(hidden, done, depth, attend)

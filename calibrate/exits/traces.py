@@ -1,8 +1,7 @@
-"""Exit traces of a real model with its heads: on texts, and on its own answers.
+"""Exit traces of a real model with its heads, on texts; `calibrate.exits.answers` has those on its own answers.
 
 A reference trace reads held-out text as it stands: every token is predicted from the text before it. The traces of all
-models cover the same passages, so that they can be aligned by characters. A generated trace writes greedy answers to
-prompts at full depth and records what every exit would have said.
+models cover the same passages, so that they can be aligned by characters.
 
 If the model computes in bfloat16, its logits are rounded to 8 bits, too coarse for confidences and for choices among
 near ties. So `observe` computes the largest logits and the reference's again in float32 from the same hidden state. The
@@ -27,10 +26,9 @@ from numpy.typing import NDArray
 from calibrate.drafts import kept
 from calibrate.exits.hidden import Passage, batches, start_token, states, tokenized_passages
 from calibrate.exits.predictors import proposed
-from calibrate.exits.texts import PROSE_TASKS, TASKS, Split, prompts
+from calibrate.exits.texts import PROSE_TASKS, TASKS, Split
 from calibrate.measure.devices import cpuinfo
 from helios_sim import files
-from helios_sim.errors import UserError
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.live.model.predictors import features, largest, signed
@@ -54,7 +52,6 @@ HELDOUT_CHARS = {  # together more than 50,000 tokens for each of the three mode
     "issues": 8_000,
 }
 PASSAGE_CHARS = 1_500
-GENERATED_TASKS = ("news", "fiction", "learned", "code", "humaneval", "dialogue", "qa", "writing")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,83 +186,9 @@ class _ExactView:
         return self._before.float(), self._state.float()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GreedyAnswer:
-    """One answer of n tokens, without the token that ends it."""
-
-    tokens: NDArray[np.int64]  # (n,)
-    chars: NDArray[np.int32]  # (n,), characters that each token adds to the decoded answer
-    columns: dict[str, NDArray[Any]]  # those of a trace by name, (n, E) each
-
-
-def answers(
-    model: SegmentedModel, tokenizer: Any, heads: ExitHeads, asked: Sequence[Sequence[int]], most_tokens: int
-) -> list[GreedyAnswer]:
-    """Greedy full-depth answers to prompts of token ids, each up to its end token."""
-    import torch
-
-    from helios_sim.live.memory.kv import DecodeStep, KvCache, PromptStep
-
-    depths = _neighbours((*heads.exits, model.architecture.n_layers))
-    longest = max(map(len, asked)) + most_tokens
-    cache = KvCache(model.architecture, model.n_loaded, len(asked), longest, model.dtype, model.device)
-    hidden: list[list[Tensor]] = []  # per step, per depth (B, d)
-    chosen: list[Tensor] = []  # per step (B,)
-    with torch.inference_mode():
-        first = []
-        for slot, tokens in enumerate(asked):
-            step = PromptStep(cache, slot, len(tokens))
-            ids = torch.tensor(tokens, device=model.device)
-            first.append([h[-1:] for h in _through(model, ids, step, depths)])
-        hidden.append([torch.cat(rows) for rows in zip(*first, strict=True)])
-        chosen.append(model.logits(hidden[-1][-1]).argmax(-1))
-        for t in range(most_tokens - 1):
-            lengths = [len(tokens) + t for tokens in asked]
-            decode = DecodeStep(cache, list(range(len(asked))), lengths)
-            hidden.append(_through(model, chosen[-1], decode, depths))
-            chosen.append(model.logits(hidden[-1][-1]).argmax(-1))
-    tokens = torch.stack(chosen, dim=1).cpu().numpy()  # (B, T)
-    states = [torch.stack([step[e] for step in hidden], dim=1) for e in range(len(depths))]  # (B, T, d) each
-    ends = _end_tokens(tokenizer)
-    found = []
-    for b, row in enumerate(tokens):
-        stops = np.flatnonzero(np.isin(row, ends))
-        n = int(stops[0]) if len(stops) else len(row)
-        if n == 0:
-            continue
-        before, after = states[::2], states[1::2]
-        seen = observe(model, heads, [t[b, :n] for t in after], row[:n], [t[b, :n] for t in before])
-        found.append(GreedyAnswer(row[:n], characters(tokenizer, row[:n]), seen.columns))
-    return found
-
-
-def characters(tokenizer: Any, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Characters (n,) that each token adds to the decoded answer. A split character counts where it is complete."""
-    lengths = []
-    for n in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:n].tolist(), clean_up_tokenization_spaces=False)
-        lengths.append(len(text.rstrip("\N{REPLACEMENT CHARACTER}")))
-    return np.diff(np.maximum.accumulate(np.array(lengths, dtype=np.int32)), prepend=np.int32(0))
-
-
-def _neighbours(exits: Sequence[int]) -> list[int]:
+def neighbours(exits: Sequence[int]) -> list[int]:
     """Each exit's depth, behind the depth one layer before it."""
     return [depth - back for depth in exits for back in (1, 0)]
-
-
-def _through(model: SegmentedModel, tokens: Tensor, step: Any, depths: Sequence[int]) -> list[Tensor]:
-    hidden, done, found = model.embed(tokens, step.positions), 0, []
-    for depth in depths:
-        hidden = model.run(hidden, done, depth, step)
-        done = depth
-        found.append(hidden)
-    return found
-
-
-def _end_tokens(tokenizer: Any) -> list[int]:
-    known = tokenizer.get_vocab()
-    names = (tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<eos>")
-    return [known[name] for name in names if name in known]
 
 
 class TimeSpent(Exception):
@@ -275,7 +198,7 @@ class TimeSpent(Exception):
 Tell = Callable[[str, float | None], None]  # told what was done, and what share of the whole
 
 
-def _quiet(text: str, share: float | None) -> None:
+def quiet(text: str, share: float | None) -> None:
     """Tells it to no one."""
 
 
@@ -295,7 +218,7 @@ def reference_trace(
     origin: TraceOrigin,
     scratch: Path,
     chars: Mapping[str, int] | None = None,
-    tell: Tell = _quiet,
+    tell: Tell = quiet,
     left_s: Callable[[], float] | None = None,
     predictors: Predictors | None = None,
 ) -> tuple[ExitTrace, str]:
@@ -325,7 +248,7 @@ def reference_trace(
         ends = np.cumsum([len(chosen[i].tokens) for i in group])[:-1]
         split = {name: np.split(values, ends) for name, values in found.items()}
         for j, i in enumerate(group):
-            _keep(files[i], {name: pieces[j] for name, pieces in split.items()})
+            save_columns(files[i], {name: pieces[j] for name, pieces in split.items()})
         pace_s = max(pace_s, (time.monotonic() - began_s) / tokens)
         tell(f"batch {b + 1} of {len(groups)}", (b + 1) / len(groups))
     order = [i for i, path in enumerate(files) if path.is_file()]
@@ -335,9 +258,9 @@ def reference_trace(
     without = [task for task in dict.fromkeys(p.task for p in chosen) if task not in tasks]
     lacking = "" if len(order) == len(chosen) else f"{len(order)} of {len(chosen)} passages were read"
     lacking += f", none of {', '.join(without)}" if without else ""
-    return _trace(
+    return joined(
         origin, model, depths, tasks, [tasks.index(chosen[i].task) for i in order], [chosen[i].chars for i in order],
-        [_columns(files[i]) for i in order], human_text=True,
+        [load_columns(files[i]) for i in order], human_text=True,
         what="held-out text that people wrote, read passage by passage",
     ), lacking  # fmt: skip
 
@@ -348,15 +271,17 @@ def _fingerprint(passage: Passage, by: str) -> str:
 
 def _kept(path: Path) -> dict[str, NDArray[Any]] | None:
     """A passage's columns from an interrupted call; None if there are none, or they are damaged."""
-    return kept(path, _columns)
+    return kept(path, load_columns)
 
 
-def _columns(path: Path) -> dict[str, NDArray[Any]]:
+def load_columns(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a file by name."""
     with np.load(path, allow_pickle=False) as columns:
         return {name: columns[name] for name in columns.files}
 
 
-def _keep(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+def save_columns(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    """Write the arrays into a file, whole or not at all."""
     with files.replacing(path) as file:
         np.savez(file, allow_pickle=False, **columns)
 
@@ -372,69 +297,12 @@ def _read(
     import torch
 
     with torch.inference_mode():
-        hidden = states(model, start, [p.tokens for p in chosen], _neighbours(depths))
+        hidden = states(model, start, [p.tokens for p in chosen], neighbours(depths))
     tokens = np.concatenate([p.tokens for p in chosen])
     return observe(model, heads, hidden[1::2], tokens, hidden[::2], predictors).columns
 
 
-def generated_trace(
-    model: SegmentedModel,
-    tokenizer: Any,
-    heads: ExitHeads,
-    origin: TraceOrigin,
-    tasks: Sequence[str] = GENERATED_TASKS,
-    prompts_a_task: int = 6,
-    answer_tokens: int = 64,
-    tell: Tell = _quiet,
-    prompt_chars: int = 400,
-    left_s: Callable[[], float] | None = None,
-) -> tuple[ExitTrace, str]:
-    """The trace of greedy full-depth answers to held-out prompts of the tasks. A task's prompts are one batch.
-
-    Also what it lacks, in words: tasks for which there was no time, by what the slowest so far took of the seconds that
-    `left_s` says are left (None: no limit). Tasks with only empty answers are left out. Raises TimeSpent where there
-    was time for none, and UserError if all answers are empty.
-    """
-    depths = (*heads.exits, model.architecture.n_layers)
-    parts, chars, task_of, kept = [], [], [], []
-    slowest_s, done = 0.0, 0
-    for task in tasks:
-        began_s = time.monotonic()
-        if left_s is not None and left_s() <= slowest_s:
-            break
-        asked = [
-            _asked(tokenizer, prompt, model.architecture.vocab_size)
-            for prompt in prompts(task, prompts_a_task, prompt_chars)
-        ]
-        found = [a for a in answers(model, tokenizer, heads, asked, answer_tokens) if a.chars.sum()]
-        done, slowest_s = done + 1, max(slowest_s, time.monotonic() - began_s)
-        tell(f"{task}, {sum(len(a.chars) for a in found)} tokens", done / len(tasks))
-        if found:
-            kept.append(task)
-        for answer in found:
-            parts.append(answer.columns)
-            chars.append(answer.chars)
-            task_of.append(len(kept) - 1)
-    if not done:
-        raise TimeSpent("no time is left for one answer")
-    if not parts:
-        raise UserError("model", origin.model, "answers with at least one character", "give other prompts or tokens")
-    return _trace(
-        origin, model, depths, tuple(kept), task_of, chars, parts, human_text=False,
-        what=f"its own greedy answers of at most {answer_tokens} tokens to held-out prompts",
-    ), "" if done == len(tasks) else f"no answers to {', '.join(tasks[done:])}"  # fmt: skip
-
-
-def _asked(tokenizer: Any, prompt: str, vocab_size: int) -> list[int]:
-    """Token ids of the prompt: as a chat if the model has a template, else the plain text after a start token."""
-    if tokenizer.chat_template is not None:
-        talk = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return [start_token(tokenizer, vocab_size), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-
-
-def _trace(
+def joined(
     origin: TraceOrigin,
     model: SegmentedModel,
     depths: Sequence[int],
@@ -445,6 +313,7 @@ def _trace(
     human_text: bool,
     what: str,
 ) -> ExitTrace:
+    """The trace of texts, each with its task's number, its tokens' characters and its columns by name."""
     lengths = [len(c) for c in chars]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     rounded = {name: short(values) for name, values in columns.items() if name != "agree"}

@@ -22,6 +22,7 @@ from calibrate.report.device import (
     memory_section,
     times_section,
 )
+from calibrate.report.drafters import draft_sentences, drafts_section
 from calibrate.report.exits import exit_sections
 from calibrate.report.page import Highlight, Page, Section
 from calibrate.report.potential import potential_section
@@ -53,6 +54,7 @@ class Results:
     own_exits: ExitTrace | None = None  # of which that is told
     card: Profile | None = None  # by which it is priced
     trained: Mapping[str, Any] | None = None  # result of the stage that trained the model for early exit
+    joint: ExitTrace | None = None  # of answers, with what drafters predict for them
     predictors: Mapping[str, Any] | None = None  # what predictors reach by exit, on texts kept from them
 
 
@@ -80,10 +82,12 @@ def make_page(
         sections.append(potential_section(results.potential))
     if results.trained is not None:
         sections.append(trained_section(results.trained))
-    if results.profile is not None or results.trace is not None:
+    if results.joint is not None:
+        sections.append(drafts_section(results.joint))
+    if results.profile is not None or results.trace is not None or results.joint is not None:
         sections.append(_use_section(use, results))
     sections.append(_provenance_section(results))
-    known = (results.profile, results.trace, results.own_exits, results.card)
+    known = (results.profile, results.trace, results.own_exits, results.card, results.joint)
     inputs = [source.provenance for source in known if source is not None]
     where = "" if results.facts is None else f" on {results.facts['name']}"
     page = Page(
@@ -123,6 +127,8 @@ def _verdict(config: CalibrateConfig, results: Results, statistics: Sequence[Exi
         found += sentences(results.potential, config.model.name)
     if results.trained is not None:
         found += verdict(results.trained["compared"])
+    if results.joint is not None:
+        found += draft_sentences(results.joint)
     for depth, reached in (results.predictors or {}).items():
         found.append(
             f"A predictor at layer {depth} lets {reached['leaves']:.1%} of the tokens leave and changes "
@@ -191,6 +197,9 @@ def _warnings(
 
 
 def _use_section(use: Sequence[str], results: Results) -> Section:
+    if results.profile is None and results.joint is not None:
+        text = ["The joint trace says which drafts are accepted; models outside the catalogue take profiles of theirs:"]
+        return Section("use", "Simulate from this", text=text, commands=list(use))
     if not use:
         text = ["A profile is missing: call again with the same out and more time, and without task or with task=all."]
         return Section("use", "Simulate from this", text=text)
@@ -205,6 +214,7 @@ def _provenance_section(results: Results) -> Section:
         "profile": results.profile,
         "trace": results.trace,
         "answers": results.answers,
+        "joint trace": results.joint,
         "own exits": results.own_exits,
         "times on the card": results.card,
     }

@@ -6,6 +6,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +20,12 @@ from calibrate.exits.potential import potential
 from calibrate.exits.reliability import ExitStatistics
 from calibrate.measure.ceilings import Ceilings
 from calibrate.report.calibration import Results, make_page
+from calibrate.report.drafters import drafts_summary
 from calibrate.report.exits import exit_summary
 from calibrate.report.page import Page, render
-from calibrate.schema import POTENTIAL, PREDICTORS, TRAIN_EXITS, CalibrateConfig
+from calibrate.schema import CARD, DRAFTERS, POTENTIAL, PREDICTORS, TRAIN_EXITS, CalibrateConfig
 from calibrate.stages import Finished, StageOutcome, StageStatus
-from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, PROFILE, SPEC, TRACES
+from calibrate.work import ADAPTERS, ANSWERS, CEILINGS, JOINT, PROFILE, SPEC, TRACES
 from helios_sim import files
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence
@@ -31,7 +33,7 @@ from helios_sim.exits.store import SHIPPED, load_trace, read_trace
 from helios_sim.exits.trace import ExitTrace
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.resolve import profile_of
-from helios_sim.profile.shapes import Shape
+from helios_sim.profile.shapes import Shape, shape_of
 from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import command_given
@@ -72,6 +74,9 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
     if profile is not None and trace is not None:  # the mean over the whole traced text
         chars_per_token = float(trace.chars.sum() / trace.n_tokens)
         profile = replace(profile, model=replace(profile.model, chars_per_token=chars_per_token))
+    joint = None
+    if DRAFTERS in finished:
+        joint = read_trace(finished[DRAFTERS].part(JOINT) / config.model.name)
     own, card, found = None, None, None
     if POTENTIAL in finished:
         stage = finished[POTENTIAL]
@@ -93,6 +98,7 @@ def _results(config: CalibrateConfig, finished: Mapping[str, Finished]) -> Resul
         own_exits=own,
         card=card,
         trained=finished[TRAIN_EXITS].result if TRAIN_EXITS in finished else None,
+        joint=joint,
         predictors=finished[PREDICTORS].result["reached"] if PREDICTORS in finished else None,
     )
 
@@ -124,11 +130,15 @@ def _write_for_use(config: CalibrateConfig, folder: Path, results: Results) -> l
         _replace(folder / "trace", folder / "stages" / TRACES / "trace")
     if results.answers is not None:
         _replace(folder / "answers", folder / "stages" / ANSWERS / "trace")
+    if results.joint is not None:
+        _replace(folder / JOINT, folder / "stages" / DRAFTERS / JOINT)
     if (heads := folder / "stages" / ADAPTERS / "heads").is_dir():
         _replace(folder / "heads", heads)
     trained = folder / "stages" / TRAIN_EXITS
     if (trained / CHANGE).is_dir():
         _written(folder / TRAINED, lambda draft: _join(draft, trained))
+    if results.profile is None and results.joint is not None:
+        return _use_joint(results.joint, folder / JOINT)
     if results.profile is None:
         return [] if results.trained is None else _use_trained(config, folder / TRAINED)
     profile = results.profile
@@ -147,6 +157,21 @@ def _use_trained(config: CalibrateConfig, place: Path) -> list[str]:
     """The command that measures the trained model in full."""
     name = config.model.name
     return [shlex.join(["python", "-m", "calibrate", f"model={place}", f"model.name={name}", f"heads={place}"])]
+
+
+def _use_joint(joint: ExitTrace, place: Path) -> list[str]:
+    """The command in which the first drafter drafts, where the catalogue has the shapes of both models."""
+    drafter = next(iter(joint.drafters))
+    with suppress(UserError):
+        for name in (drafter, joint.model):
+            shape_of(name)
+        words = [
+            f"models=[{drafter},{joint.model}]", f"hardware={CARD}", f"exits.source={place}/{{model}}",
+            "~workload.mix.tasks", f"+workload.mix.tasks={{{', '.join(f'{task}: 1' for task in joint.tasks)}}}",
+            "policy=draft_model", f"policy.drafter={drafter}", f"policy.model={joint.model}",
+        ]  # fmt: skip
+        return [shlex.join(["python", "-m", "helios_sim", *words])]
+    return []
 
 
 def _replace(place: Path, source: Path) -> None:
@@ -190,6 +215,7 @@ def _summary(
         "configuration": asdict(config),
         "profile": None if profile is None else profile.provenance.provenance_class,
         "trace": None if results.trace is None else results.trace.provenance.provenance_class,
+        **({} if results.joint is None else {"joint trace": results.joint.provenance.provenance_class}),
         **({} if results.own_exits is None else {"own exits": results.own_exits.provenance.provenance_class}),
         **({} if results.card is None else {"times on the card": results.card.provenance.provenance_class}),
     }
@@ -197,7 +223,7 @@ def _summary(
         "interpolation", "whole_iterations", "below_floor", "host", "serving", "memory", "loads", "energy",
         "energy_absent",
     )  # fmt: skip
-    names = ("profile", "trace", "answers", "heads", TRAINED)
+    names = ("profile", "trace", "answers", JOINT, "heads", TRAINED)
     paths = {name: str(folder / name) for name in names if (folder / name).is_dir()}
     return {
         "schema_version": 1,
@@ -220,6 +246,7 @@ def _summary(
         "exits": exit_summary(statistics) or None,
         **({} if results.potential is None else {"potential": results.potential.to_json()}),
         **({} if results.trained is None else {"trained": dict(results.trained)}),
+        **({} if results.joint is None else {"drafts": drafts_summary(results.joint)}),
         **({} if results.predictors is None else {"predictors": dict(results.predictors)}),
         "paths": {**paths, "report": str(folder / "report.html")},
         "use": list(use),

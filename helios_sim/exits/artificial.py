@@ -16,6 +16,10 @@ from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.request import token_counts
 
 STATED = "exits.source=stated"  # the command of a provenance
+_STATE = (
+    "state exits as +exits.parameters.layers=[16] +exits.parameters.unchanged=[0.9], the drafts of another model as "
+    "+exits.parameters.drafted=0.7"
+)
 _TOKENS = 1000  # so that a fractional number of characters per token comes out to 0.1 %
 
 
@@ -98,9 +102,9 @@ def stated_exits(
     tasks, by_drafter = _drafted(drafted)
     lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
     for key, values in lists.items():
-        if not isinstance(values, list | tuple) or not (values or drafted is not None):
-            allowed = "a list with one or more values: +exits.parameters.layers=[16] +exits.parameters.unchanged=[0.9]"
-            raise UserError(f"exits.parameters.{key}", values, allowed, "write it as a list")
+        if not isinstance(values, list | tuple):
+            raise UserError(f"exits.parameters.{key}", values, "a list, with a value for each exit", _STATE)
+    _check_given(layers, unchanged, confident, drafted)
     depths = [int(n) if isinstance(n, int) and not isinstance(n, bool) else 0 for n in layers]
     if any(not low < n < model.n_layers for low, n in zip((0, *depths), depths, strict=False)):
         allowed = f"whole numbers from 1 to {model.n_layers - 1}, ascending: layers of {model.name} before its last"
@@ -158,6 +162,21 @@ def _drafted(stated: object) -> tuple[tuple[str, ...], dict[str, dict[str, float
             raise UserError("exits.parameters.drafted", stated, allowed, fix)
         found[str(name)] = {task: float(each[task]) for task in tasks}
     return tasks, found
+
+
+def _check_given(layers: Sequence[int], unchanged: Sequence[float], confident: object, drafted: object) -> None:
+    """UserError, with all that is missing, unless exits are stated, or the drafts of another model, or both."""
+    needed = ("layers", layers), ("unchanged", unchanged)
+    missing = [key for key, values in needed if not values]
+    if not missing or (len(missing) == 2 and drafted is not None and confident is None):
+        return
+    given = [key for key, values in (*needed, ("confident", confident), ("drafted", drafted)) if values]
+    allowed = (
+        f"{' and '.join(missing)} missing: exits.source=stated takes layers with the share of tokens that each leaves "
+        "unchanged, or the share that another model drafts, or both"
+    )
+    key = "exits.parameters" if len(missing) > 1 else f"exits.parameters.{missing[0]}"
+    raise UserError(key, given if len(missing) > 1 else [], allowed, _STATE)
 
 
 def _check_shares(key: str, shares: Any, depths: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,8 +157,14 @@ def _of_all_layers(
 
 def require_one_tokenizer(models: Mapping[str, LiveModel], model: str, drafter: str) -> None:
     """UserError unless the drafter's tokens are those of the model that verifies them."""
-    if models[model].tokenizer.get_vocab() != models[drafter].tokenizer.get_vocab():
+    if not are_one_tokenizer(models[model].tokenizer, models[drafter].tokenizer):
         raise UserError(
             "policy.drafter", drafter, f"live, a model with the very tokenizer of {model}, whose tokens it drafts",
             "name models of one family, or set mode=simulate",
         )  # fmt: skip
+
+
+def are_one_tokenizer(ours: Any, theirs: Any) -> bool:
+    """Whether a token of one is the same token of the other, so that what one model drafts another can verify."""
+    same: bool = ours.get_vocab() == theirs.get_vocab()
+    return same

@@ -53,10 +53,11 @@ class DraftModelParameters:
         if self.fused_with is not None and (self.drafter is None or self.drafter_on is None):
             allowed = "null, unless policy.drafter and policy.drafter_on are set: fused drafts are made side by side"
             raise UserError("policy.fused_with", self.fused_with, allowed, "set both, or leave it out")
-        if self.fused_with is not None and (
-            not self.fused_with or len({self.drafter, *self.fused_with}) <= len(self.fused_with)
-        ):
-            raise UserError("policy.fused_with", self.fused_with, "models beside the drafter, each once", "correct it")
+        others = list(dict.fromkeys(name for name in self.fused_with or () if name != self.drafter))
+        if self.fused_with is not None and (not others or others != self.fused_with):
+            allowed = f"models beside the drafter, {self.drafter}, each once"
+            fix = f"set policy.fused_with=[{','.join(others)}]" if others else "leave it out, or name another drafter"
+            raise UserError("policy.fused_with", self.fused_with, allowed, fix)
 
     @property
     def own_card(self) -> OwnCard | None:
