@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import helios_sim
-from helios_sim.provenance import command_given
+from helios_sim.provenance import command_given, commit
 from helios_sim.report.result import Gate
 from helios_sim.study.command import end
 
@@ -65,3 +65,24 @@ def test_a_process_ends_with_its_status_once_all_that_was_registered_is_done() -
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "said at the end\n")
+
+
+def test_a_checkout_is_named_by_its_commit_and_whether_it_was_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "a.py").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+
+    def told(*words: str) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert commit(folder) is None
+    told("init")
+    assert commit(folder) is None
+    told("add", ".")
+    told("commit", "-m", "first")
+    (folder / "new.py").write_text("not one of its files")
+    first = told("rev-parse", "HEAD")
+    assert commit(folder) == first
+    (folder / "a.py").write_text("2")
+    assert commit(folder) == f"{first}-dirty"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from helios_sim.report.intervals import (
     stretches,
 )
 from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, meets
-from helios_sim.report.percentiles import percentile_and_without
+from helios_sim.report.percentiles import Ranked
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo, Status
 
@@ -194,6 +194,7 @@ class _Requests:
     records: Records
     rows: NDArray[np.bool_]
     n: int
+    latest: dict[str, Ranked] = field(default_factory=dict)  # of one time, whose percentiles are asked for in a row
 
     @classmethod
     def of(cls, records: Records, other: Records | None = None) -> _Requests:
@@ -212,6 +213,17 @@ class _Requests:
             return np.where(gaps > 0, decode_ns / np.maximum(gaps, 1), 0.0), gaps > 0
         until = {"queue_s": r.scheduled_ns, "ttft_s": r.first_token_ns, "e2e_s": r.last_token_ns}[name]
         return (until.values - r.arrival_ns)[rows], None
+
+    def ranked(self, name: str) -> Ranked | None:
+        """A time where it is defined; None: nowhere."""
+        if name not in self.latest:
+            self.latest.clear()
+            values, defined = self.time_ns(name)
+            counted = np.ones(self.n, np.bool_) if defined is None else defined
+            if not counted.any():
+                return None
+            self.latest[name] = Ranked(values, counted)
+        return self.latest[name]
 
     def count(self, name: str) -> IntArray:
         """(n,) whole numbers; of bits that are not known 0: then no figure is."""
@@ -247,13 +259,12 @@ def _statistic(name: str, requests: _Requests) -> _Statistic | None:
     time, _, statistic = name.rpartition("_")
     if time not in _TIMES or statistic not in ("mean", *_QUANTILES):
         return None
+    if statistic != "mean":
+        ranked = requests.ranked(time)
+        return None if ranked is None else _Statistic(*ranked.percentile_and_without(_QUANTILES[statistic]))
     values, defined = requests.time_ns(time)
     counted = np.ones(requests.n, np.bool_) if defined is None else defined
-    if not counted.any():
-        return None
-    if statistic == "mean":
-        return _of_sums(values, counted)
-    return _Statistic(*percentile_and_without(values, counted, _QUANTILES[statistic]))
+    return _of_sums(values, counted) if counted.any() else None
 
 
 def _of_sums(above: FloatArray | IntArray, below: IntArray | NDArray[np.bool_]) -> _Statistic | None:

@@ -16,23 +16,29 @@ Values = NDArray[np.float64] | NDArray[np.int64]
 IntArray = NDArray[np.intp]
 
 
-def percentile_and_without(
-    values: Values, counted: NDArray[np.bool_], q: int
-) -> tuple[FloatArray, FloatArray | None]:
-    """The q-th percentile of the `counted` values, at least one, as `numpy.percentile` defines it.
+class Ranked:
+    """Values in ascending order, for several percentiles of them; those that are `counted`, at least one."""
 
-    And (stretches,) the same without the values in each stretch of all, NaN where none is left; None: too few of them
-    for that.
-    """
-    places = np.flatnonzero(counted)
-    by_rank = places[np.argsort(values[places], kind="stable")]
-    ranked, n, ends = values[by_rank], len(by_rank), stretches(len(values))
-    whole = np.array(_percentile(ranked, np.zeros(0, np.intp), q))
-    if len(ends) < 3 or n * min(q, 100 - q) < 100 * FEWEST_BEYOND:
-        return whole, None
-    stretch = np.searchsorted(ends, by_rank, "right") - 1
-    ranks = [np.flatnonzero(stretch == each) for each in range(len(ends) - 1)]
-    return whole, np.array([_percentile(ranked, own, q) if len(own) < n else np.nan for own in ranks])
+    def __init__(self, values: Values, counted: NDArray[np.bool_]) -> None:
+        places = np.flatnonzero(counted)
+        self._by_rank = places[np.argsort(values[places], kind="stable")]
+        self._ranked, self._ends = values[self._by_rank], stretches(len(values))
+        self._ranks: list[IntArray] | None = None  # of the values in each stretch
+
+    def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
+        """The q-th percentile as `numpy.percentile` defines it.
+
+        And (stretches,) the same without the values in each stretch of all, NaN where none is left; None: too few of
+        them for that.
+        """
+        ranked, n, ends = self._ranked, len(self._ranked), self._ends
+        whole = np.array(_percentile(ranked, np.zeros(0, np.intp), q))
+        if len(ends) < 3 or n * min(q, 100 - q) < 100 * FEWEST_BEYOND:
+            return whole, None
+        if self._ranks is None:
+            stretch = np.searchsorted(ends, self._by_rank, "right") - 1
+            self._ranks = [np.flatnonzero(stretch == each) for each in range(len(ends) - 1)]
+        return whole, np.array([_percentile(ranked, own, q) if len(own) < n else np.nan for own in self._ranks])
 
 
 def _percentile(ranked: Values, out: IntArray, q: int) -> float:

@@ -98,7 +98,7 @@ def _given(ax: Axes, drawing: Drawing) -> Iterator[dict[str, Any]]:
     """Series whose values the figure gives by itself, since they cannot be read from what is drawn."""
     for series in drawing.series:
         if series.axes is ax:
-            values = [[_short(x), _short(y)] for x, y in zip(series.x, series.y, strict=True)]
+            values = [[_short(x), _short(y)] for x, y in zip(series.x.tolist(), series.y.tolist(), strict=True)]
             yield {"label": series.label, "kind": "given", "color": series.color, "ids": [], "values": values}
 
 
