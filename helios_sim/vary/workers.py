@@ -34,6 +34,8 @@ SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
 FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
 # How Ray is told to listen on 127.0.0.1 alone, which it does by itself on some systems: read when it is imported.
 ON_THIS_MACHINE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Ray's agents write their titles over their environments, where the guard looks for its mark, unless this is set.
+MARK_STAYS = ("SPT_NOENV", "1")
 START_S = 60.0  # that workers of a cluster have to start, before it is looked at whether any machine is left
 MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
 
@@ -78,6 +80,7 @@ class Workers:
             self._own = place.address in (None, "local") and "RAY_ADDRESS" not in os.environ
             if self._own:
                 os.environ.setdefault(*ON_THIS_MACHINE)
+                os.environ.setdefault(*MARK_STAYS)
             self._ray = need("ray", "sweep.backend", place.backend)
             self._connect()
 
