@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from helios_sim.core import arrive, blocks, depths, layout, machine, schedule, triggers
+from helios_sim.core import arrive, blocks, depths, layout, machine, power, schedule, triggers
 from helios_sim.core.layout import FREED, NEVER, REQUEST, RULES, STATE, Line, Lists, Storage, Trace
 from helios_sim.core.prefix import Prefix
 from helios_sim.policy.deployment import Drained
 from rig import Scripted, full_depth, serve, workload
 
 STORAGE = Storage(compiled=False)
+MARK_NS = power.MARK_EVERY_NS
 
 
 def record(kind: layout.Kind, **values: int) -> Any:
@@ -161,6 +162,36 @@ def test_what_waits_and_has_started_is_no_arrival(ref: int, expected: bool) -> N
     )  # fmt: skip
     marks = STORAGE.rows(layout.MARK, 1)
     assert (triggers.first_fired(state, record(RULES), requests, line, watch, marks, 0) == 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("awaits_answers", "running", "expected"), [(1, 0, True), (1, 1, False), (0, 0, False), (0, 1, False)]
+)
+def test_a_change_that_waits_for_answers_goes_on_once_all_are_there(
+    awaits_answers: int, running: int, expected: bool
+) -> None:
+    """What waits for a load instead is told by the load, not by an empty card."""
+    state = record(STATE, pending=1, room_blocks=NEVER, awaits_answers=awaits_answers, running=running)
+    line = Line(*(STORAGE.numbers(2) for _ in Line._fields))
+    watch = layout.Watch(
+        STORAGE.filled(layout.TRIGGER, []), STORAGE.filled(layout.WINDOW, []), STORAGE.numbers(0, 0)
+    )  # fmt: skip
+    requests, marks = STORAGE.rows(REQUEST, 1), STORAGE.rows(layout.MARK, 1)
+    assert triggers.turn_is_due(state, record(RULES), requests, lists(), line, watch, marks) == expected
+
+
+@pytest.mark.parametrize(
+    ("start_ns", "end_ns", "times_ns"),
+    [(0, MARK_NS - 1, []), (0, MARK_NS, [MARK_NS]), (MARK_NS, MARK_NS + 1, [MARK_NS]),
+     (MARK_NS - 1, MARK_NS, [MARK_NS]), (MARK_NS, 2 * MARK_NS, [MARK_NS, 2 * MARK_NS])],
+)  # fmt: skip
+def test_what_was_drawn_is_marked_after_so_much_time_and_no_earlier(
+    start_ns: int, end_ns: int, times_ns: list[int]
+) -> None:
+    state, marks = record(STATE), STORAGE.rows(layout.MARK, power.MARKS)
+    power.note_drawn(state, marks, start_ns, end_ns, 7)
+    assert [marks[k].time_ns for k in range(state.marks)] == times_ns
+    assert state.drawn_ns == 7
 
 
 def test_a_preempted_request_starts_no_second_time() -> None:
