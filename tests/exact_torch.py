@@ -47,12 +47,20 @@ def turn_and_write(
     return q
 
 
+def write(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, angles: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+) -> None:  # fmt: skip
+    """As `kernels.turn.write`."""
+    turn_and_write(k, k, v, keys, values, slots, positions, angles, None if norm is None else (norm[0], *norm))
+
+
 def decode(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
     angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
-    tiles: Any = None, whole: bool = False,
+    tiles: Any = None, firsts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `kernels.attention.decode`."""
+    """As `kernels.attention.decode`. K and V of all rows are written before any attends, whatever `firsts` says."""
     q = turn_and_write(q, k, v, keys, values, slots, positions, angles, norms)
     slot = torch.where(slots >= -1, slots, -2 - slots)
     at = torch.arange(keys.shape[2])
@@ -68,8 +76,10 @@ def decode(
 
 @contextmanager
 def exact() -> Iterator[ExactTorch]:
-    """Attention of decodes by `decode` above, for models and caches with the kernels that are given."""
+    """Attention of decodes by `decode` and `write` above, for models and caches with the kernels that are given."""
     attention = pytest.importorskip("helios_sim.live.kernels.attention")
+    turn = pytest.importorskip("helios_sim.live.kernels.turn")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "decode", decode)
+        patch.setattr(turn, "write", write)
         yield EXACT

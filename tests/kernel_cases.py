@@ -31,7 +31,7 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.kernels import activation, attention, gemv, head, norms, turn
 from helios_sim.live.kernels.card import TRITON
 from helios_sim.live.kernels.interface import TORCH, UNKNOWN, Inside
-from helios_sim.live.memory.decodes import decode_step
+from helios_sim.live.memory.decodes import decode_step, first_positions
 from helios_sim.live.memory.kv import KvCache
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.heads import ExitHeads
@@ -48,7 +48,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """Requests of these lengths (the new token included) in these slots; -1 is padding, -2 - s writes to slot s."""
+    """Requests of these lengths (the new token included) in these slots; -1 is padding, -2 - s writes to slot s.
+
+    A slot that comes several times is one request, whose rows are different tokens.
+    """
 
     heads: int
     kv_heads: int
@@ -67,7 +70,16 @@ class Attention:
         more = f"{'' if self.splits is None else f', {self.splits} splits'}{', normed' if self.normed else ''}"
         window = "" if self.window is None else f", window {self.window}"
         several = f"{len(self.lengths)} of up to {max(self.lengths)}" if len(self.lengths) > 6 else list(self.lengths)
-        return f"attention {shape}, lengths {several}{more}{window}, {str(self.dtype)[6:]}"
+        rows = "" if not self.repeated else f" in {list(self.slots)}"
+        return f"attention {shape}, lengths {several}{rows}{more}{window}, {str(self.dtype)[6:]}"
+
+    @property
+    def repeated(self) -> bool:
+        return any(slot >= 0 and self.slots.count(slot) > 1 for slot in self.slots)
+
+    def first(self, row: int) -> int:
+        """The position of the first row of the row's request."""
+        return min(n - 1 for n, slot in zip(self.lengths, self.slots, strict=True) if slot == self.slots[row])
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -106,7 +118,7 @@ def attend(case: Attention) -> dict[str, float]:
     angle = torch.arange(tokens)[:, None] * frequency
     angles = torch.cat((angle.cos(), angle.sin()), 1)
     weights = (drawn(d, dtype=dtype), drawn(d, dtype=dtype))
-    wanted = torch.zeros(n, h, d, dtype=torch.float64)
+    wanted, queries = torch.zeros(n, h, d, dtype=torch.float64), []
     for row, (length, slot) in enumerate(zip(case.lengths, case.slots, strict=True)):
         if slot == -1:
             continue
@@ -117,6 +129,8 @@ def attend(case: Attention) -> dict[str, float]:
         if not case.turned:
             query, key = (turned(x, angles, length - 1).to(dtype) for x in (query, key))
         wanted_keys[place, :, length - 1], wanted_values[place, :, length - 1] = key, v[row]
+        queries.append((row, length, slot, query))
+    for row, length, slot, query in queries:
         if slot < 0:
             continue
         first = 0 if case.window is None else max(0, length - case.window)
@@ -128,9 +142,14 @@ def attend(case: Attention) -> dict[str, float]:
     with interpreted.reads([keys, values]) as counted:
         at = torch.tensor(case.slots), torch.tensor(case.lengths) - 1
         turning = None if case.turned else angles, (*weights, EPS) if case.normed else None
-        got = attention.decode(q, k, v, keys, values, *at, d**-0.5, *turning, case.window, tiles)
-    past = [min(n - 1, (case.window or n) - 1) for n, slot in zip(case.lengths, case.slots, strict=True) if slot >= 0]
-    needed = 2 * sum(past) * kv * d * dtype.itemsize
+        firsts = first_positions(*at) if case.repeated else None
+        got = attention.decode(q, k, v, keys, values, *at, d**-0.5, *turning, case.window, tiles, firsts)
+    of_heads = 0  # tokens that are read of KV heads: those of rows beside it, by every head for itself
+    for row, (length, slot) in enumerate(zip(case.lengths, case.slots, strict=True)):
+        past = range(max(0, length - (case.window or length)), length - 1) if slot >= 0 else range(0)
+        later = sum(at >= case.first(row) for at in past) if case.repeated and tiles.splits > 1 else 0
+        of_heads += kv * (len(past) - later) + h * later
+    needed = 2 * of_heads * d * dtype.itemsize
     there = ((keys, was[0], wanted_keys), (values, was[1], wanted_values))
     alone = all(torch.equal(now == before, then == before) for now, before, then in there)
     real = [row for row, slot in enumerate(case.slots) if slot >= 0]
@@ -154,6 +173,10 @@ def attentions(exhaustive: bool) -> Iterator[Attention]:
         yield Attention(2, 2, 32, (1, 90, 70), (1, -2, -4), dtype, normed=True, window=50, splits=1)
         yield Attention(2, 2, 32, (1, 200), (1, 0), dtype, normed=True, window=50, splits=2)
         yield Attention(4, 2, 64, (40, 33), (0, 1), dtype, turned=True, splits=1)
+        for splits in (1, 2):  # tokens 8, 6 and 5 of one request, of which 7 is in the cache; one of another; padding
+            yield Attention(4, 2, 64, (9, 100, 7, 6, 1), (2, 0, 2, 2, -1), dtype, splits=splits)
+        yield Attention(3, 1, 64, (160, 141, 90, 142), (1, 1, 0, 1), dtype, normed=True, window=20, splits=1)
+        yield Attention(2, 2, 32, (99, 150, 151), (0, 0, 0), dtype, window=60, splits=2)
     yield Attention(1, 1, 64, (4096,), (0,))
     if not exhaustive:
         return
@@ -162,6 +185,8 @@ def attentions(exhaustive: bool) -> Iterator[Attention]:
             for lengths in ((2, 3, 63, 64), (65, 127, 128, 129), (500, 1000), (2047,), (4095, 4096)):
                 for splits in (1, 4, 32):
                     yield Attention(heads, kv, 128, lengths, tuple(range(len(lengths))), dtype, splits=splits)
+                    if len(lengths) > 1:
+                        yield Attention(heads, kv, 128, lengths, (0,) * len(lengths), dtype, splits=splits)
         for heads, kv in ((2, 2), (4, 1), (8, 1), (32, 1)):  # of one KV head 1, 4, 8, and all
             for width in (64, 96, 128, 256):
                 for lengths in ((4096,), (1, 63, 64, 65), (1023, 1, 2048, 4000)):
@@ -291,6 +316,9 @@ def turned_outside() -> dict[str, float]:
         real = [0, 2, 3]
         found[f"{heads}/{kv}"] = error(got[real].flatten(0, 1), torch.stack(wanted)[real].flatten(0, 1))
         found[f"{heads}/{kv}, written"] = float(not (keys.equal(wanted_keys) and values.equal(wanted_values)))
+        keys, values = noise.clone()
+        turn.write(k, v, keys, values, slots, positions, angles, (weights[1], EPS) if normed else None)
+        found[f"{heads}/{kv}, alone"] = float(not (keys.equal(wanted_keys) and values.equal(wanted_values)))
     return found
 
 

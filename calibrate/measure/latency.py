@@ -81,6 +81,9 @@ class OnlyFusedLayers(OnlyLayers, FusedAttend):
             return self._step.fused(layer, qkv, w)
         return self._none(layer, *turned(self._architecture, w, layer, qkv, self._none))
 
+    def fused_write(self, layer: int, kv: Any, w: LayerWeights) -> None:
+        self._step.fused_write(layer, kv, w)
+
 
 def only_layers(step: Any, layers: Collection[int], architecture: Architecture) -> OnlyLayers:
     """The step in these layers alone."""

@@ -103,6 +103,9 @@ def steps_of_rows(dtype: torch.dtype, widths: tuple[int, ...]) -> list[Any]:
     found.append(lambda: turn.turn_and_write(  # attention that is not ours follows
         of(8, 32, 128), of(8, 8, 128), of(8, 8, 128), of(8, 8, 4096, 128), of(8, 8, 4096, 128), slots(8), slots(8),
         drawn(4096, 128, dtype=torch.float32)))  # fmt: skip
+    found.append(lambda: turn.write(
+        of(8, 8, 128), of(8, 8, 128), of(8, 8, 4096, 128), of(8, 8, 4096, 128), slots(8), slots(8),
+        drawn(4096, 128, dtype=torch.float32), (of(128), 1e-6)))  # fmt: skip
     for w in widths:
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), of(w), of(w), None, 1e-5))
         found.append(lambda w=w: norms.add_norm(of(8, w), of(8, w), None, of(w), of(w), 1e-5))
@@ -140,6 +143,9 @@ def check_builds(calls: list[Any], cards: tuple[int, ...]) -> None:
 def test_nothing_spills_when_compiled(card: int) -> None:
     """By ptxas, for A100, H100 and B200: attention of a few kinds, and the rest for one of the cards."""
     of_heads = [decodes(*heads, rows, torch.bfloat16) for heads in FEW for rows in ((1, 64) if card == 90 else (64,))]
+    if card == 90:  # rows of one request
+        firsts = {rows: drawn(rows, dtype=torch.int64) for rows in (64, 512)}
+        of_heads += [decodes(9, 3, 64, rows, torch.bfloat16, firsts=of) for rows, of in firsts.items()]
     check_builds([*of_heads, *(steps_of_rows(torch.bfloat16, (4096,)) if card == 90 else ())], (card,))
 
 
@@ -151,6 +157,7 @@ def test_nothing_spills_at_any_shape(dtype: torch.dtype) -> None:
         norm = drawn(heads[2], dtype=dtype)
         for rows in (1, 4, 64, 256):
             calls += [decodes(*heads, rows, dtype), decodes(*heads, rows, dtype, norms=(norm, norm, 1e-6), window=512)]
+            calls.append(decodes(*heads, 2 * rows, dtype, firsts=drawn(2 * rows, dtype=torch.int64)))
     check_builds([*calls, *steps_of_rows(dtype, (576, 768, 2048, 4096, 5120, 8192, 16384))], CARDS)
 
 

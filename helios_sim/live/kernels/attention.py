@@ -4,11 +4,15 @@ The context of a request is divided into splits, which different programs read a
 FlashDecoding); `decode_merge` joins what they found. A program of the first split also turns the new key to its
 position, writes the new K and V into the cache, and uses them from its registers. Lengths are read on the card, so one
 captured graph serves all lengths, and no byte of K or V is read that belongs to no token of the request.
+
+Several rows may be tokens of one request, of which later ones see earlier ones, and programs run in any order. Where
+contexts are divided, the first launch reads of a request what lies before its first row, and `merge_later`, by which
+time K and V of all rows are written, reads the rest. Where they are not, K and V are written by a launch before.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,39 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from helios_sim.live.kernels.launch import cores, launch, power_of_two
+from helios_sim.live.kernels.turn import turned_rows, write
 
 MOST_SPLITS = 32
 MOST_REGISTERS = 128  # of a thread of 8 warps in float32; without it ptxas takes fewer, and spills a few
 PROGRAMS_PER_CORE = 4  # wanted at once, for enough bytes under way
 TILE = 16  # the least rows of a product on tensor cores
-
-
-@triton.jit
-def _turned(x, partner, weight, turned_weight, angles, position, d, eps, HALF: tl.constexpr, NORM: tl.constexpr,
-            ROPE: tl.constexpr, to: tl.constexpr):  # fmt: skip
-    """Rows of heads (…, D) in float32, normed and turned to a position, in the numbers of dtype `to`.
-
-    `partner` holds for each dimension the other one of its pair.
-    """
-    if NORM:
-        shrink = tl.rsqrt(tl.sum(x * x, 1)[:, None] / (2 * HALF) + eps)
-        x = (x * shrink * weight[None, :]).to(to).to(tl.float32)
-        partner = (partner * shrink * turned_weight[None, :]).to(to).to(tl.float32)
-    if ROPE:
-        at = angles + position * (2 * HALF) + d % HALF
-        inside = d < 2 * HALF
-        cos = tl.load(at, mask=inside, other=0.0)
-        sin = tl.load(at + HALF, mask=inside, other=0.0)
-        x = x * cos[None, :] + partner * tl.where(d < HALF, -sin, sin)[None, :]
-    return x.to(to)
+LATER = 8  # tokens that a program of `merge_later` reads at a time: there are few
 
 
 @triton.jit
 def decode_split(
-    q, k, v, q_norm, k_norm, angles, slots, positions, keys, values, part, sums, out,
+    q, k, v, q_norm, k_norm, angles, slots, positions, firsts, keys, values, part, sums, out,
     scale, eps, window, q_row, k_row, v_row, slot_stride, head_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, DIRECT: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
+    LATER: tl.constexpr,
 ):  # fmt: skip
     """One program for a request, a KV head and a split. Slot -1 is padding: nothing is read or written. A slot s as
     -2 - s is only written: no token is read, and what comes out is zeros.
@@ -56,7 +43,8 @@ def decode_split(
     q (N, HEADS, D), k and v (N, KV, D), with rows that may be apart; angles (tokens, D): cosines, then sines;
     keys and values (slots, KV, tokens, D); part (N, HEADS, splits, D) and sums (N, HEADS, splits, 2) in float32: the
     weighted sum of values, the largest score and the sum of weights. DIRECT: there is one split, and `out`
-    (N, HEADS, D) is written in their place.
+    (N, HEADS, D) is written in their place. LATER: of the request's tokens those from firsts (N,) on are left to
+    `merge_later`, but for the row's own, and `out` gets the query as it is turned.
     """
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
@@ -67,6 +55,8 @@ def decode_split(
     slot = tl.where(given >= -1, given, -2 - given)
     position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
     past = tl.where(given >= 0, position, 0)  # tokens that are read
+    if LATER:
+        past = tl.minimum(past, tl.load(firsts + row).to(tl.int32))
     d, g, n = tl.arange(0, DP), tl.arange(0, GROUP), tl.arange(0, BLOCK)
     inside = d < D
     pair = tl.where(d < HALF, d + HALF, d - HALF)
@@ -80,18 +70,18 @@ def decode_split(
     some = (g[:, None] < G) & inside[None, :]
     query = tl.load(of_q + d[None, :], mask=some, other=0.0).to(tl.float32)
     partner = tl.load(of_q + pair[None, :], mask=some, other=0.0).to(tl.float32)
-    query = _turned(query, partner, q_weight, q_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+    query = turned_rows(query, partner, q_weight, q_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
     scale = scale * 1.4426950408889634  # so that weights are powers of two
     base = slot * slot_stride + kv * head_stride
     most = tl.full((GROUP,), -float("inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, DP), tl.float32)
-    if split == 0:  # noqa: SIM102 - Triton has no `and`
+    if split == 0:
         if slot >= 0:
             of_k, of_v = k + row * k_row + kv * D, v + row * v_row + kv * D
             key = tl.load(of_k + d, mask=inside, other=0.0).to(tl.float32)[None, :]
             partner_key = tl.load(of_k + pair, mask=inside, other=0.0).to(tl.float32)[None, :]
-            key = _turned(key, partner_key, k_weight, k_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
+            key = turned_rows(key, partner_key, k_weight, k_turned, angles, position, d, eps, HALF, NORM, ROPE, dtype)
             value = tl.load(of_v + d, mask=inside, other=0.0)[None, :]
             to = base + position * D + d
             tl.store(keys + to[None, :], key, mask=inside[None, :])
@@ -99,9 +89,12 @@ def decode_split(
             most = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
             total += tl.where(given >= 0, 1.0, 0.0)
             acc += value.to(tl.float32)
+        if LATER:
+            to_query = out + (row * HEADS + kv * G + g)[:, None] * D + d[None, :]
+            tl.store(to_query, query, mask=some)
     begin = 0
     if WINDOW:
-        begin = tl.maximum(past + 1 - window, 0)
+        begin = tl.minimum(tl.maximum(position + 1 - window, 0), past)
     share = tl.cdiv(tl.cdiv(past - begin, splits), BLOCK) * BLOCK
     first = begin + split * share
     last = tl.minimum(past, first + share)
@@ -152,6 +145,47 @@ def decode_merge(part, sums, out, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.
     tl.store(out + head * D + d, acc.to(out.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def merge_later(
+    part, sums, slots, positions, firsts, keys, values, out, scale, window, slot_stride, head_stride,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The same, with what `decode_split` left of the request. out (N, HEADS, D) holds the turned query before."""
+    row, of_row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
+    begin = tl.load(firsts + row).to(tl.int32)
+    if WINDOW:
+        begin = tl.maximum(begin, position + 1 - window)
+    d, s, n = tl.arange(0, DP), tl.arange(0, SPLITS), tl.arange(0, BLOCK)
+    inside = d < D
+    head = row * HEADS + of_row
+    query = tl.load(out + head * D + d, mask=inside, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    at = head * SPLITS + s
+    largest, totals = tl.load(sums + at * 2), tl.load(sums + at * 2 + 1)
+    most = tl.max(largest, 0)
+    of_part = tl.where(totals != 0, tl.exp2(largest - most), 0.0)
+    some = (totals != 0)[:, None] & inside[None, :]
+    acc = tl.sum(tl.load(part + at[:, None] * D + d[None, :], mask=some, other=0.0) * of_part[:, None], 0)
+    total = tl.sum(totals * of_part, 0)
+    base = slot * slot_stride + (of_row // (HEADS // KV)) * head_stride
+    for start in range(begin, position, BLOCK):
+        there = start + n < position
+        of = base + (start + n)[:, None] * D + d[None, :]
+        mask = there[:, None] & inside[None, :]
+        key = tl.load(keys + of, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(values + of, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(there, tl.sum(query[None, :] * key, 1), -float("inf"))
+        new = tl.maximum(most, tl.max(score, 0))
+        weight, shrink = tl.exp2(score - new), tl.exp2(most - new)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * value, 0)
+        most = new
+    acc = tl.where(total != 0, acc / tl.where(total != 0, total, 1.0), 0.0)
+    tl.store(out + head * D + d, acc.to(out.dtype.element_ty), mask=inside)
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """How the attention of a batch is divided: programs, and what each holds at a time."""
@@ -177,7 +211,7 @@ def tiling(rows: int, heads: int, kv_heads: int, width: int, tokens: int, on_cor
 def decode(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float,
     angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None, window: int | None = None,
-    tiles: Tiling | None = None, whole: bool = False,
+    tiles: Tiling | None = None, firsts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Write the new k and v (N, kv_heads, D) into the cache and attend with q (N, heads, D) -> (N, heads x D).
 
@@ -185,14 +219,16 @@ def decode(
     tokens in the cache already. `angles` (tokens, D) in
     float32 holds cosines and sines (D / 2 each) by which q and k are turned; None: they are turned already. `norms`:
     weights of q's and k's RMSNorm before that, and its eps. `window`: a token sees itself and window - 1 before it.
-    `whole`: contexts are not divided, as where none is read.
+    `firsts` (N,): rows may be of one request, whose first row has this position; no slot is below -1 then.
     """
     rows, heads, width = q.shape
     _, kv_heads, tokens, _ = keys.shape
     t = tiles or tiling(rows, heads, kv_heads, width, tokens, cores(q), q.element_size())
-    t = replace(t, splits=1) if whole else t
+    if firsts is not None and t.splits == 1:
+        write(k, v, keys, values, slots, positions, angles, None if norms is None else norms[1:])
+        firsts = None
     out = torch.empty((rows, heads * width), dtype=q.dtype, device=q.device)
-    part, sums = out, out
+    part, sums, strides = out, out, (keys.stride(0), keys.stride(1))
     if t.splits > 1:
         part = torch.empty((rows * heads, t.splits, width), dtype=torch.float32, device=q.device)
         sums = torch.empty((rows * heads, t.splits, 2), dtype=torch.float32, device=q.device)
@@ -200,11 +236,18 @@ def decode(
     padded = power_of_two(width)
     launch(
         decode_split, (rows, kv_heads, t.splits), q, k, v, q_norm, k_norm, out if angles is None else angles, slots,
-        positions, keys, values, part, sums, out, scale, eps, window or 0, q.stride(0), k.stride(0), v.stride(0),
-        keys.stride(0), keys.stride(1), HEADS=heads, KV=kv_heads, D=width, DP=padded, GROUP=t.group, BLOCK=t.block,
-        DIRECT=t.splits == 1, ROPE=angles is not None, NORM=norms is not None, WINDOW=window is not None,
-        num_warps=t.warps, **({"maxnreg": MOST_REGISTERS} if t.warps > 4 and q.element_size() == 4 else {}),
+        positions, positions if firsts is None else firsts, keys, values, part, sums, out, scale, eps, window or 0,
+        q.stride(0), k.stride(0), v.stride(0), *strides, HEADS=heads, KV=kv_heads, D=width, DP=padded, GROUP=t.group,
+        BLOCK=t.block, DIRECT=t.splits == 1, ROPE=angles is not None, NORM=norms is not None, WINDOW=window is not None,
+        LATER=firsts is not None, num_warps=t.warps,
+        **({"maxnreg": MOST_REGISTERS} if t.warps > 4 and q.element_size() == 4 else {}),
     )  # fmt: skip
-    if t.splits > 1:
+    if firsts is not None:
+        launch(
+            merge_later, (rows, heads), part, sums, slots, positions, firsts, keys, values, out, scale, window or 0,
+            *strides, HEADS=heads, KV=kv_heads, D=width, DP=padded, SPLITS=t.splits, BLOCK=LATER,
+            WINDOW=window is not None,
+        )  # fmt: skip
+    elif t.splits > 1:
         launch(decode_merge, (rows * heads,), part, sums, out, D=width, DP=padded, SPLITS=t.splits)
     return out

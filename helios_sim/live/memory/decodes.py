@@ -1,7 +1,7 @@
 """Steps for one token each of several requests, by the kernels of the cache that they read.
 
 torch's operations read all requests as far as the longest goes (`DecodeStep`). The project's own kernels read each as
-long as it is, wherever its slot lies (`ExactStep`, and `RepeatedStep` for several tokens of one request).
+long as it is, wherever its slot lies (`ExactStep`).
 """
 
 from __future__ import annotations
@@ -21,29 +21,35 @@ class ExactStep(FusedAttend):
     """One token for each of B requests: request b is in slots[b] and has positions[b] tokens in the cache.
 
     Both are tensors (B,) on the device, and a captured graph reads them there. A slot of -1 is padding: nothing of it
-    is read or written, and what comes out for it is zeros. Of `written_only` slots K and V are written alone.
+    is read or written, and what comes out for it is zeros. Of a slot s as -2 - s K and V are written alone.
     """
 
     def __init__(
-        self, cache: KvCache, slots: Tensor, positions: Tensor, whole: bool = False, frozen: bool = False
+        self, cache: KvCache, slots: Tensor, positions: Tensor, frozen: bool = False, repeated: bool = False
     ) -> None:
-        """`whole`: contexts are not divided among programs, as where none is read.
+        """`frozen`: rows that are padding or only written keep their hidden states.
 
-        `frozen`: rows that are padding or only written keep their hidden states.
+        `repeated`: several rows may be tokens of one request, of which later ones see earlier ones.
         """
         from helios_sim.live.kernels.attention import decode  # which imports Triton
+        from helios_sim.live.kernels.turn import write
 
-        self._whole, self.frozen = whole, slots if frozen else None
-        self.cache, self.slots, self.positions, self._decode = cache, slots, positions, decode
+        self.frozen = slots if frozen else None
+        self.cache, self.slots, self.positions, self._decode, self._write = cache, slots, positions, decode, write
+        self._firsts = first_positions(slots, positions) if repeated else None
 
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
-        cache, a = self.cache, self.cache.architecture
+        a = self.cache.architecture
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm, a.norm_eps)
         q, k, v = qkv.split((a.n_heads, a.n_kv_heads, a.n_kv_heads), 1)
-        return self._decode(
-            q, k, v, cache.keys[layer], cache.values[layer], self.slots, self.positions, a.attention_scale,
-            cache.angles[layer], norms, a.window_tokens if a.slides(layer) else None, whole=self._whole,
-        )  # fmt: skip
+        return self._attend(layer, q, k, v, self.cache.angles[layer], norms)
+
+    def fused_write(self, layer: int, kv: Tensor, w: LayerWeights) -> None:
+        cache, a = self.cache, self.cache.architecture
+        norm = None if w.k_norm is None else (w.k_norm, a.norm_eps)
+        k, v = kv.split(a.n_kv_heads, 1)
+        to = cache.keys[layer], cache.values[layer]
+        self._write(k, v, *to, self.slots, self.positions, cache.angles[layer], norm)
 
     @cached_property
     def rotations(self) -> list[Rotation | None]:
@@ -51,10 +57,16 @@ class ExactStep(FusedAttend):
         return self.cache.rotary.at(self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(layer, q, k, v)
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None = None,
+        norms: tuple[Tensor, Tensor, float] | None = None,
+    ) -> Tensor:  # fmt: skip
         cache, a = self.cache, self.cache.architecture
         return self._decode(
-            q, k, v, cache.keys[layer], cache.values[layer], self.slots, self.positions, a.attention_scale,
-            window=a.window_tokens if a.slides(layer) else None, whole=self._whole,
+            q, k, v, cache.keys[layer], cache.values[layer], self.slots, self.positions, a.attention_scale, angles,
+            norms, a.window_tokens if a.slides(layer) else None, firsts=self._firsts,
         )  # fmt: skip
 
     @cached_property
@@ -65,38 +77,13 @@ class ExactStep(FusedAttend):
         write_rows(self.cache, layer, self._rows, k, v)
 
 
-class RepeatedStep(FusedAttend):
-    """The same for several tokens of a request, of which later ones see earlier ones.
-
-    K and V of all are written before any attends, in a launch of its own: the kernel's programs run in any order.
-    """
-
-    def __init__(self, step: ExactStep) -> None:
-        self._step, self.positions = step, step.positions
-        self._writing = ExactStep(step.cache, written_only(step.slots), step.positions, whole=True)
-
-    @property
-    def rotations(self) -> list[Rotation | None]:
-        return self._step.rotations
-
-    def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
-        self._writing.fused(layer, qkv, w)
-        return self._step.fused(layer, qkv, w)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._writing(layer, q, k, v)
-        return self._step(layer, q, k, v)
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self._step.write(layer, k, v)
+def first_positions(slots: Tensor, positions: Tensor) -> Tensor:
+    """Of each row (N,) the first position of all rows in its slot. Nothing is copied from the host."""
+    n = len(slots)
+    return positions.expand(n, n).masked_fill(slots[:, None] != slots, torch.iinfo(positions.dtype).max).amin(1)
 
 
-def written_only(slots: Tensor) -> Tensor:
-    """The slots (N,) as those of rows whose K and V are written, and which attend to nothing. Padding stays so."""
-    return torch.where(slots >= 0, -2 - slots, slots)
-
-
-Decodes = DecodeStep | ExactStep | RepeatedStep
+Decodes = DecodeStep | ExactStep
 
 
 def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> Decodes:
@@ -107,8 +94,9 @@ def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], sp
     if not cache.kernels.any_lengths:
         return DecodeStep(cache, slots, lengths, span)
     check_room(cache, slots, max(lengths) + 1)
-    step = ExactStep(cache, torch.tensor(slots, device=cache.device), torch.tensor(lengths, device=cache.device))
-    return step if len(set(slots)) == len(slots) else RepeatedStep(step)
+    repeated = len(set(slots)) < len(slots)
+    on = cache.device
+    return ExactStep(cache, torch.tensor(slots, device=on), torch.tensor(lengths, device=on), repeated=repeated)
 
 
 def decode_step_on_device(
@@ -119,6 +107,5 @@ def decode_step_on_device(
     `in_row`: the slots are 0, 1, ... `repeated`: several of the tokens may be of one request.
     """
     if not span:
-        step = ExactStep(cache, slots, positions)
-        return RepeatedStep(step) if repeated else step
+        return ExactStep(cache, slots, positions, repeated=repeated)
     return DecodeStep.on_device(cache, slots, positions, span, 0 if in_row else None)

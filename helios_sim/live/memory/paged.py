@@ -61,7 +61,7 @@ class PagedStep(FusedAttend):
     def __init__(self, plan: Any, cache: KvCache, slots: Tensor, positions: Tensor, frozen: bool = False) -> None:
         from helios_sim.live.kernels import turn  # which imports Triton
 
-        self._turn, self._plan, self._cache = turn.turn_and_write, plan, cache
+        self._turn, self._write, self._plan, self._cache = turn.turn_and_write, turn.write, plan, cache
         self._slots, self._positions, self.frozen = slots, positions, slots if frozen else None
 
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
@@ -72,6 +72,13 @@ class PagedStep(FusedAttend):
         q = self._turn(q, k, v, keys, values, self._slots, self._positions, cache.angles[layer], norms)
         out: Tensor = self._plan.run(q, (pages(keys, page), pages(values, page)))
         return out.flatten(1)
+
+    def fused_write(self, layer: int, kv: Tensor, w: LayerWeights) -> None:
+        cache, a = self._cache, self._cache.architecture
+        norm = None if w.k_norm is None else (w.k_norm, a.norm_eps)
+        k, v = kv.split(a.n_kv_heads, 1)
+        to = cache.keys[layer], cache.values[layer]
+        self._write(k, v, *to, self._slots, self._positions, cache.angles[layer], norm)
 
 
 class Plans:

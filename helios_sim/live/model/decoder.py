@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import check_fits
-from helios_sim.live.kernels.interface import TORCH, Kernels, linear, normed
+from helios_sim.live.kernels.interface import TORCH, Kernels, normed
 from helios_sim.live.model.architecture import Architecture, Rope, values
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, load_layer, load_outer, weight_bytes
 
@@ -107,6 +107,10 @@ class FusedAttend(ABC):
     def fused(self, layer: int, qkv: Tensor, w: LayerWeights) -> Tensor:
         """Attend with qkv (N, heads + 2 kv_heads, head_dim) -> (N, heads x head_dim). Stores k and v."""
 
+    @abstractmethod
+    def fused_write(self, layer: int, kv: Tensor, w: LayerWeights) -> None:
+        """Store k and v of kv (N, 2 kv_heads, head_dim) without attending."""
+
 
 def run_layer(
     a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, delta: Tensor | None, post: Tensor | None,
@@ -132,11 +136,17 @@ def run_layer(
     return hidden, kernels.product(inner, w.mlp_out, w.mlp_out_bias, frozen)
 
 
-def write_kv(a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend) -> None:
+def write_kv(
+    a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, attend: Attend | FusedAttend, kernels: Kernels
+) -> None:
     """Compute and store only the layer's K and V for hidden (N, d_model)."""
-    x = normed(a, hidden, w.attention_norm, w.attention_norm_bias)
     bias = None if w.qkv_bias is None else w.qkv_bias[a.q_width :]
-    kv = linear(x, w.qkv[a.q_width :], bias).view(len(x), 2 * a.n_kv_heads, a.head_dim)
+    norm = w.attention_norm, w.attention_norm_bias
+    _, kv = kernels.enter(a, hidden, None, None, *norm, w.qkv[a.q_width :], bias, mlp=False)
+    kv = kv.view(len(hidden), 2 * a.n_kv_heads, a.head_dim)
+    if isinstance(attend, FusedAttend):
+        attend.fused_write(layer, kv, w)
+        return
     k, v = kv[:, : a.n_kv_heads], kv[:, a.n_kv_heads :]
     if w.k_norm is not None:
         k = normed(a, k, w.k_norm, None)
@@ -240,10 +250,10 @@ class SegmentedModel:
         frozen = attend.frozen if isinstance(attend, FusedAttend) else None
         return hidden if delta is None else self.kernels.add(a, hidden, delta, post, frozen)
 
-    def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend) -> None:
+    def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend | FusedAttend) -> None:
         """Write K and V of layers start..end-1 for tokens that exited with these hidden states (N, d_model)."""
         for layer in range(start, end):
-            write_kv(self.architecture, self.layers[layer], layer, hidden, attend)
+            write_kv(self.architecture, self.layers[layer], layer, hidden, attend, self.kernels)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the model's final norm, as the LM head expects."""
