@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.text import Annotation
 
 from helios_sim.report.figures import style
 from helios_sim.report.figures.arms import exit_figure
@@ -17,6 +18,7 @@ from helios_sim.report.figures.style import (
     handles_of,
     legend_above,
     look,
+    name_levels,
     new_figure,
     to_png,
     to_svg,
@@ -69,3 +71,18 @@ def test_exit_depths_are_drawn_where_there_is_more_than_one(depths: dict[int, in
     arm = replace(full.arms["helios"], exit_depths=(ExitDepths("some", 32, depths),))
     result = replace(full, arms={"helios": arm}, baseline="helios")
     assert (exit_figure(result, arm_styles(["helios"], "helios")) is not None) is shown
+
+
+@pytest.mark.parametrize(
+    ("line", "end", "above"), [([1, 1, 1, 1], 1, True), ([1, 1, 2.12, 2.12], 0, True), ([2.12] * 4, 1, False)]
+)
+def test_a_level_is_named_where_no_line_runs_through_its_name(line: list[float], end: int, above: bool) -> None:
+    with look():
+        _, (ax,) = new_figure(1, 1, 4)
+        ax.plot(range(4), line)
+        ax.axhline(2)
+        ax.set_ylim(0.5, 3.5)
+        name_levels(ax, [(2.0, "published")])
+    (note,) = ax.texts
+    assert isinstance(note, Annotation)
+    assert (note.xy, note.get_position()[1] > 0) == ((end, 2.0), above)

@@ -197,11 +197,43 @@ def handles_of(*axes: Axes) -> dict[str, Artist]:
 
 def annotate(
     ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], *, across: bool = False, **options: Any
-) -> None:
+) -> Text:
     """A small note, `offset` points away from `at`; `across`: the x of `at` is a share of the axes' width."""
     places = ("axes fraction", "data") if across else "data"
     look_of_note: dict[str, Any] = {"fontsize": 8.5, "color": MUTED} | options
-    ax.annotate(text, at, offset, xycoords=places, textcoords="offset points", **look_of_note)
+    return ax.annotate(text, at, offset, xycoords=places, textcoords="offset points", **look_of_note)
+
+
+def name_levels(ax: Axes, levels: Sequence[tuple[float, str]], **options: Any) -> None:
+    """A note at each level: at the right end above it, or where the fewest points of lines would run through it.
+
+    Call this once everything else is drawn.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    ax.get_xlim(), ax.get_ylim()  # brings the limits up to date
+    lines = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
+    taken: list[Bbox] = []
+    for level, text in levels:
+        found = []
+        for end, side in ((1, 1), (0, 1), (1, -1), (0, -1)):
+            note = annotate(
+                ax, text, (end, level), (-4 if end else 4, 4 * side), across=True, ha="right" if end else "left",
+                va="baseline" if side > 0 else "top", **options,
+            )  # fmt: skip
+            room = note.get_window_extent().padded(2)
+            along = np.linspace(room.x0, room.x1, 100)
+            crossed = sum(_within(np.interp(along, line[:, 0], line[:, 1]), room) for line in lines)
+            found.append((crossed + 100 * room.count_overlaps(taken), note, room))
+        _, chosen, room = min(found, key=lambda each: each[0])  # the first of those that are equally free
+        taken.append(room)
+        for _, note, _ in found:
+            if note is not chosen:
+                note.remove()
+
+
+def _within(heights: NDArray[Any], room: Bbox) -> int:
+    return int(((heights > room.y0) & (heights < room.y1)).sum())
 
 
 @contextmanager

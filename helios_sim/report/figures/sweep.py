@@ -22,6 +22,7 @@ from helios_sim.report.figures.style import (
     handles_of,
     legend_above,
     look,
+    name_levels,
     new_figure,
     use_log_seconds,
 )
@@ -103,7 +104,7 @@ def sweep_figure(
         ax.set_yscale("log")
     for mark in spec.marks:
         ax.axhline(mark.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        annotate(ax, mark.label, (1, mark.value), (-4, 4), across=True, ha="right", fontsize=9, color=INK)
+    name_levels(ax, [(mark.value, mark.label) for mark in spec.marks], fontsize=9, color=INK)
     ax.set_xlabel(spec.x_label)
     ax.set_ylabel(spec.y_label)
     legend_above(figure, handles_of(ax), columns=4)
