@@ -71,6 +71,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ValueError("The batch size should be fixed in cudagraph mode")
         if len(indices) > len(self._indices):
             raise ValueError("The size of indices should be less than or equal to the allocated buffer")
+        if self._float.numel() < self.needed(num_qo_heads, num_kv_heads, head_dim):
+            raise RuntimeError("Buffer overflow when allocating memory for batch_prefill_tmp_v")
         if head_dim not in self.widths or q_data_type not in self.types or num_qo_heads % num_kv_heads:
             raise RuntimeError("no kernel for this")
         assert len(indptr) == self._batch + 1
@@ -83,6 +85,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
             own[: len(given)].copy_(given)
         self._locked.numpy()[:] = torch.cat((indptr, last_page_len)).numpy()
         self._int.copy_(self._locked, non_blocking=True)
+
+    def needed(self, heads: int, kv_heads: int, width: int) -> int:
+        """As `PrefillPlanImpl` of scheduler.cuh, with one row of each request, on a card of 132 cores."""
+        tile, rows = 16 if heads // kv_heads <= 16 else 64, self._batch
+        padded = max(2 * 132 // kv_heads, -(-rows * (heads // kv_heads) // tile) + rows - 1)
+        return 4 * heads * padded * tile * (width + 1)
 
     def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
         keys, values = paged_kv_cache
@@ -118,5 +126,5 @@ def installed(cuda: StrictCuda, **more: Any) -> Iterator[type[BatchDecodeWithPag
     with pytest.MonkeyPatch.context() as patch, exact_torch.exact():
         patch.setitem(sys.modules, "flashinfer", package)
         patch.setattr(turn, "turn_and_write", exact_torch.turn_and_write)
-        patch.setattr(paged, "WORKSPACE_BYTES", 1 << 10)
+        patch.setattr(paged, "WORKSPACE_BYTES", 1)  # no more than is needed
         yield wrapper

@@ -33,6 +33,11 @@ def spans(max_tokens: int) -> list[int]:
     return [*found[:-1], max_tokens]
 
 
+def sizes_of(slots: int) -> tuple[int, ...]:
+    """The batch sizes of captured steps of as many requests, and last of twice as many rows, several of a request."""
+    return (*(size for size in SIZES if size < slots), slots, 2 * slots)
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What is fixed in a captured step."""
@@ -66,12 +71,11 @@ class GraphedDecodes:
     def __init__(self, model: SegmentedModel, cache: KvCache, device: Device) -> None:
         self.model, self.cache, self._device = model, cache, device
         self._steps: dict[_Shape, _Captured] = {}
-        sizes = tuple(size for size in SIZES if size < cache.slots)
-        self.sizes = (*sizes, cache.slots)
-        self._of_rows = (*self.sizes, 2 * cache.slots)  # where rows may be several of a request
+        self._of_rows = sizes_of(cache.slots)
+        self.sizes = self._of_rows[:-1]
         self._exact = cache.kernels.any_lengths
         self._spans = [0] if self._exact else spans(cache.max_tokens)
-        self.plans = Plans(cache, device) if cache.kernels.page_tokens else None
+        self.plans = Plans(cache, device, self._of_rows[-1]) if cache.kernels.page_tokens else None
         on = cache.device
         self.numbers = {size: torch.zeros((3, size), dtype=torch.int64, device=on) for size in self._of_rows}
         self._states = {size: self._hidden_of(size) for size in self._of_rows}

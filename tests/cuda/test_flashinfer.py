@@ -18,8 +18,10 @@ from test_on_card import said, served
 from fake_flashinfer import PAGE, BatchDecodeWithPagedKVCacheWrapper, ExactPaged, installed
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, FullDepth
+from helios_sim.live.checkpoint.random_weights import draw
 from helios_sim.live.kernels.choice import described, kernels_for
-from helios_sim.live.memory import paged
+from helios_sim.live.memory import paged, workspace
+from helios_sim.live.memory.kv import CacheShape
 from helios_sim.live.model.architecture import Architecture
 from helios_sim.live.one_pass import OnePass
 from helios_sim.live.served import LiveModel
@@ -75,16 +77,50 @@ def test_a_plan_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper))
     monkeypatch.setattr(paged, "WORKSPACE_BYTES", 16)
-    shape = SimpleNamespace(n_heads=4, n_kv_heads=2, head_dim=64, attention_scale=0.125)
+    shape = SimpleNamespace(n_heads=4, n_kv_heads=2, head_dim=2, attention_scale=0.125)
     cache = SimpleNamespace(
         architecture=shape, kernels=SimpleNamespace(page_tokens=PAGE), max_tokens=4 * PAGE, device=torch.device("cpu"),
         dtype=torch.bfloat16,
     )  # fmt: skip
-    plans = paged.Plans(cache, SimpleNamespace(mark=mark))  # type: ignore[arg-type]
+    plans = paged.Plans(cache, SimpleNamespace(mark=mark), 2)  # type: ignore[arg-type]
     plans.ready(2)
     plans.plan(2, [1, 0], [5, 17])
     first, second = ["waited for 0", "planned", "marked"], ["waited for 1", "planned", "marked"]
     assert events == ["marked", "made", *first, *second]
+
+
+def of_shape(name: str) -> Architecture:
+    return draw(f"random:{name}").architecture
+
+
+def test_its_workspace_suffices_for_every_batch_that_is_captured() -> None:
+    """By the sizes of its plan: 64 heads need more than it recommends, and more than 256 MiB for 512 rows."""
+    assert paged.workspace_bytes(of_shape("llama-3-8b"), 64, 132) == 128 << 20
+    # 8 queries of a KV head, two requests of them to a tile of 16: 64 heads, 256 + 511 tiles, in float32
+    assert paged.workspace_bytes(of_shape("codellama-34b"), 512, 132) == 64 * (256 + 511) * 16 * 129 * 4 + 32
+    assert paged.workspace_bytes(of_shape("llama-2-7b"), 512, 132) > 128 << 20
+    for name in ("llama-2-7b", "llama-3-8b", "codellama-34b"):
+        found = [paged.workspace_bytes(of_shape(name), rows, 132) for rows in range(1, 513)]
+        assert found == sorted(found)
+
+
+def test_what_it_takes_of_the_card_is_left_free_by_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workspace, 8 MiB of each batch size for a plan, and the pages' numbers."""
+    a, page = replace(of_shape("llama-3-8b"), n_layers=1), PAGE
+    free, reserve = 40 << 30, 1 << 30
+    monkeypatch.setattr(workspace, "room_for_caches", lambda on, kept: rooms.append(kept) or free - kept)
+    rooms: list[int] = []
+    for kernels in (SimpleNamespace(page_tokens=page), SimpleNamespace(page_tokens=0)):
+        device = SimpleNamespace(
+            torch_device=torch.device("meta"), kernels=kernels, captures=True, release=lambda: None
+        )
+        shapes = {"a": CacheShape(a, 1, 2048, torch.bfloat16)}
+        work = workspace.Workspace(shapes, 64, device, reserve)  # type: ignore[arg-type]
+        monkeypatch.setattr(work, "_cache", lambda *given: None)
+        work.reserve()
+    sizes = [1, 2, 4, *range(8, 65, 8), 128]
+    plans = (128 << 20) + len(sizes) * (8 << 20) + sum(4 * (n * 2048 // page + 2 * n + 1) for n in sizes)
+    assert rooms == [reserve + plans, reserve]
 
 
 def test_pages_are_the_cache_itself() -> None:

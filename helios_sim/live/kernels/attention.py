@@ -223,7 +223,7 @@ def decode(
     """
     rows, heads, width = q.shape
     _, kv_heads, tokens, _ = keys.shape
-    t = tiles or tiling(rows, heads, kv_heads, width, tokens, cores(q), q.element_size())
+    t = tiles or tiling(rows, heads, kv_heads, width, tokens, cores(q.device), q.element_size())
     if firsts is not None and t.splits == 1:
         write(k, v, keys, values, slots, positions, angles, None if norms is None else norms[1:])
         firsts = None

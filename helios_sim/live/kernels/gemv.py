@@ -136,7 +136,7 @@ def normed_product(
     total = hidden if delta is None else torch.empty_like(hidden)
     out = torch.empty((rows, outputs), dtype=hidden.dtype, device=hidden.device)
     padded, block = power_of_two(rows), power_of_two(width)
-    each = outputs_each(outputs, cores(hidden))
+    each = outputs_each(outputs, cores(hidden.device))
     launch(
         norm_gemv, (-(-outputs // each),), hidden, hidden if delta is None else delta,
         hidden if post is None else post, norm, norm if norm_bias is None else norm_bias, weight,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 MOST_ROWS = 4  # of a product by the project's own kernels
 CORES = 132  # multiprocessors of a card that is not asked, as on an H100 or H200
@@ -21,6 +20,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def cores(tensor: Tensor) -> int:
-    """How many multiprocessors the tensor's card has."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else CORES
+def cores(device: torch.device) -> int:
+    """How many multiprocessors the card has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CORES

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import Device
+from helios_sim.live.kernels.launch import cores
 from helios_sim.live.memory.kv import KvCache
 from helios_sim.live.model.architecture import Architecture
 from helios_sim.live.model.decoder import FusedAttend
@@ -26,7 +27,8 @@ from helios_sim.live.model.weights import LayerWeights
 
 WIDTHS = (64, 128, 256)  # of heads, that its kernels are made for
 DTYPE = torch.bfloat16
-WORKSPACE_BYTES = 256 << 20  # for parts of contexts that are divided; it recommends 128 MiB, fewer for large batches
+WORKSPACE_BYTES = 128 << 20  # for parts of contexts that are divided: what it recommends, and more for large batches
+PLAN_BYTES = 8 << 20  # that each wrapper takes for its plan on the card, and as much on the host
 
 
 def paged_tokens(a: Architecture, name: str, dtype: torch.dtype, slot_tokens: int, page: int) -> int:
@@ -45,6 +47,23 @@ def paged_tokens(a: Architecture, name: str, dtype: torch.dtype, slot_tokens: in
             raise UserError("live.kernels", "flashinfer", f"for {name} triton or torch; flashinfer needs {needed}",
                             "set live.kernels=triton, or leave it out")  # fmt: skip
     return tokens
+
+
+def workspace_bytes(a: Architecture, rows: int, on_cores: int) -> int:
+    """What parts of contexts take at most in a captured step of so many rows (`PrefillPlan` of version 0.6.18).
+
+    In a graph every context may be divided, into two parts for a core at most, or else one for each tile of queries.
+    """
+    shared = a.n_heads // a.n_kv_heads
+    tile = 16 if shared <= 16 else 64 if shared <= 64 or a.head_dim >= 256 else 128
+    parts = max(2 * on_cores // a.n_kv_heads, -(-rows * shared // tile) + rows - 1)
+    return max(WORKSPACE_BYTES, a.n_heads * parts * tile * (a.head_dim + 1) * 4 + 32)
+
+
+def plans_bytes(a: Architecture, sizes: Sequence[int], slot_tokens: int, page: int, on_cores: int) -> int:
+    """What `Plans` of steps of these sizes take of the card, beside the cache."""
+    numbers = sum(4 * (size * (slot_tokens // page) + 2 * size + 1) for size in sizes)
+    return workspace_bytes(a, max(sizes), on_cores) + len(sizes) * PLAN_BYTES + numbers
 
 
 def pages(tensor: Tensor, page: int) -> Tensor:
@@ -84,10 +103,11 @@ class PagedStep(FusedAttend):
 class Plans:
     """Which pages each row of a captured step reads, by batch size."""
 
-    def __init__(self, cache: KvCache, device: Device) -> None:
+    def __init__(self, cache: KvCache, device: Device, most_rows: int) -> None:
         self._cache, self._device, self._page = cache, device, cache.kernels.page_tokens
         self._plans: dict[int, Any] = {}
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
+        n_bytes = workspace_bytes(cache.architecture, most_rows, cores(cache.device))
+        self._workspace = torch.zeros(n_bytes, dtype=torch.uint8, device=cache.device)
         self._read = device.mark()  # the latest plan, by the device
 
     def ready(self, size: int) -> None:

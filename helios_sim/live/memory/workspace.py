@@ -16,9 +16,11 @@ from helios_sim.live.ahead import RunAhead
 from helios_sim.live.answers import Answer
 from helios_sim.live.device import Device, room_for_caches, written_block
 from helios_sim.live.exits import ExitReader
-from helios_sim.live.graphs import GraphedDecodes
+from helios_sim.live.graphs import GraphedDecodes, sizes_of
+from helios_sim.live.kernels.launch import cores
 from helios_sim.live.memory.decodes import decode_step
 from helios_sim.live.memory.kv import CacheShape, KvCache, PromptStep
+from helios_sim.live.memory.paged import plans_bytes
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.serving.iteration import Places
@@ -92,7 +94,8 @@ class Workspace:
 
     Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. A model that
     drafts for another has a cache beside that one's, in which a request has a slot of the same number. `slots` slots of
-    every shape are wanted; `reserve_bytes` of the device's memory stay free for activations.
+    every shape are wanted; `reserve_bytes` of the device's memory stay free for activations, beside what plans of
+    FlashInfer take.
     """
 
     def __init__(self, shapes: Mapping[str, CacheShape], slots: int, device: Device, reserve_bytes: int) -> None:
@@ -138,7 +141,7 @@ class Workspace:
         """
         on = self._device.torch_device
         self._device.release()
-        room = room_for_caches(on, self._reserve_bytes)
+        room = room_for_caches(on, self._reserve_bytes + self._plans_bytes())
         slots = {
             name: self.wanted if room is None else min(self.wanted, shape.slots_in(room))
             for name, shape in self._shapes.items()
@@ -163,6 +166,15 @@ class Workspace:
             (model, drafter), shape = self.pair, self._shapes[self.pair[1]]
             behind = block[self._shapes[model].n_bytes(slots[model]) :]
             self._beside = self._cache(drafter, shape.layers, slots[model], behind)
+
+    def _plans_bytes(self) -> int:
+        """What plans of attention take of the card, for all models, if as many slots fit as are wanted."""
+        page, on = self._device.kernels.page_tokens, self._device.torch_device
+        if not page or not self._device.captures:
+            return 0
+        sizes = sizes_of(self.wanted)
+        of_all = self._shapes.values()
+        return sum(plans_bytes(shape.architecture, sizes, shape.slot_tokens, page, cores(on)) for shape in of_all)
 
     def _cache(self, name: str, layers: int, slots: int, memory: Tensor) -> KvCache:
         shape, device = self._shapes[name], self._device
