@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from math import inf, sqrt
 from typing import Any, Protocol
 
@@ -27,13 +26,6 @@ Confidence = Callable[[Request, RequestRecord], float]
 """How sure a model was of an answer that has ended, from 0 to 1."""
 BitsOf = Callable[[int, Request], int]
 """Millionths of a bit that the text of a request would cost a kind of this number."""
-
-
-class AnswerRouter(StrEnum):
-    CASCADE = "cascade"  # the first kind answers, the next one again where that answer is not confident
-    THOMPSON = "thompson"  # a bandit: draws from what it knows of each kind's answers, by task, and takes the best draw
-    MIXED = "mixed"  # at random, each kind with its share: a control that looks at nothing
-    BEST_ANSWER = "best_answer"  # the kind that the request's text costs the fewest bits: a bound, no real router
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import SeedSequence
 from numpy.typing import NDArray
 
-from helios_sim.by_answer import ByAnswer
 from helios_sim.core import route
 from helios_sim.core.layout import NEVER, IntArray
 from helios_sim.core.route import AWAY, choose
 from helios_sim.request import Request, RequestBlock
-from helios_sim.workload.faults import Outages
+
+if TYPE_CHECKING:
+    from helios_sim.by_answer import ByAnswer
+    from helios_sim.workload.faults import Outages
 
 DOWN = AWAY  # requests that a replica that is down seems to have to a router by load
 _DRAWS = 4096  # pairs at a time
@@ -38,6 +41,15 @@ class Router(StrEnum):
     SESSION = "session"  # all turns of a session to one replica, sessions one after the other
     PREFIX_AWARE = "prefix_aware"  # where most of its prompt is cached, less for load: `core/route.py:score`
     BY_TASK = "by_task"  # among those that are meant for the request's task: fewest requests, the first of equals
+
+
+class AnswerRouter(StrEnum):
+    """Those that go by answers, which are in `by_answer`."""
+
+    CASCADE = "cascade"  # the first kind answers, the next one again where that answer is not confident
+    THOMPSON = "thompson"  # a bandit: draws from what it knows of each kind's answers, by task, and takes the best draw
+    MIXED = "mixed"  # at random, each kind with its share: a control that looks at nothing
+    BEST_ANSWER = "best_answer"  # the kind that the request's text costs the fewest bits: a bound, no real router
 
 
 _NUMBERS = {

@@ -9,14 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import simpy
 from simpy.core import EmptySchedule
 from simpy.events import Event
 
-from helios_sim.by_answer import Answered, Judging
 from helios_sim.core.layout import FLUSH_REQUESTS, FOREVER_NS
 from helios_sim.core.machine import Machine, for_run
 from helios_sim.request import RecordBlock, Request, RequestBlock, RequestRecord
@@ -28,6 +27,9 @@ from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import RunStats
 from helios_sim.workload.faults import FaultPlan, Outages, Struck
+
+if TYPE_CHECKING:
+    from helios_sim.by_answer import Answered, Judging
 
 ONE_AFTER_THE_OTHER = Routing()
 _MERGED_AT_ONCE = 4096  # records of several replicas that wait until they can be put in order

@@ -10,20 +10,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helios_sim.errors import UserError
 from helios_sim.profile.catalog import MODELS, plain_model
 from helios_sim.profile.devices import Device, card_file, catalogue_name, device_of, group_of
 from helios_sim.profile.formats import WEIGHTS
-from helios_sim.profile.importers.aiconfigurator import device_profile
 from helios_sim.profile.importers.kernel_tables import KERNELS, SHIPPED_SOURCES
 from helios_sim.profile.precision import PLAIN, Precision, in_words, products_on
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.roofline import FITTED, device_roofline, fitted_band
-from helios_sim.profile.shapes import Shape, config_of, shape_of
 from helios_sim.profile.store import HEADER, PROFILES_FOLDER, load_profile
 from helios_sim.provenance import NOT_READ
 from helios_sim.untrusted import is_there
+
+if TYPE_CHECKING:
+    from helios_sim.profile.shapes import Shape
 
 VLLM = "vllm"  # whose kernels are summed unless something else is asked for
 TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
@@ -45,6 +47,8 @@ def find_profile(
     measured = kept_profile(model, hardware, folder)
     if measured is not None and catalogue_name(group_of(hardware)[1]) is None:  # of a device that nothing else knows
         return in_precision(load_profile(measured.name, folder), precision)
+    from helios_sim.profile.shapes import shape_of  # readers of configs, which a kept profile has no need of
+
     shape = shape_of(model)
     return _built(replace(shape, model=precision.applied(shape.model)), device_of(hardware), command, kernels)
 
@@ -79,6 +83,8 @@ def _names(model: str, hardware: str) -> Iterator[str]:
     if "/" not in model + hardware:
         yield f"{model}@{hardware}"
     cards, card = group_of(hardware)
+    from helios_sim.profile.shapes import config_of
+
     plain, known = plain_model(model), catalogue_name(card)
     if cards == 1 and known is not None and plain in MODELS and config_of(model) is None:
         yield f"{plain}@{known}"
@@ -95,6 +101,8 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
         if device.cards > 1:
             times_from += f", with all-reduces over a link of {device.link.bytes_per_s / 1e9:g} GB/s"
     else:
+        from helios_sim.profile.importers.aiconfigurator import device_profile
+
         profile = device_profile(shape.model, device, source, command, None, shape.windows)
         under = f"{source.engine} {source.version}"
         times_from = f"kernels that NVIDIA measured under {under} on {source.card.name.upper()}"
@@ -114,5 +122,7 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
 
 def files_of(model: str, hardware: str) -> list[Path]:
     """The files that say what the model and the hardware are; none for names of the catalogue."""
+    from helios_sim.profile.shapes import config_of
+
     found = (config_of(model) if model else None, card_file(group_of(hardware)[1]))
     return [path for path in found if path is not None and is_there(path)]

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.by_answer import Answered
 from helios_sim.report.records import Records
 from helios_sim.request import NS_PER_S, Slo, Status
 from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import GapHistogram, RunStats
 from helios_sim.workload.faults import FaultKind, Struck
+
+if TYPE_CHECKING:
+    from helios_sim.by_answer import Answered
 
 
 class Better(StrEnum):

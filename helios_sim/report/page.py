@@ -1,4 +1,4 @@
-"""The self-contained HTML page of a study, a sweep or a capacity plan. The templates give its layout."""
+"""The self-contained HTML page of a study or a sweep, and what all pages share. The templates give its layout."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from helios_sim import __version__
 from helios_sim.files import json_value, to_json
 from helios_sim.report import format as fmt
 from helios_sim.report.breakdown import Spread, TaskFigures, by_kind
-from helios_sim.report.capacity import (
-    ATTAINMENT,
-    CapacityResult,
-    FleetPlan,
-    energy_text,
-    joules_per_million_tokens,
-    load_in_words,
-    on_text,
-    range_in_words,
-)
 from helios_sim.report.cautions import cautions
 from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import SHOWN_DECISIONS, decision_rows
@@ -29,7 +19,7 @@ from helios_sim.report.faults import COUNTED, fault_rows, fault_sentences, shown
 from helios_sim.report.figures.pointer import described
 from helios_sim.report.figures.style import Drawing, arm_styles, lay_out, to_svg
 from helios_sim.report.intervals import Method
-from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, OF_COST, MetricValue
+from helios_sim.report.metrics import DEFINITIONS, ENERGY_NOTE, INTERVAL_NOTE, LATENCY_NOTE, MetricValue
 from helios_sim.report.result import (
     ArmResult,
     Comparisons,
@@ -46,8 +36,10 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+    from helios_sim.report.capacity import CapacityResult
+
 MOST_ON_PAGE = 200  # designs of a front; all are in the Parquet file
-_MOST_CARDS = 4
+MOST_CARDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +72,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
         "assumptions": ("Not measured", assumptions),
         "provenance": ("Provenance", True),
     }
-    return _render(
+    return render_parts(
         "report.html.j2",
         result,
         parts,
@@ -154,7 +146,7 @@ def render_designs(result: DesignsResult, drawings: Sequence[Drawing]) -> str:
         "assumptions": ("Not measured", result.all_assumptions),
         "provenance": ("Provenance", True),
     }
-    return _render(
+    return render_parts(
         "designs.html.j2", result, parts, drawings,
         scope=scope_in_words(result.seeds),
         columns=[fmt.label(name) for name in names],
@@ -166,86 +158,6 @@ def render_designs(result: DesignsResult, drawings: Sequence[Drawing]) -> str:
         definitions=[DEFINITIONS[name] for name in names],
         notes=[LATENCY_NOTE, *([ENERGY_NOTE] if any("energy" in name for name in names) else [])],
     )  # fmt: skip
-
-
-def render_capacity(result: CapacityResult, drawings: Sequence[Drawing]) -> str:
-    """The page of a capacity plan as text, self-contained as well."""
-    cannot = [plan for plan in result.plans if plan.at is None]
-    parts = {
-        "answer": ("Answer", True),
-        "warnings": ("Read with care", result.warnings),
-        "plans": ("Fleets", True),
-        "figures": ("Figures", drawings),
-        "workload": ("Workload", True),
-        "assumptions": ("Not measured", result.all_assumptions),
-        "provenance": ("Provenance", True),
-    }
-    names = (*(name for it in result.requirements if (name := it.metric) != ATTAINMENT), *_BESIDE)
-    return _render(
-        "capacity.html.j2", result, parts, drawings,
-        scope=scope_in_words(result.seeds),
-        cards=_plan_cards(result),
-        columns=[fmt.label(name) for name in names],
-        loads=[
-            {
-                "title": load_in_words(load, next(it.requests_per_s for it in result.plans if it.load == load)),
-                "rows": [_plan_row(result, it, names) for it in result.plans if it.load == load and it.at is not None],
-            }
-            for load in result.loads
-        ],
-        cannot=list({(it.card, it.arm): it for it in cannot}.values()),
-        definitions=[DEFINITIONS[name] for name in (*names, ATTAINMENT, "agreement", *OF_COST[:2])],
-        notes=[LATENCY_NOTE, INTERVAL_NOTE, ENERGY_NOTE],
-    )  # fmt: skip
-
-
-_BESIDE = ("kv_utilisation_mean",)  # columns of a plan beside what decides
-
-
-def _plan_cards(result: CapacityResult) -> list[KeyNumber]:
-    """The advised fleet of each load, and how far it goes."""
-    found = []
-    for advice in result.advice[:_MOST_CARDS]:
-        plan = advice.plan
-        usd = "" if plan.usd_per_hour is None else f"USD {plan.usd_per_hour:,.2f} an hour; "
-        upto = f"{'at least' if advice.at_least else 'up to'} {fmt.number(advice.valid_up_to_rps)} requests/s"
-        what = f"{load_in_words(plan.load, plan.requests_per_s)}: {plan.arm}"
-        found.append(KeyNumber(what, plan.fleet, f"{usd}{_over_seeds(plan)}; {upto}"))
-    return found
-
-
-def _over_seeds(plan: FleetPlan) -> str:
-    if len(plan.by_seed) < 2:
-        return "one seed"
-    if all(number == plan.replicas for number in plan.by_seed):
-        return f"each of {len(plan.by_seed)} seeds"
-    return f"{range_in_words(plan.by_seed, 'more')} over {len(plan.by_seed)} seeds"
-
-
-def _plan_row(result: CapacityResult, plan: FleetPlan, names: Sequence[str]) -> dict[str, Any]:
-    at = plan.at
-    assert at is not None
-    found, advised = plan.replicas is not None, result.advised(plan.load)
-    shown = {name: at.metrics.get(name) for name in ("agreement", ATTAINMENT, *names, *OF_COST[:2])}
-    usd = [shown.pop(name) if found else None for name in OF_COST[:2]]
-    energy = joules_per_million_tokens(at.metrics) if found else None
-    return {
-        "card": plan.card,
-        "arm": plan.arm,
-        "chosen": advised is not None and advised.plan is plan,
-        "replicas": str(plan.replicas) if found else f"> {at.replicas}",
-        "by_seed": _over_seeds(plan) if len(plan.by_seed) > 1 else "",
-        "cards": fmt.NOTHING if plan.cards is None else str(plan.cards),
-        "on": f"on: {on_text(plan)}" if plan.scaled and found else "",
-        "usd": [f"{value:,.2f}" if isinstance(value, int | float) else fmt.NOTHING for value in usd],
-        "energy": energy_text(energy),
-        "cells": [
-            {"value": fmt.metric(name, value), "interval": fmt.interval(name, value, at.intervals.get(name))}
-            for name, value in shown.items()
-            if name not in OF_COST
-        ],
-        "why_not": plan.why_not or "",
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +204,7 @@ def page_environment(*packages: str) -> Environment:
     return environment
 
 
-def _render(
+def render_parts(
     template: str,
     result: ExperimentResult | DesignsResult | CapacityResult,
     parts: Mapping[str, tuple[str, object]],
@@ -352,7 +264,7 @@ def _cards(result: ExperimentResult, ratios: Comparisons) -> list[KeyNumber]:
             if value is not None and value.ratio is not None:
                 note = _beside(value.low, value.high, f"against {result.baseline_of(arm)}")
                 cards.append(KeyNumber(f"{arm}: {fmt.label(name)}{hint}", f"{value.ratio:.2f}×", note))
-    return cards[:_MOST_CARDS]
+    return cards[:MOST_CARDS]
 
 
 def _beside(low: float | None, high: float | None, note: str) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from helios_sim import files
 from helios_sim.files import json_value
 from helios_sim.report import FOR_PAGE
-from helios_sim.report.capacity import CapacityResult, summarise_plans, tried_table
 from helios_sim.report.cautions import reservations
 from helios_sim.report.compare import Ratio
 from helios_sim.report.decisions import decisions_table
@@ -30,6 +29,7 @@ from helios_sim.report.result import (
 from helios_sim.request import NS_PER_S
 
 if TYPE_CHECKING:
+    from helios_sim.report.capacity import CapacityResult
     from helios_sim.report.figures.style import Drawing
 
 SCHEMA_VERSION = 1  # of summary.json
@@ -130,6 +130,8 @@ def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR
 
     Returns what `summary.json` holds. Raises UserError when the folder cannot be written to.
     """
+    from helios_sim.report.capacity import tried_table
+
     summary = summarise_capacity(result)
     files.write_parquet(folder / "fleets.parquet", tried_table(result))
     files.write_json(folder / "provenance.json", summary["provenance"])
@@ -137,7 +139,7 @@ def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR
     if style is None:
         return summary
     from helios_sim.report.figures.capacity import capacity_drawings
-    from helios_sim.report.page import render_capacity
+    from helios_sim.report.page_capacity import render_capacity
 
     drawings = capacity_drawings(result)
     _write_page(folder, lambda: render_capacity(result, drawings), drawings, style)
@@ -146,6 +148,8 @@ def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR
 
 def summarise_capacity(result: CapacityResult) -> dict[str, Any]:
     """The structure of `summary.json`: the plans and what is advised. All fleets tried are in fleets.parquet."""
+    from helios_sim.report.capacity import summarise_plans
+
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": result.experiment,

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helios_sim.by_answer import AnswerRouter, Bandit, BestAnswer, ByAnswer, Cascade, Mixed
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
 from helios_sim.exits import rule
 from helios_sim.request import Request, RequestRecord
+from helios_sim.routing import AnswerRouter
 from helios_sim.study.schema import Config
+
+if TYPE_CHECKING:
+    from helios_sim.by_answer import ByAnswer
 
 ROUTERS = tuple(router.value for router in AnswerRouter)
 
@@ -83,6 +87,8 @@ def _check_numbers(key: str, given: Mapping[str, float]) -> None:
 
 def answer_router(config: Config, kinds: Mapping[str, OfKind]) -> ByAnswer:
     """The router of these settings, which `check_cluster` has seen. UserError where a trace does not know enough."""
+    from helios_sim.by_answer import Bandit, BestAnswer, Cascade, Mixed
+
     cluster, members = config.cluster, tuple(kind.replicas for kind in kinds.values())
     match AnswerRouter(config.server.router):
         case AnswerRouter.CASCADE:

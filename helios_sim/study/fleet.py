@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.by_answer import AnswerRouter
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.trace import MICROBITS
@@ -23,7 +22,7 @@ from helios_sim.policy.registry import PolicyConfig
 from helios_sim.policy.telemetry import Candidate
 from helios_sim.profile.spec import HardwareSpec
 from helios_sim.request import to_ns
-from helios_sim.routing import Router, Routing
+from helios_sim.routing import AnswerRouter, Router, Routing
 from helios_sim.serving.autoscale import Scaling
 from helios_sim.study.answer_routers import ROUTERS, OfKind, answer_router, check_cluster
 from helios_sim.study.build import Parts, build, known_offline, objective_of, policy_of

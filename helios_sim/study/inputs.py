@@ -21,7 +21,6 @@ from helios_sim.errors import UserError
 from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EXITS
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
-from helios_sim.profile.gguf_header import read_header
 from helios_sim.profile.resolve import files_of, kept_profile
 from helios_sim.shared_data import shared_data_folder
 from helios_sim.study.modes import LIVE
@@ -67,6 +66,8 @@ def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
 def _digest_of(path: Path, config: Config) -> str:
     """Of a GGUF file its header alone, unless the model is run: nothing else is read of a file that may be large."""
     if path.suffix == ".gguf" and config.mode != LIVE:
+        from helios_sim.profile.gguf_header import read_header
+
         with suppress(UserError):  # which the loader says
             return digest(repr(read_header(path)).encode())
     return digest_of(path)
