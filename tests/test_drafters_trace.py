@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,11 @@ transformers = pytest.importorskip("transformers")
 from calibrate.exits import answers as own, drafters as of_drafters  # noqa: E402
 from calibrate.exits.traces import TimeSpent, TraceOrigin  # noqa: E402
 from calibrate.report.drafters import drafts_summary  # noqa: E402
+from calibrate.report.outputs import use_joint  # noqa: E402
 from calibrate_line import calibrate  # noqa: E402
-from helios_sim.exits.store import read_trace  # noqa: E402
+from helios_sim import simulate  # noqa: E402
+from helios_sim.exits.artificial import synthetic_trace  # noqa: E402
+from helios_sim.exits.store import read_trace, write_trace  # noqa: E402
 from helios_sim.live.checkpoint.source import find_checkpoint  # noqa: E402
 from helios_sim.live.model.decoder import SegmentedModel  # noqa: E402
 from helios_sim.live.model.heads import ExitHeads  # noqa: E402
@@ -189,3 +194,22 @@ def test_the_command_records_the_joint_trace_and_keeps_it(folders, tmp_path, mon
     again = calibrate(monkeypatch, capsys, tmp_path, *words)
     assert {stage["status"] for stage in again.summary["stages"].values()} == {"kept"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["drafts"] == done.summary["drafts"]
+
+
+def test_the_joint_trace_is_simulated_by_the_line_that_is_shown(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    large, small, share = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", 0.7
+    trace = synthetic_trace(large, (28,), ("code", "news"), tokens=1000)
+    joint = replace(trace, drafters={small: np.random.default_rng(0).uniform(size=2000) < share})
+    for each in (joint, synthetic_trace(small, (24,), ("code", "news"), tokens=1000)):
+        write_trace(each, tmp_path / "out" / "joint" / each.model)
+    (line,) = use_joint(joint, tmp_path / "out" / "joint")
+    words = shlex.split(line)
+    assert words[:4] == ["python", "-m", "helios_sim", "+experiment=own"]
+    assert "exits.source=out/joint/{model}" in words
+    few = ("workload.n_requests=40", "profile_band=none", "policy.draft_tokens=1")
+    (arm,) = simulate("own", *words[4:], *few).arms.values()
+    metrics = arm.replicates[0].metrics
+    assert metrics["agreement"] == 1
+    assert metrics["draft_acceptance"] == pytest.approx(share, abs=0.04)
+    assert use_joint(replace(joint, model="nobody-knows-it"), tmp_path / "out" / "joint") == []

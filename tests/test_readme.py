@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import helios_sim.__main__ as command_line
+from helios_sim import load_trace, simulate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -61,6 +63,18 @@ def test_the_policy_that_keeps_levels_is_asked_because_of_both(tmp_path: Path, m
 
     assert re.search(r"power above .*: \d+% inside the SLOs, \d+ W: cut at layer 6", causes("watts=100", "share=0"))
     assert re.search(r"slo below .*: \d+% inside the SLOs, \d+ W: cut at layer 6", causes("watts=399", "share=1"))
+
+
+def test_the_measured_pair_drafts_as_often_right_as_its_trace_says() -> None:
+    shown = r"python -m helios_sim (\+experiment=own .*policy=draft_model)\n"
+    (line,) = re.findall(shown, README.read_text())
+    few = ("policy.draft_tokens=1", "workload.n_requests=150", "profile_band=none")
+    (arm,) = simulate("own", *line.split()[1:], *few).arms.values()
+    trace = load_trace("qwen2.5-coder-1.5b", "generated")
+    right, metrics = trace.drafted_by("qwen2.5-coder-0.5b"), arm.replicates[0].metrics
+    by_task = [right[trace.task == task].mean() for task in range(len(trace.tasks))]
+    assert metrics["draft_acceptance"] == pytest.approx(np.mean(by_task), abs=0.03)
+    assert metrics["agreement"] == 1
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))))

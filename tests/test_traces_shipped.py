@@ -73,6 +73,20 @@ def test_a_generated_trace_is_no_human_text_and_has_the_same_exits(model: str) -
     assert trace.exits == load_trace(model, "reference").exits
 
 
+def test_a_joint_trace_of_a_measured_pair_is_shipped() -> None:
+    large, small = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
+    trace = load_trace(large, "generated")
+    assert trace.provenance.provenance_class is ProvenanceClass.MEASURED
+    assert trace.n_tokens >= 5_000
+    assert set(trace.drafters) == set(trace.drafters_sure) == {small}
+    assert set(trace.tasks) <= set(load_trace(small, "generated").tasks)
+    assert sum(path.stat().st_size for path in (SHIPPED / f"{large}@generated").iterdir()) < 1_000_000
+    quarters = np.array_split(np.argsort(trace.drafters_sure[small], kind="stable"), 4)
+    right = [trace.drafted_by(small)[rows].mean() for rows in quarters]
+    assert right == sorted(right)  # the surer, the more often right
+    assert right[3] > 0.95 > 0.7 > right[0]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_shipped_heads_are_small_and_belong_to_the_traces(model: str) -> None:
     header = json.loads((HEADS / model / "heads.json").read_text())

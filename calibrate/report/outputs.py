@@ -138,7 +138,7 @@ def _write_for_use(config: CalibrateConfig, folder: Path, results: Results) -> l
     if (trained / CHANGE).is_dir():
         _written(folder / TRAINED, lambda draft: _join(draft, trained))
     if results.profile is None and results.joint is not None:
-        return _use_joint(results.joint, folder / JOINT)
+        return use_joint(results.joint, folder / JOINT)
     if results.profile is None:
         return [] if results.trained is None else _use_trained(config, folder / TRAINED)
     profile = results.profile
@@ -159,15 +159,16 @@ def _use_trained(config: CalibrateConfig, place: Path) -> list[str]:
     return [shlex.join(["python", "-m", "calibrate", f"model={place}", f"model.name={name}", f"heads={place}"])]
 
 
-def _use_joint(joint: ExitTrace, place: Path) -> list[str]:
+def use_joint(joint: ExitTrace, place: Path) -> list[str]:
     """The command in which the first drafter drafts, where the catalogue has the shapes of both models."""
     drafter = next(iter(joint.drafters))
     with suppress(UserError):
         for name in (drafter, joint.model):
             shape_of(name)
         words = [
-            f"models=[{drafter},{joint.model}]", f"hardware={CARD}", f"exits.source={place}/{{model}}",
-            "~workload.mix.tasks", f"+workload.mix.tasks={{{', '.join(f'{task}: 1' for task in joint.tasks)}}}",
+            "+experiment=own", f"models=[{drafter},{joint.model}]", f"hardware={CARD}",
+            f"exits.source={_shown(place)}/{{model}}",
+            f"workload.mix.tasks={{{', '.join(f'{task}: 1' for task in joint.tasks)}}}",
             "policy=draft_model", f"policy.drafter={drafter}", f"policy.model={joint.model}",
         ]  # fmt: skip
         return [shlex.join(["python", "-m", "helios_sim", *words])]
@@ -265,15 +266,19 @@ def write_experiment(profile: Profile, trace: ExitTrace | None, threshold: float
 
 
 def _command(folder: Path, profile: Profile, trace: ExitTrace | None) -> str:
-    here = Path.cwd()
-    place = folder.resolve()
-    shown = place.relative_to(here) if place.is_relative_to(here) else place
+    shown = _shown(folder)
     source = "none" if trace is None else str(shown / "trace")
     words = [
         "--config-dir", str(shown / "conf"), f"+experiment={NAME}", f"profile_folder={shown / 'profile'}",
         f"exits.source={source}",
     ]  # fmt: skip
     return shlex.join(["python", "-m", "helios_sim", *words])
+
+
+def _shown(folder: Path) -> Path:
+    """The folder as the user may name it from here."""
+    here, place = Path.cwd(), folder.resolve()
+    return place.relative_to(here) if place.is_relative_to(here) else place
 
 
 def _workload(profile: Profile, trace: ExitTrace | None) -> dict[str, Any]:
