@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
@@ -46,6 +47,24 @@ def test_a_file_is_read_again_once_it_was_written(tmp_path: Path) -> None:
     os.utime(file, ns=(0, 1))
     assert loaded(source, file).config == {"n": 2}
     assert loaded(source, file).header == source.load_config("a").header
+
+
+def test_files_are_read_as_omegaconf_reads_them(tmp_path: Path) -> None:
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    file, source = tmp_path / "a.yaml", FileConfigSource("main", f"file://{tmp_path}")
+    for text in (
+        "", "a: &a {b: 1e3, c: 1e-2, d: .5, e: 1_0, f: 2020-01-02}\ng: {<<: *a, b: ~}\n", "- 1\n- {a: yes}\n",
+        "a: 'é ${b}'\nb: >-\n  one\n  two\nc: 0x1F\nd: !!str 1\ne: [off, 010, 1:30, 1:30.5, .inf, 0o7]\n",
+    ):  # fmt: skip
+        file.write_text(text, encoding="utf-8")
+        os.utime(file, ns=(0, len(text)))
+        assert OmegaConf.to_yaml(loaded(source, file).config) == OmegaConf.to_yaml(OmegaConf.load(file))
+    for wrong in ("a: 1\na: 2\n", "a: [1\n", "a: !!python/name:os.system x\n"):
+        file.write_text(wrong, encoding="utf-8")
+        os.utime(file, ns=(0, len(wrong)))
+        with pytest.raises(yaml.YAMLError):
+            loaded(source, file)
 
 
 @pytest.fixture
