@@ -28,8 +28,8 @@ from helios_sim.live.device import CpuDevice
 from helios_sim.live.exits import ExitReader, Row, Tally
 from helios_sim.live.forward import Forward
 from helios_sim.live.graphs import GraphedDecodes
-from helios_sim.live.kernels import activation, attention, gemv, head, norms, turn
-from helios_sim.live.kernels.card import TRITON
+from helios_sim.live.kernels import activation, attention, first_contact as contact, gemv, head, norms, turn
+from helios_sim.live.kernels.card import TRITON, TritonKernels
 from helios_sim.live.kernels.interface import TORCH, UNKNOWN, Inside
 from helios_sim.live.memory.decodes import decode_step, first_positions
 from helios_sim.live.memory.kv import KvCache
@@ -400,6 +400,17 @@ def _after_a_step(source: Any, kernels: Any, n: int) -> list[Tensor]:
     return [first, last, *(x[slots[i], :, 3 + 5 * i] for x in (cache.keys[-1], cache.values[-1]) for i in range(n))]
 
 
+def first_contact() -> list[float]:
+    """What is found when the kernels first run on a card: their error, and that of kernels of which one is wrong."""
+
+    class Wrong(TritonKernels):
+        def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
+            return 1.1 * super().product(x, weight, bias, slots)
+
+    contact.WORDS, on = 200, torch.device("cpu")  # fewer than on a card, since each takes the interpreter long
+    return [*(contact.largest_error(TRITON, on, n) for n in contact.BATCHES), contact.largest_error(Wrong(), on, 2)]
+
+
 def not_numbers() -> list[bool]:
     """Whether the best logit tells that a row of logits holds no numbers: NaN, infinity, mostly minus infinity, one."""
     logits = drawn(4, 5000)
@@ -429,4 +440,4 @@ if __name__ == "__main__":
     of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated(), "turned": turned_outside()}
     of_passes = {"one_pass": one_pass(whole), "leaves": leaves()}
     print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers(),
-                      "attended": attended_not_numbers()}))  # fmt: skip
+                      "attended": attended_not_numbers(), "first_contact": first_contact()}))  # fmt: skip

@@ -19,6 +19,7 @@ from fake_flashinfer import PAGE, BatchDecodeWithPagedKVCacheWrapper, ExactPaged
 from helios_sim.errors import UserError
 from helios_sim.exits.rule import Confidence, FullDepth
 from helios_sim.live.checkpoint.random_weights import draw
+from helios_sim.live.kernels import first_contact
 from helios_sim.live.kernels.choice import described, kernels_for
 from helios_sim.live.memory import paged, workspace
 from helios_sim.live.memory.kv import CacheShape
@@ -156,6 +157,7 @@ def test_slots_are_whole_pages_and_what_it_cannot_run_is_refused_by_name(tiny: L
 
 def test_it_is_never_chosen_and_never_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(first_contact, "fault", lambda device: None)
     with pytest.raises(UserError, match=r"live\.kernels.*CUDA card"):
         kernels_for(torch.device("cpu"), "flashinfer")
     if find_spec("flashinfer") is None:

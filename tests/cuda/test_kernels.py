@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ pytest.importorskip("triton")  # there is none for macOS and Windows
 
 from helios_sim.errors import UserError
 from helios_sim.live.device import open_device
-from helios_sim.live.kernels import activation, attention, gemv, head, leave, norms, turn
+from helios_sim.live.kernels import activation, attention, choice, first_contact, gemv, head, leave, norms, turn
 from helios_sim.live.kernels.choice import described, kernels_for
 from helios_sim.live.kernels.interface import TORCH, Inside
 from kernel_builds import SHARED_BYTES, build, launches
@@ -61,6 +64,8 @@ def check(found: dict[str, Any]) -> None:
     assert max(found["one_pass"]) < 1e-5
     assert not found["leaves"]
     assert found["not_numbers"] == [True, True, False, False]
+    *right, wrong = found["first_contact"]
+    assert max(right) < 0.01 < first_contact.MOST_ERROR < wrong
     assert found["attended"] == [[False, True]] * 12, "a row of NaN looks like one of numbers"
 
 
@@ -177,7 +182,42 @@ def test_a_cpu_computes_with_torch() -> None:
         open_device("cpu", "triton")
 
 
+def test_kernels_that_fail_at_the_first_launch_are_not_used_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there is no driver; where one is, results are compared."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choice, "_FAULTS", {})
+    card, errors = torch.device("cuda", 1), [RuntimeError("libcuda.so cannot found!\nrun ldconfig")]
+
+    current: list[torch.device] = []
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def largest_error(kernels: object, device: torch.device, batch: int) -> float:
+        assert current == [device], "Triton launches on the current card"
+        if errors:
+            raise errors[0]
+        return 0.7
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(first_contact, "largest_error", largest_error)
+    for said in (r"launched \(libcuda.so cannot found!\)$", "70 % off"):
+        first_contact.fault.cache_clear()
+        assert kernels_for(card) is TORCH
+        assert re.search(said, described(TORCH))
+        with pytest.raises(UserError, match=r"live\.kernels"):
+            kernels_for(card, "triton")
+        errors.clear()
+    first_contact.fault.cache_clear()
+
+
 def test_a_card_computes_with_triton_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "fault", lambda device: None)
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     card = torch.device("cuda", 0)

@@ -14,6 +14,7 @@ import torch
 from helios_sim.errors import UserError
 from helios_sim.live.kernels.interface import TORCH, Kernels
 
+_FAULTS: dict[torch.device, str | None] = {}  # by card, what was found when the kernels first ran there
 LEAST_CAPABILITY = (8, 0)  # of a card: bfloat16 on tensor cores
 
 
@@ -31,8 +32,8 @@ def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
         lacking = "the package triton"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         lacking = "a card of compute capability 8.0 or later"
-    elif device.type == "cuda":
-        lacking = _lacking_to_build()
+    elif device.type == "cuda" and wanted != "torch":
+        lacking = _lacking_to_build() or _tried(device)
     if lacking is None and wanted == "flashinfer":
         lacking = _lacking_of_flashinfer(device)
     if wanted == "torch" or (wanted is None and (lacking is not None or device.type != "cuda")):
@@ -59,10 +60,18 @@ def _lacking_to_build() -> str | None:
     return None
 
 
+def _tried(device: torch.device) -> str | None:
+    """What they lack when they run on the card for the first time."""
+    from helios_sim.live.kernels.first_contact import fault
+
+    _FAULTS[device] = found = fault(device)
+    return found
+
+
 def described(kernels: Kernels) -> str:
     """What computes a decode step, for people."""
     if kernels.name == "torch":
-        lacking = _lacking_to_build()
+        lacking = _lacking_to_build() or next((found for found in _FAULTS.values() if found is not None), None)
         return "decode steps by torch's operations" + (f"; Triton's kernels need {lacking}" if lacking else "")
     import triton
 
