@@ -4,7 +4,9 @@ Serves the same prompts live in float32 at full depth and with each number of dr
 server and policy as everywhere, and compares the texts token by token. Beside the acceptance stands what one pass of
 the drafter over the full-depth answers predicts of it, by task. Models are named as in `live.weights`; texts are those
 of `make models`. With Qwen2.5-Coder-1.5B-Instruct and -0.5B-Instruct it needs 10 GB of memory. Writes drafter.md beside
-this file; with `--times` it also prints the processor's time of each run, for a machine where nothing else runs.
+this file; with `--times` it also prints the processor's time of each run, for a machine where nothing else runs. With
+`--recorded` nothing is served: it prints what `python -m calibrate +task=drafters` would record of these prompts, in
+bfloat16, half of the memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
 
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 from live import accepted
 
+from calibrate.exits.answers import answers
+from calibrate.exits.drafters import predictions
 from helios_sim import files
 from helios_sim.entry import script
 from helios_sim.exits.artificial import no_exits
@@ -92,10 +97,7 @@ class Pair:
     """One engine for all runs; each has a server and a clock of its own."""
 
     def __init__(self, weights: Mapping[str, str], requests: int, tokens: int) -> None:
-        self._block = RequestBlock(
-            np.arange(requests), np.zeros(requests, np.int64), np.full(requests, PROMPT_TOKENS),
-            np.full(requests, tokens), np.arange(requests) % len(TASKS), 5_000 + 7_919 * np.arange(requests),
-        )  # fmt: skip
+        self._block = requests_of(requests, tokens)
         self._models = {name: opened(name, path) for name, path in weights.items()}
         self.residents = Loaded(self._models)
         self._engine = LiveEngine(
@@ -125,6 +127,14 @@ class Pair:
         began_s, requests = process_time(), len(self._block.request_id)
         run = simulate(make_server, iter((self._block,)), requests, lambda record: None, env=clock)
         return Run(dict(self._engine.answers), run.stats, process_time() - began_s)
+
+
+def requests_of(requests: int, tokens: int) -> RequestBlock:
+    """All at once, the tasks in turns."""
+    return RequestBlock(
+        np.arange(requests), np.zeros(requests, np.int64), np.full(requests, PROMPT_TOKENS),
+        np.full(requests, tokens), np.arange(requests) % len(TASKS), 5_000 + 7_919 * np.arange(requests),
+    )  # fmt: skip
 
 
 def opened(name: str, weights: str) -> LiveModel:
@@ -167,6 +177,31 @@ def page(names: tuple[str, str], whole: Run, outcomes: Sequence[Outcome]) -> str
     return "\n".join(lines) + "\n"
 
 
+def recorded(weights: Mapping[str, str], requests: int, tokens: int, numbers: Sequence[int]) -> str:
+    """What the recorder of traces says of the prompts that would be served, as answers of so many tokens."""
+    opens = {name: opened(name, path) for name, path in weights.items()}
+    block, texts = requests_of(requests, tokens), read_texts(TASKS)
+    starts = zip(block.task.tolist(), block.text_start.tolist(), strict=True)
+    asked = [opens[MODEL].prompt_ids(Prompt(*start), texts, PROMPT_TOKENS) for start in starts]  # type: ignore[arg-type]
+    with TemporaryDirectory() as scratch:
+        model = SegmentedModel.load(opens[MODEL].checkpoint, dtype=torch.bfloat16)
+        found = answers(model, opens[MODEL].tokenizer, ExitHeads.own(()), asked, tokens)
+        del model
+        drafter = SegmentedModel.load(opens[DRAFTER].checkpoint, dtype=torch.bfloat16)
+        right = predictions(drafter, found, Path(scratch)).right
+    each = [part.tolist() for part in np.split(right, np.cumsum([len(answer.tokens) for answer in found])[:-1])]
+    told = ", ".join(f"{100 * accepted(each, drafts):.1f} % of {drafts} drafts" for drafts in numbers)
+    return f"recorded in bfloat16 of {len(found)} answers, {len(right):,} tokens, {right.mean():.1%} right: {told}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What of a request its prompt depends on."""
+
+    task: int
+    text_start: int
+
+
 def command(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
@@ -176,9 +211,14 @@ def command(words: list[str]) -> None:
     parser.add_argument("--drafts", type=int, nargs="+", default=[3])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--recorded", action="store_true")
     given = parser.parse_args(words)
     torch.set_num_threads(given.threads)
-    pair = Pair({MODEL: given.model, DRAFTER: given.drafter}, given.requests, given.tokens)
+    weights = {MODEL: given.model, DRAFTER: given.drafter}
+    if given.recorded:
+        print(recorded(weights, given.requests, given.tokens, given.drafts))
+        return
+    pair = Pair(weights, given.requests, given.tokens)
     whole, outcomes = compare(pair, given.drafts)
     names = Path(given.model).stem, Path(given.drafter).stem
     files.write_text(FOLDER / "drafter.md", page(names, whole, outcomes))
