@@ -300,9 +300,10 @@ class MemoryBudget:
 
         The activation reserve is the largest of the residents', since one model runs at a time.
         """
-        resident = tuple(resident)
-        weights = sum(profile.weight_bytes(layers) for profile, layers in resident)
-        reserve = max((profile.activation_reserve_bytes for profile, _ in resident), default=0)
+        weights = reserve = 0
+        for profile, layers in resident:
+            weights += profile.weight_bytes(layers)
+            reserve = max(reserve, profile.activation_reserve_bytes)
         return self.usable_bytes - weights - reserve
 
     def pool_blocks(self, resident: Iterable[tuple[Weighs, int]], active: tuple[Weighs, int]) -> int:

@@ -182,7 +182,7 @@ class Decider:
         replica = self._replica
         return int(
             first_fired(
-                replica.state, replica.rules, replica.requests, replica.line, self._seen, replica.counts.marks, start
+                replica.state, replica.rules, replica.request_views, replica.line, self._seen, replica.marks, start
             )
         )
 

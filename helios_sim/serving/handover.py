@@ -92,10 +92,10 @@ def _samples(replica: Replica) -> None:
         return
     block_bytes, weight_bytes = replica.block_bytes, replica.weight_bytes
     taken = tuples(replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ())
-    replica.timeline.keep(
+    replica.timeline.keep([
         (time_ns, model, layers, running, waiting, used_blocks * block_bytes, weight_bytes)
         for time_ns, running, waiting, used_blocks in taken
-    )
+    ])
     s.samples = 0
     replica.meet_timeline()
 

@@ -139,6 +139,7 @@ class Replica:
         """So many slots from now on."""
         storage, known = self.storage, len(self.requests)
         self.requests = storage.grown(REQUEST, self.requests, n)
+        self.request_views = storage.views(REQUEST, self.requests)  # the same for plain Python
         self.lists = Lists(*(storage.more_numbers(each, n) for each in self.lists))
         self._owed = np.concatenate([self._owed, np.zeros((n - known, self.bands + 1), np.int64)])
         self.owed = storage.array(self._owed)
@@ -366,10 +367,10 @@ class Replica:
     @property
     def in_flight(self) -> bool:
         """Whether an answer of the active model has begun."""
-        return bool(triggers.in_flight(self.state, self.requests, self.line))
+        return bool(triggers.in_flight(self.state, self.request_views, self.line))
 
     def blocks_to_finish(self) -> int:
-        return int(triggers.blocks_to_finish(self.state, self.rules, self.requests, self.lists, self.line))
+        return int(triggers.blocks_to_finish(self.state, self.rules, self.request_views, self.lists, self.line))
 
     # --- Moves ------------------------------------------------------------------------------------------------------
 
@@ -383,7 +384,7 @@ class Replica:
         s = self.state
         while s.running and s.used_blocks > used_blocks:
             schedule.preempt(
-                s, self.rules, self.requests, self.lists, self.line, self.freed, self.prefix.tables, self.owed
+                s, self.rules, self.request_views, self.lists, self.line, self.freed, self.prefix.tables, self.owed
             )
 
     def release_lingering(self) -> None:

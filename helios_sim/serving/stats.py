@@ -193,14 +193,15 @@ class Recent:
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
-        self._rows = np.zeros((2 * RECENT, 7), np.int64)  # as `completed` gets them; when full, the latest move up
+        self._rows = np.zeros((2 * RECENT, 7), np.int64)  # as `completed` gets them; none is ever written again
         self._filled = 0
 
     def completed(self, rows: NDArray[np.int64]) -> None:
         """Of each request, (n, 7) of at most `RECENT`: when it arrived, was scheduled and had its first and last token,
         its output tokens, those of its prompt, and how many of these were cached."""
         if self._filled + len(rows) > len(self._rows):
-            self._rows[:RECENT] = self._latest
+            full, self._rows = self._latest, np.zeros((2 * RECENT, 7), np.int64)
+            self._rows[:RECENT] = full
             self._filled = RECENT
         self._rows[self._filled : self._filled + len(rows)] = rows
         self._filled += len(rows)
@@ -211,23 +212,26 @@ class Recent:
 
     @property
     def latest(self) -> LatestRequests:
-        return LatestRequests(self._latest[:, :5].copy(), self._slo)
+        return LatestRequests(self._latest[:, :5], self._slo)
 
     def arrived(self, times_ns: Iterable[int]) -> None:
         self._arrivals_ns.extend(times_ns)
 
     @property
     def prompt_tokens_mean(self) -> float | None:
-        return int(self._latest[:, 5].sum()) / len(self._latest) if self._filled else None
+        return self._sum(5) / len(self._latest) if self._filled else None
 
     @property
     def hit_share(self) -> float | None:
         """Of their prompts' tokens those that were found in the prefix cache; None before one has completed."""
-        return int(self._latest[:, 6].sum()) / int(self._latest[:, 5].sum()) if self._filled else None
+        return self._sum(6) / self._sum(5) if self._filled else None
 
     @property
     def output_tokens_mean(self) -> float | None:
-        return int(self._latest[:, 4].sum()) / len(self._latest) if self._filled else None
+        return self._sum(4) / len(self._latest) if self._filled else None
+
+    def _sum(self, column: int) -> int:
+        return int(np.add.reduce(self._latest[:, column]))
 
     @property
     def arrival_rate_per_s(self) -> float | None:
