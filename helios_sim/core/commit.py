@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from helios_sim.core.arrive import leave
 from helios_sim.core.blocks import blocks_for, give_blocks, take_blocks
-from helios_sim.core.layout import COMPLETED, FOREVER_NS, NEVER, Counts, Line, Lists, Numbers, Record, Table, Watch
+from helios_sim.core.layout import (
+    COMPLETED,
+    FOREVER_NS,
+    NEVER,
+    RECENT,
+    Counts,
+    Line,
+    Lists,
+    Numbers,
+    Record,
+    Table,
+    Watch,
+)
 from helios_sim.core.power import note_drawn
 from helios_sim.core.prefix import Prefix, leave_blocks
 from helios_sim.core.schedule import gather, held_blocks, let_go
@@ -48,8 +60,9 @@ def commit(
         slide_windows(s, it, requests, lists, watch)
     if it.decodes:
         _decoded(s, r, it, requests, lists, owed, c, end_ns)
-    if s.used_blocks > s.peak_blocks:
-        s.peak_blocks = s.used_blocks
+    held_bytes = s.weight_bytes + s.used_blocks * s.block_bytes
+    if held_bytes > s.peak_bytes:
+        s.peak_bytes = held_bytes
     if r.drafts_apart:
         note_unread(it, requests, lists)
     if it.drafted:
@@ -60,15 +73,22 @@ def commit(
         for i in range(decoded - it.decodes, decoded + it.finishing):
             _observe(s, r, requests, lists.batch[i], c.seen, end_ns)
     if it.done:
-        _complete(s, r, requests, lists, line, arrivals, tokens, freed, prefix, owed, watch, end_ns)
-    if s.sampled_ns == NEVER or end_ns - s.sampled_ns >= s.sample_interval_ns:
-        sample = c.samples[s.samples]
-        sample.time_ns = end_ns
-        sample.running = s.running
-        sample.waiting = s.waiting
-        sample.used_blocks = s.used_blocks
-        s.samples += 1
-        s.sampled_ns = end_ns
+        _complete(s, r, requests, lists, line, arrivals, tokens, freed, prefix, owed, c.latest, watch, end_ns)
+    elsewhere = s.model != s.sampled_model or s.run_layers != s.sampled_layers
+    if s.sampled_ns == NEVER or elsewhere or end_ns - s.sampled_ns >= s.sample_interval_ns:
+        _sample(s, c.samples[s.samples])
+
+
+def _sample(s: Record, sample: Record) -> None:
+    """The state when the iteration has ended, for pictures."""
+    sample.time_ns = s.sampled_ns = s.end_ns
+    sample.model = s.sampled_model = s.model
+    sample.run_layers = s.sampled_layers = s.run_layers
+    sample.running = s.running
+    sample.waiting = s.waiting
+    sample.kv_bytes = s.used_blocks * s.block_bytes
+    sample.weight_bytes = s.weight_bytes
+    s.samples += 1
 
 
 def _account(s: Record, r: Record, it: Record, busy_ns: int) -> None:
@@ -301,6 +321,7 @@ def _complete(
     freed: Table,
     prefix: Prefix,
     owed: Numbers,
+    latest: Table,
     watch: Watch,
     end_ns: int,
 ) -> None:
@@ -323,6 +344,7 @@ def _complete(
         request = requests[slot]
         if len(watch.windows):
             slide_completed(r, request, watch)
+        _note_latest(latest[s.completed % RECENT], request)
         if r.ahead and r.vllm_v1:
             lists.lingering_key[s.lingering] = request.order_key
             lists.lingering_seq[s.lingering] = request.seq
@@ -334,3 +356,10 @@ def _complete(
         else:
             let_go(s, r, freed, prefix, request, owed, slot, NEVER)
         leave(s, r, requests, lists, line, arrivals, tokens, slot, end_ns, COMPLETED)
+
+
+def _note_latest(row: Record, request: Record) -> None:
+    row.arrival_ns, row.scheduled_ns = request.arrival_ns, request.scheduled_ns
+    row.first_token_ns, row.last_token_ns = request.first_token_ns, request.last_token_ns
+    row.output_tokens = request.generated + request.earlier_tokens
+    row.prompt_tokens, row.hit_tokens = request.prompt_tokens, request.hit_tokens

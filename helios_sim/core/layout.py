@@ -53,6 +53,7 @@ MILLIONTHS = 1_000_000  # in which the argument of KV_ABOVE is written
 LEAF_BITS, BREACHES_THERE, AGREES_THERE = 2, 2, 1  # of `Trace.leaves`
 EXIT_BITS, EXIT_MASK = 6, 63  # of one exit among those of a request's latest tokens
 
+RECENT = 256  # completed requests and arrivals that policies are told of
 FLUSH_REQUESTS = 4096  # requests that left: it is time to hand their records over
 
 
@@ -209,8 +210,16 @@ WINDOW = Kind.of(  # a ring of tokens that may be breaches, or of completed requ
     "WindowRow", ("length", "limit", "filled", "next", "breaches", "of_requests")
 )
 MARK = Kind.of("MarkRow", ("time_ns", "drawn_ns"))  # what had been drawn by then (`power`)
+LATEST = Kind.of(  # of a request that has completed, as policies are told
+    "LatestRow",
+    (
+        "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "output_tokens", "prompt_tokens", "hit_tokens",
+    ),
+)  # fmt: skip
 SEEN = Kind.of("SeenRow", ("slot", "tokens", "time_ns"))  # an observation that is due
-SAMPLE = Kind.of("SampleRow", ("time_ns", "running", "waiting", "used_blocks"))  # of the timeline
+SAMPLE = Kind.of(  # of the timeline
+    "SampleRow", ("time_ns", "model", "run_layers", "running", "waiting", "kv_bytes", "weight_bytes")
+)
 FREED = Kind.of("FreedRow", ("owner", "blocks"))  # owner: a request's number, NEVER: none
 # Integrals and counts that are handed over and then start from 0 again.
 SUMS = (
@@ -242,8 +251,10 @@ STATE = Kind.of(
         "fewer",  # with the number completed so far: most that may run at once, after an OOM; FOREVER_NS: no limit
         # arrivals
         "first_row", "arrived", "known", "exhausted", "to_release",
-        # KV blocks
-        "used_blocks", "total_blocks", "peak_blocks", "freed_first", "freed_end",
+        # memory: KV blocks and weights
+        "used_blocks", "total_blocks", "freed_first", "freed_end",
+        "block_bytes", "weight_bytes",  # of weights resident or on the way, with the activation reserve
+        "peak_bytes",  # most of both
         # those that are shared (`prefix`)
         "free_seats", "queued_blocks", "queue_first", "queue_end", "made_blocks", "spare_block",
         "widest_request",  # most blocks of a request that has asked for some
@@ -255,7 +266,8 @@ STATE = Kind.of(
         # the books; `away`: what a router counts besides, where it is to send nothing here
         "in_system", "away", "changed_ns", "presence_ns", "sojourn_ns", "arrivals", "departures",
         # what is to be handed over
-        "seen", "samples", "sampled_ns", "sample_interval_ns", "sample_room",
+        "seen", "samples", "sample_interval_ns", "sample_room",
+        "sampled_ns", "sampled_model", "sampled_layers",  # the latest
         "gaps", "gaps_ns", "shortest_gap_ns", "longest_gap_ns",
         "gap_bucket",  # of the latest
         "drawn_ns", "marks",  # what has been drawn in all, and how many marks were made of it (`power`)
@@ -364,6 +376,7 @@ class Counts(NamedTuple):
     gaps: Numbers  # of the histogram of gaps between tokens
     gap_edges_ns: Numbers
     marks: Table  # a ring
+    latest: Table  # of `RECENT` requests, a ring: the n-th that completed is in row n % RECENT
 
 
 class Drafter(NamedTuple):
@@ -425,7 +438,10 @@ class Storage:
 
     def views(self, kind: Kind, table: Table) -> Sequence[Record]:
         """The records of a table for plain Python, which the table itself would give ten times as slowly."""
-        return (kind.view * len(table)).from_buffer(table) if self.compiled else table
+        if not self.compiled:
+            return table
+        views: Any = kind.view * len(table)
+        return views.from_buffer(table)
 
     def filled(self, kind: Kind, rows: Iterable[Sequence[float]]) -> Table:
         """A table of records, each with its fields in the kind's order."""

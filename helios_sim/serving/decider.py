@@ -34,7 +34,7 @@ from helios_sim.policy.deployment import (
 )
 from helios_sim.policy.telemetry import Energy, Policy, Telemetry
 from helios_sim.request import NS_PER_S
-from helios_sim.serving.handover import tell
+from helios_sim.serving.handover import latest_completed, tell
 from helios_sim.serving.replica import Replica
 
 MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
@@ -235,6 +235,7 @@ class Decider:
     def _telemetry(self, cause: Cause) -> Telemetry:
         replica, s = self._replica, self._replica.state
         tell(replica)
+        replica.recent.completed(latest_completed(replica))
         decode_ns, decode_batch_ns = int(s.placed_decode_ns), int(s.placed_decode_batch_ns)
         return Telemetry(
             now_ns=replica.now_ns,

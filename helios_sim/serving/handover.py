@@ -12,12 +12,11 @@ from functools import lru_cache
 import numpy as np
 
 from helios_sim.core import arrive, layout, line, schedule
-from helios_sim.core.layout import NEVER, SAMPLE, SEEN, SUMS, numbers_of, take_sums, tuples
+from helios_sim.core.layout import LATEST, NEVER, RECENT, SAMPLE, SEEN, SUMS, IntArray, numbers_of, take_sums, tuples
 from helios_sim.exits.trace import TokenSpan
 from helios_sim.request import RecordBlock, Request, RequestRecord, Status
 from helios_sim.serving.inbox import COLUMNS
 from helios_sim.serving.replica import SERVED_TEXTS, Replica
-from helios_sim.serving.stats import RECENT
 
 DROP_REASONS = {
     layout.CONTEXT_EXCEEDED: "context of {model} exceeded",
@@ -31,11 +30,6 @@ _LEFT_FIELDS = (
     "evaluated_tokens", "preemptions", "microbits",
 )  # fmt: skip
 _MODEL, _WHY = _LEFT_FIELDS.index("model"), _LEFT_FIELDS.index("why")
-_RECENT_FIELDS = (
-    "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "generated", "prompt_tokens", "hit_tokens",
-    "earlier_tokens", "why",
-)  # fmt: skip
-_GENERATED, _EARLIER = _RECENT_FIELDS.index("generated"), _RECENT_FIELDS.index("earlier_tokens")
 _AS_THEY_ARE = (
     "request_id", "task", "arrival_ns", "prompt_tokens", "prompt_chars", "output_chars", "layers_run", "early_tokens",
     "breach_tokens", "agreed_tokens", "evaluated_tokens", "preemptions",
@@ -55,49 +49,42 @@ def hand_over(replica: Replica) -> None:
         stats.itl.add_counted(int(s.gaps), int(s.gaps_ns), int(s.shortest_gap_ns), int(s.longest_gap_ns))
         s.gaps = s.gaps_ns = s.longest_gap_ns = 0
         s.shortest_gap_ns = NEVER
-    settle(replica)
+    stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, int(s.peak_bytes))
+    _depths(replica)
+    _samples(replica)
     tell(replica)
     _records(replica)
 
 
-def settle(replica: Replica) -> None:
-    """What is noted under the deployment in force, before another one is: depths, memory, samples, observations."""
+def settle(replica: Replica, model: str) -> None:
+    """What is noted under the deployment in force, before one of this model is."""
+    if model != replica.deployment.active.model:
+        _depths(replica)
+    _observations(replica)
+
+
+def _depths(replica: Replica) -> None:
     if replica.depths.any():
         replica.stats.count_by_depth(replica.deployment.active.model, replica.depths)
         replica.depths[:] = 0
-    settle_memory(replica)
-    _observations(replica)
-
-
-def settle_memory(replica: Replica) -> None:
-    """What is noted under what memory holds, before it holds something else."""
-    s, stats = replica.state, replica.stats
-    if s.peak_blocks:
-        used = replica.weight_bytes + int(s.peak_blocks) * replica.block_bytes
-        stats.hbm_peak_bytes = max(stats.hbm_peak_bytes, used)
-        s.peak_blocks = 0
-    _samples(replica)
 
 
 def tell(replica: Replica) -> None:
-    """What a policy may ask for becomes known: the latest arrivals and completed requests, observations."""
+    """What a policy may ask for becomes known: the latest arrivals, observations."""
     _arrivals(replica)
     _observations(replica)
-    _completed(replica)
 
 
 def _samples(replica: Replica) -> None:
-    s, model, layers = replica.state, replica.deployment.active.model, replica.run_layers
-    if not s.samples:
-        return
-    block_bytes, weight_bytes = replica.block_bytes, replica.weight_bytes
-    taken = tuples(replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ())
-    replica.timeline.keep([
-        (time_ns, model, layers, running, waiting, used_blocks * block_bytes, weight_bytes)
-        for time_ns, running, waiting, used_blocks in taken
-    ])
-    s.samples = 0
-    replica.meet_timeline()
+    s = replica.state
+    if s.samples:
+        taken = tuples(replica.counts.samples, slice(int(s.samples)), SAMPLE.dtype.names or ())
+        replica.timeline.keep([
+            (time_ns, replica.models[model], layers, running, waiting, kv_bytes, weight_bytes)
+            for time_ns, model, layers, running, waiting, kv_bytes, weight_bytes in taken
+        ])
+        s.samples = 0
+        replica.meet_timeline()
 
 
 def _arrivals(replica: Replica) -> None:
@@ -127,19 +114,12 @@ def _observations(replica: Replica) -> None:
     s.seen = 0
 
 
-def _completed(replica: Replica) -> None:
-    """Requests that completed since the last time, as far as means look back."""
-    left, told = int(replica.state.left), replica.told_departures
-    if left == told:
-        return
-    replica.told_departures = left
-    slots = replica.lists.left[told:left].tolist()
-    if len(slots) > RECENT:
-        why = numbers_of(replica.requests, slots, ("why", "request_id"))[:, 0]
-        slots = np.array(slots)[why == layout.COMPLETED][-RECENT:].tolist()
-    rows = numbers_of(replica.requests, slots, _RECENT_FIELDS)
-    rows[:, _GENERATED] += rows[:, _EARLIER]
-    replica.recent.completed(rows[rows[:, -1] == layout.COMPLETED, :_EARLIER])
+def latest_completed(replica: Replica) -> IntArray:
+    """Of the latest completed requests, oldest first, (n, 7): the fields of `LATEST`."""
+    completed, names = int(replica.state.completed), LATEST.dtype.names or ()
+    ring = numbers_of(replica.counts.latest, slice(min(completed, RECENT)), names)
+    oldest = completed % RECENT if completed > RECENT else 0
+    return np.concatenate((ring[oldest:], ring[:oldest])) if oldest else ring
 
 
 def _records(replica: Replica) -> None:
@@ -148,7 +128,7 @@ def _records(replica: Replica) -> None:
     if not n:
         return
     slots = replica.lists.left[:n].tolist()
-    s.left = replica.told_departures = 0
+    s.left = 0
     if replica.on_block is not None:
         block = _block(replica, slots)
         replica.set_free(slots)

@@ -16,8 +16,10 @@ from helios_sim.core.layout import (
     FOREVER_NS,
     FREED,
     ITERATION,
+    LATEST,
     MARK,
     NEVER,
+    RECENT,
     REQUEST,
     RULES,
     SAMPLE,
@@ -75,8 +77,6 @@ class Replica:
         self.recent = Recent(situation.slo)
         self.observations: list[Observation] = []  # new since the policy was last asked
         self.served: deque[Sequence[int]] = deque(maxlen=SERVED_TEXTS)  # what `Request` is made of
-        self.weight_bytes = 0  # resident or on the way, with the activation reserve
-        self.block_bytes = 0
         # Models can be compared only where what they make of the text was recorded for all of them.
         self.scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
         self.foresees = isinstance(engine, Foresees)
@@ -86,7 +86,6 @@ class Replica:
         self.joules: Callable[[], float | None] | None = None  # of a device's counter
         self._counter_ns = 0  # when it was read last
         self.counted_arrivals = 0  # those that the sliding means know
-        self.told_departures = 0  # the same of those that left and are not handed over
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
         self._enforced: Deployment | None = None
@@ -125,6 +124,7 @@ class Replica:
             gaps=storage.array(self.stats.itl.counts),
             gap_edges_ns=storage.array(bucket_edges_ns()),
             marks=storage.rows(MARK, MARKS),
+            latest=storage.rows(LATEST, RECENT),
         )
         s = self.state
         s.wake_ns = s.started_ns = s.sampled_ns = s.shortest_gap_ns = s.room_blocks = s.starts_left = NEVER
@@ -134,6 +134,7 @@ class Replica:
         s.exhausted = 1
         self.grow_slots(n + 2 + (2 * self._departures if storage.compiled else n))
         self.grow_line()
+        self.meet_timeline()
 
     def grow_slots(self, n: int) -> None:
         """So many slots from now on."""
@@ -406,8 +407,8 @@ class Replica:
             blocks.resize_pool(self.state, self.rules, self.freed, total_blocks)
 
     def note_memory(self) -> None:
-        used = self.weight_bytes + self.used_blocks * self.block_bytes
-        self.stats.hbm_peak_bytes = max(self.stats.hbm_peak_bytes, used)
+        s = self.state
+        s.peak_bytes = max(s.peak_bytes, s.weight_bytes + s.used_blocks * s.block_bytes)
 
     def first_waiting_model(self) -> str | None:
         """The model that a service plan gives to the next request in line; None: nothing waits, or there is no plan."""
@@ -444,18 +445,23 @@ class Replica:
 
     def sample(self) -> None:
         """The state now, for pictures: where no iteration ends that would sample it."""
-        kv_bytes = self.used_blocks * self.block_bytes
+        s = self.state
         self.timeline.sample(
             self.now_ns, self.deployment.active.model, self.run_layers, self.running_requests, self.waiting_requests,
-            kv_bytes, self.weight_bytes,
+            int(s.used_blocks * s.block_bytes), int(s.weight_bytes),
         )  # fmt: skip
+        self.meet_timeline()
+
+    def keep_few_samples(self) -> None:
+        self.timeline.keep_few()
         self.meet_timeline()
 
     def meet_timeline(self) -> None:
         """The loop samples the state where the timeline would keep the sample."""
         s, rows = self.state, self.timeline.rows
-        same = bool(rows) and rows[-1][1:3] == (self.deployment.active.model, self.run_layers)
-        s.sampled_ns = rows[-1][0] if same else NEVER
+        if rows:
+            s.sampled_ns, model, s.sampled_layers, *_ = rows[-1]
+            s.sampled_model = self.models.index(model)
         s.sample_interval_ns, s.sample_room = self.timeline.interval_ns, SAMPLES + 1 - len(rows)
 
     def reorder(self) -> None:

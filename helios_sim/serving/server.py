@@ -114,7 +114,7 @@ class Server:
         if machine is not None:
             replica.on_block = on_block
         if not self._pictures:
-            replica.timeline.keep_few()
+            replica.keep_few_samples()
         replica.state.exhausted = int(feed is None)
         replica.state.eager = int(feed is None and front is None)
         replica.state.routed = int(front is not None)
@@ -487,8 +487,7 @@ class Server:
         """No picture will be drawn of this server's state over time."""
         self._pictures = False
         if self._opened:
-            self._replica.timeline.keep_few()
-            self._replica.meet_timeline()
+            self._replica.keep_few_samples()
 
     @property
     def frontier_ns(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from helios_sim.core.layout import RECENT
 from helios_sim.policy.telemetry import LatestRequests
 from helios_sim.request import NS_PER_S, Slo
 
@@ -184,54 +185,38 @@ class RunStats:
                 setattr(self, name, mine + theirs)
 
 
-RECENT = 256  # arrivals and completed requests that sliding means look back on
-
-
 class Recent:
     """Latest completed requests and arrivals of a replica."""
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
         self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
-        self._rows = np.zeros((2 * RECENT, 7), np.int64)  # as `completed` gets them; none is ever written again
-        self._filled = 0
+        self.completed(np.zeros((0, 7), np.int64))
 
     def completed(self, rows: NDArray[np.int64]) -> None:
-        """Of each request, (n, 7) of at most `RECENT`: when it arrived, was scheduled and had its first and last token,
-        its output tokens, those of its prompt, and how many of these were cached."""
-        if self._filled + len(rows) > len(self._rows):
-            full, self._rows = self._latest, np.zeros((2 * RECENT, 7), np.int64)
-            self._rows[:RECENT] = full
-            self._filled = RECENT
-        self._rows[self._filled : self._filled + len(rows)] = rows
-        self._filled += len(rows)
-
-    @property
-    def _latest(self) -> NDArray[np.int64]:
-        return self._rows[max(0, self._filled - RECENT) : self._filled]
+        """These are the latest, oldest first, (n, 7): when each arrived, was scheduled and had its first and last
+        token, its output tokens, those of its prompt, and how many of these were cached."""
+        self._rows, self._sums = rows, np.add.reduce(rows, 0).tolist()
 
     @property
     def latest(self) -> LatestRequests:
-        return LatestRequests(self._latest[:, :5], self._slo)
+        return LatestRequests(self._rows[:, :5], self._slo)
 
     def arrived(self, times_ns: Iterable[int]) -> None:
         self._arrivals_ns.extend(times_ns)
 
     @property
     def prompt_tokens_mean(self) -> float | None:
-        return self._sum(5) / len(self._latest) if self._filled else None
+        return self._sums[5] / len(self._rows) if len(self._rows) else None
 
     @property
     def hit_share(self) -> float | None:
         """Of their prompts' tokens those that were found in the prefix cache; None before one has completed."""
-        return self._sum(6) / self._sum(5) if self._filled else None
+        return self._sums[6] / self._sums[5] if len(self._rows) else None
 
     @property
     def output_tokens_mean(self) -> float | None:
-        return self._sum(4) / len(self._latest) if self._filled else None
-
-    def _sum(self, column: int) -> int:
-        return int(np.add.reduce(self._latest[:, column]))
+        return self._sums[4] / len(self._rows) if len(self._rows) else None
 
     @property
     def arrival_rate_per_s(self) -> float | None:

@@ -16,7 +16,7 @@ from helios_sim.exits.rule import DraftModel, ExitRule
 from helios_sim.policy.deployment import Deployment, InFlight, Placement
 from helios_sim.profile.profile import MemoryBudget, Profile
 from helios_sim.serving.backoff import Backoff
-from helios_sim.serving.handover import settle, settle_memory
+from helios_sim.serving.handover import settle
 from helios_sim.serving.replica import Replica
 
 
@@ -211,7 +211,7 @@ class Transitions:
             return
         if model != replica.deployment.active.model:
             n_layers = replica.situation.candidates[model].profile.model.n_layers
-            settle(replica)
+            settle(replica, model)
             replica.deployment = replace(replica.deployment, active=Placement(model, n_layers))
             replica.stats.switches += 1
             self._enforce(replica.deployment)
@@ -304,7 +304,6 @@ class Transitions:
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
         """Shrinks the KV pool so that the placement fits beside what is resident. False: more has to drain first."""
         replica, residency = self._replica, self.residency
-        settle_memory(replica)
         active = replica.deployment.active
         both = residency.with_placement(placement)
         blocks = self._blocks_beside(placement)
@@ -331,7 +330,7 @@ class Transitions:
         replica, stats, deployment = self._replica, self._replica.stats, pending.deployment
         old, old_depth = replica.deployment, replica.run_layers
         now_ns = replica.now_ns
-        settle(replica)
+        settle(replica, deployment.active.model)
         self._end_evaluation(old, now_ns)
         replica.deployment = deployment
         if deployment.active.model != old.active.model:
@@ -361,18 +360,17 @@ class Transitions:
         blocks = residency.pool_blocks(residency.layers, active, deployment.exit_rule)
         replica.preempt_until(blocks)
         replica.resize_pool(blocks)
-        replica.block_bytes = residency.block_bytes(active, deployment.exit_rule)
+        replica.state.block_bytes = residency.block_bytes(active, deployment.exit_rule)
         if (drafter := _drafter(deployment)) is not None:
             replica.engine.lay_beside(active.model, drafter[0])
         self._weigh(residency.layers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
-        replica.meet_timeline()
         replica.enforce()  # an engine may have found its room for requests only now
 
     def _weigh(self, layers: dict[str, int]) -> None:
         self._replica.engine.hold(layers)
         usable = self._replica.situation.memory.usable_bytes
-        self._replica.weight_bytes = usable - self.residency.pool_bytes(layers)
+        self._replica.state.weight_bytes = usable - self.residency.pool_bytes(layers)
         self._replica.note_memory()
 
     def _require_fit(self, deployment: Deployment) -> None:
