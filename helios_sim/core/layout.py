@@ -521,7 +521,7 @@ def numbers_of(table: Table, rows: Sequence[int] | slice, fields: Sequence[str])
         numbers = np.frombuffer(table, np.int64).reshape(len(table), -1)
         picked = numbers[rows] if isinstance(rows, slice) else numbers.take(rows, 0)  # quicker than by indexing
         return picked.take(_columns(table.dtype, tuple(fields)), 1)
-    return np.array(tuples(table, rows, fields), np.int64)
+    return np.array(tuples(table, rows, fields), np.int64).reshape(-1, len(fields))
 
 
 @lru_cache(maxsize=32)
