@@ -115,10 +115,10 @@ class Decider:
         storage, shape = self._replica.storage, (len(triggers), *flags.shape)
         if shape in self._kept:
             watch, self._seen, self._flags = self._kept[shape]
-            for kind, places, rows in ((TRIGGER, self._seen.triggers, triggers), (WINDOW, self._seen.windows, windows)):
-                for place, row in zip(places, rows, strict=True):
-                    for name, value in zip(kind.dtype.names or (), row, strict=True):
-                        setattr(place, name, value)
+            for t, row in zip(self._seen.triggers, triggers, strict=True):
+                t.kind, t.argument, t.spent, t.window, t.span_ns = row
+            for w, row in zip(self._seen.windows, windows, strict=True):
+                w.length, w.limit, w.filled, w.next, w.breaches, w.of_requests = row
             self._flags[:] = flags
             return watch
         of_triggers, of_windows = storage.filled(TRIGGER, triggers), storage.filled(WINDOW, windows)
@@ -245,7 +245,7 @@ class Decider:
             batch_mean=decode_batch_ns / decode_ns if decode_ns else None,
             prompt_tokens_mean=replica.recent.prompt_tokens_mean,
             output_tokens_mean=replica.recent.output_tokens_mean,
-            arrival_rate_per_s=replica.recent.arrival_rate_per_s,
+            arrival_rate_per_s=replica.arrival_rate_per_s,
             breaches_in_window=self._breaches(cause),
             observations=tuple(replica.observations),
             kv_used_share=replica.used_blocks / max(1, int(s.total_blocks)),

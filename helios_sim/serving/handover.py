@@ -70,8 +70,8 @@ def _depths(replica: Replica) -> None:
 
 
 def tell(replica: Replica) -> None:
-    """What a policy may ask for becomes known: the latest arrivals, observations."""
-    _arrivals(replica)
+    """What a policy may ask for becomes known."""
+    _forget_arrivals(replica)
     _observations(replica)
 
 
@@ -87,18 +87,13 @@ def _samples(replica: Replica) -> None:
         replica.meet_timeline()
 
 
-def _arrivals(replica: Replica) -> None:
+def _forget_arrivals(replica: Replica) -> None:
+    """Rows of arrivals that have started are forgotten, but for the latest: their times say how often requests come."""
     s = replica.state
-    arrived, first_row = int(s.arrived), int(s.first_row)
-    if arrived == replica.counted_arrivals:
-        return
-    first = max(replica.counted_arrivals, arrived - RECENT) - first_row
-    latest = numbers_of(replica.inbox.rows, slice(first, arrived - first_row), ("arrival_ns", "request_id"))
-    replica.recent.arrived(latest[:, 0].tolist())
-    replica.counted_arrivals = arrived
-    if replica.inbox.may_forget(s, arrived):
+    before = int(s.arrived) - RECENT
+    if replica.inbox.may_forget(s, before):
         waiting = [ref for ref in replica.line.ref[: int(s.waiting)].tolist() if ref >= 0]
-        replica.inbox.forget_before(s, min(waiting, default=arrived))
+        replica.inbox.forget_before(s, min([before, *waiting]))
 
 
 def _observations(replica: Replica) -> None:

@@ -34,6 +34,7 @@ from helios_sim.core.layout import (
     Tables,
     Trace,
     Watch,
+    number_of,
 )
 from helios_sim.core.power import MARKS, note_drawn
 from helios_sim.exits.rule import DraftModel, PerToken, ReleaseEarly, SelfSpeculation
@@ -85,7 +86,6 @@ class Replica:
         self._closed_loop, self._departures = closed_loop, departures
         self.joules: Callable[[], float | None] | None = None  # of a device's counter
         self._counter_ns = 0  # when it was read last
-        self.counted_arrivals = 0  # those that the sliding means know
         self._trace: Trace | None = None  # as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
         self._enforced: Deployment | None = None
@@ -352,6 +352,16 @@ class Replica:
     @property
     def completed_requests(self) -> int:
         return int(self.state.completed)
+
+    @property
+    def arrival_rate_per_s(self) -> float | None:
+        """Over the latest `RECENT` arrivals. None with fewer than two, or when all came at once."""
+        s, rows = self.state, self.inbox.rows
+        n, end = min(int(s.arrived), RECENT), int(s.arrived - s.first_row)
+        if n < 2:
+            return None
+        span_ns = number_of(rows, end - 1, "arrival_ns") - number_of(rows, end - n, "arrival_ns")
+        return (n - 1) * NS_PER_S / span_ns if span_ns else None
 
     @property
     def running_requests(self) -> int:

@@ -5,7 +5,6 @@ Integrals are whole numbers, so they add up to the same bits in any order.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from helios_sim.core.layout import RECENT
 from helios_sim.policy.telemetry import LatestRequests
-from helios_sim.request import NS_PER_S, Slo
+from helios_sim.request import Slo
 
 _LONGEST_NS = 10**15  # 11.6 days; anything longer falls into one last bucket
 
@@ -186,11 +184,10 @@ class RunStats:
 
 
 class Recent:
-    """Latest completed requests and arrivals of a replica."""
+    """Latest completed requests of a replica."""
 
     def __init__(self, slo: Slo) -> None:
         self._slo = slo
-        self._arrivals_ns: deque[int] = deque(maxlen=RECENT)
         self.completed(np.zeros((0, 7), np.int64))
 
     def completed(self, rows: NDArray[np.int64]) -> None:
@@ -201,9 +198,6 @@ class Recent:
     @property
     def latest(self) -> LatestRequests:
         return LatestRequests(self._rows[:, :5], self._slo)
-
-    def arrived(self, times_ns: Iterable[int]) -> None:
-        self._arrivals_ns.extend(times_ns)
 
     @property
     def prompt_tokens_mean(self) -> float | None:
@@ -217,13 +211,6 @@ class Recent:
     @property
     def output_tokens_mean(self) -> float | None:
         return self._sums[4] / len(self._rows) if len(self._rows) else None
-
-    @property
-    def arrival_rate_per_s(self) -> float | None:
-        """None with fewer than two arrivals or when all came at once."""
-        if len(self._arrivals_ns) < 2 or self._arrivals_ns[-1] == self._arrivals_ns[0]:
-            return None
-        return (len(self._arrivals_ns) - 1) * NS_PER_S / (self._arrivals_ns[-1] - self._arrivals_ns[0])
 
 
 SAMPLES = 2000
