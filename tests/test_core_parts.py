@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
@@ -29,6 +30,23 @@ def record(kind: layout.Kind, **values: int) -> Any:
 
 def lists(n: int = 8) -> Lists:
     return Lists(*(STORAGE.numbers(n) for _ in Lists._fields))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_records_for_plain_python_are_those_of_the_table(compiled: bool) -> None:
+    storage = Storage(compiled)
+    table = storage.rows(layout.MARK, 3)
+    views = storage.views(layout.MARK, table)
+    views[1].time_ns = np.int64(2**62)
+    views[2].drawn_ns = NEVER
+    names = layout.MARK.dtype.names or ()
+    assert [list(row) for row in layout.tuples(table, [0, 1, 2], names)] == [[0, 0], [2**62, 0], [0, NEVER]]
+    assert layout.numbers_of(table, [], names).shape == (0, 2)
+
+
+def test_a_record_of_whole_numbers_takes_no_fraction() -> None:
+    with pytest.raises(TypeError):
+        Storage(compiled=True).record(STATE).now_ns = 0.5
 
 
 @pytest.mark.parametrize(
