@@ -12,8 +12,9 @@ hands out only 32 streams, and then the same ones again. Captures keep three rul
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -74,7 +75,8 @@ class Card:
         try:
             # The outer block returns to the stream from before also where a capture cannot begin or end.
             # Only this thread's calls are captured: the copying thread goes on.
-            with cuda.stream(own), cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local"):
+            kept = cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
+            with cuda.stream(own), _uncollected(), kept:
                 step()
         except BaseException as error:
             self._recover(graph)
@@ -108,6 +110,21 @@ class Card:
                 each.reset()
             self._unneeded.clear()
             self._pool = self._cuda.graph_pool_handle()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python collects no garbage, and torch has not done so before a capture since 2.9.
+
+    Host memory that is unlocked by that, or a kernel of Triton's that is unloaded, would end the capture.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

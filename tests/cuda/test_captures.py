@@ -112,6 +112,41 @@ def test_the_measuring_device_times_nothing_that_cannot_be_captured(
         timed(cuda, monkeypatch).prepare(lambda: x.item())
 
 
+def test_no_garbage_is_collected_inside_a_capture(cuda: StrictCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold host memory or kernels, and a thread that captures may neither unlock nor unload any."""
+    on, runtime, inside = device(cuda), cuda.cudart(), []
+    unlock = runtime.cudaHostUnregister
+
+    def noted(address: int) -> int:
+        inside.append(cuda.capturing is not None)
+        return unlock(address)
+
+    monkeypatch.setattr(runtime, "cudaHostUnregister", noted)
+
+    def step() -> None:
+        ring: list[object] = [on.host_empty(64)] if cuda.capturing is None else waiting.pop()
+        if cuda.capturing is None:
+            waiting.append(ring)
+        ring.append(ring)  # only the collector finds it
+        del ring
+        for _ in range(100_000):
+            held.append([])
+
+    waiting: list[list[object]] = []
+    held: list[object] = []
+    gc.freeze()  # so that what is there already does not put off a collection of all that is not
+    gc.collect()
+    try:
+        on.prepare(step)
+    finally:
+        gc.unfreeze()
+    assert gc.isenabled()
+    waiting.clear()
+    gc.collect()
+    assert inside
+    assert not any(inside)
+
+
 def test_out_of_memory_inside_a_capture_is_out_of_memory(cuda: StrictCuda) -> None:
     on = device(cuda)
     kept = on.prepare(product()[0])
