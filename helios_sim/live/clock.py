@@ -67,14 +67,15 @@ class WallClock(simpy.rt.RealtimeEnvironment):
             self.real_start += monotonic() - began_s
             self._stopped_s = None
 
-    def call(self, what: Call, always: bool = False) -> None:
+    def call(self, what: Call, always: bool = False, at_ns: int | None = None) -> None:
         """Run `what` in the environment's thread, at the time of this call. May be called from any thread.
 
-        Raises queue.Full if `MOST_CALLS` wait already, unless `always`.
+        `at_ns`: as if it had been called then, if nothing later has happened yet. Raises queue.Full if `MOST_CALLS`
+        wait already, unless `always`.
         """
         if not always and self._calls.qsize() >= MOST_CALLS:
             raise Full(f"{MOST_CALLS} calls wait for the server")
-        self._calls.put((self.wall_ns, what))
+        self._calls.put((self.wall_ns if at_ns is None else at_ns, what))
 
     def open_door(self) -> None:
         """Announce a caller: an empty schedule then waits for calls. Only from the environment's thread."""

@@ -24,8 +24,9 @@ from simpy.events import Event, EventPriority, Timeout
 
 from helios_sim.core import layout
 from helios_sim.core.layout import FOREVER_NS, IntArray, Storage
+from helios_sim.exits.rule import ExitRule
 from helios_sim.policy.deployment import Deployment
-from helios_sim.policy.telemetry import Situation
+from helios_sim.policy.telemetry import Observation, Situation
 from helios_sim.request import NS_PER_S, Request
 from helios_sim.serving.aborts import Aborts
 from helios_sim.serving.decider import Decider
@@ -35,6 +36,7 @@ from helios_sim.serving.iteration import (
     Engine,
     Executes,
     Foresees,
+    Hands,
     IterationFailed,
     Outcome,
     OutOfMemory,
@@ -88,6 +90,13 @@ class FaultyEngine(Around):
     def armed(self) -> Iterable[FaultKind]:
         """What was armed and has not taken effect."""
         return tuple(self._armed)
+
+    def _fail(self, now_ns: int) -> None:
+        """Raises what was armed for the next iteration of a device."""
+        for kind, error in ((FaultKind.OUT_OF_MEMORY, OutOfMemory), (FaultKind.ITERATION_FAILS, IterationFailed)):
+            if self._armed.pop(kind, None) is not None:
+                self.on_fault(kind, now_ns)
+                raise error(REASONS[kind], now_ns + 1)
 
     def abandon_transfers(self) -> None:
         """What is under way arrives nowhere."""
@@ -159,10 +168,7 @@ class FaultyDevice(FaultyEngine):
         self._executes = inner
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        for kind, error in ((FaultKind.OUT_OF_MEMORY, OutOfMemory), (FaultKind.ITERATION_FAILS, IterationFailed)):
-            if self._armed.pop(kind, None) is not None:
-                self.on_fault(kind, now_ns)
-                raise error(REASONS[kind], now_ns + 1)
+        self._fail(now_ns)
         outcome = self._executes.execute(plan, now_ns)
         if self.pace == 1.0:
             return outcome
@@ -171,9 +177,50 @@ class FaultyDevice(FaultyEngine):
         return replace(outcome, end_ns=outcome.end_ns + more_ns)
 
 
+class FaultyThread(FaultyEngine):
+    """The same of an engine that executes in a thread of its own, which sleeps no longer for a slow card."""
+
+    def __init__(self, inner: Hands, env: simpy.Environment) -> None:
+        super().__init__(inner, env)
+        self._hands = inner
+
+    def hand(self, plan: Plan, now_ns: int, tell: Callable[[Callable[[], Outcome]], None]) -> None:
+        try:
+            self._fail(now_ns)
+        except (OutOfMemory, IterationFailed) as failed:
+            tell(partial(_raise, failed))
+            return
+
+        def ended(result: Callable[[], Outcome]) -> None:
+            more_ns = round((self.pace - 1) * (int(self._env.now) - now_ns))
+            if not more_ns:
+                tell(result)
+                return
+            later = Timeout(self._env, more_ns)
+            assert later.callbacks is not None
+            later.callbacks.append(lambda _: tell(result))
+
+        self._hands.hand(plan, now_ns, ended)
+
+    def hand_probe(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        exit_rule: ExitRule,
+        tell: Callable[[Callable[[], tuple[int, tuple[Observation, ...]]]], None],
+    ) -> None:
+        self._hands.hand_probe(model, requests, exit_rule, tell)
+
+
+def _raise(error: Exception) -> Outcome:
+    raise error
+
+
 def with_faults(engine: Engine, env: simpy.Environment) -> FaultyEngine:
     """The engine with faults that can be injected."""
-    return FaultyForesight(engine, env) if isinstance(engine, Foresees) else FaultyDevice(cast(Executes, engine), env)
+    if isinstance(engine, Foresees):
+        return FaultyForesight(engine, env)
+    return FaultyThread(engine, env) if isinstance(engine, Hands) else FaultyDevice(cast(Executes, engine), env)
 
 
 class Breakdown:

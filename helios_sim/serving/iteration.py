@@ -189,6 +189,26 @@ class Executes(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class Hands(Engine, Protocol):
+    """An engine that executes in a thread of its own, beside others."""
+
+    def hand(self, plan: Plan, now_ns: int, tell: Callable[[Callable[[], Outcome]], None]) -> None:
+        """Starts the iteration and returns. When it has ended, `tell` is called in the environment's thread with what
+        returns its outcome, or raises, as `Executes.execute` does."""
+        ...
+
+    def hand_probe(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        exit_rule: ExitRule,
+        tell: Callable[[Callable[[], tuple[int, tuple[Observation, ...]]]], None],
+    ) -> None:
+        """Starts a probe likewise; what `tell` is called with returns what `Engine.probe` does."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
     """What the loop needs to know of a model, a card and a deployment to say what iterations take."""

@@ -7,16 +7,23 @@ both interleave layer by layer; the device time is the same.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
+from simpy.events import Event
+
 from helios_sim.request import Request
 from helios_sim.serving.decider import Decider
 from helios_sim.serving.handover import hand_over
+from helios_sim.serving.iteration import Hands
 from helios_sim.serving.replica import Replica
 from helios_sim.serving.transition import Transitions
+from helios_sim.serving.turns import Turns
 
 
 class Prober:
-    def __init__(self, replica: Replica, decider: Decider, transitions: Transitions) -> None:
-        self._replica = replica
+    def __init__(self, replica: Replica, decider: Decider, transitions: Transitions, turns: Turns) -> None:
+        self._replica, self._turns = replica, turns
         self._decider = decider
         self._transitions = transitions
         self._streaming: str | None = None
@@ -37,8 +44,11 @@ class Prober:
         """What was streaming, or has streamed, is not there: the candidate's turn comes again."""
         self._streaming = self._streamed = None
 
-    def advance(self) -> int | None:
-        """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass."""
+    def advance(self) -> Generator[Event, Any, int | None]:
+        """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass.
+
+        Where the engine has a thread of its own, it waits until that has scored.
+        """
         replica = self._replica
         probe = replica.deployment.probe
         if probe is None or self._transitions.pending:
@@ -50,16 +60,23 @@ class Prober:
             if model not in self._decider.probe_left:
                 return None  # of a probe that was given up
             requests = [Request(*row) for row in list(replica.served)[-probe.prompts :]]
-            duration_ns, observations = replica.engine.probe(model, requests, replica.deployment.exit_rule)
+            rule, began_ns = replica.deployment.exit_rule, replica.now_ns
+            duration_ns: int
+            if isinstance(replica.engine, Hands):
+                scored, tell = self._turns.told()
+                replica.engine.hand_probe(model, requests, rule, tell)
+                duration_ns, observations = (yield scored)()
+            else:
+                duration_ns, observations = replica.engine.probe(model, requests, rule)
             self._decider.probe_left.remove(model)
             self._decider.note_probe()
             replica.observations.extend(observations)
-            return replica.now_ns + duration_ns
+            return max(began_ns + duration_ns, replica.now_ns)
         if self._streaming is None:
             self._pass_over()
         if self._streaming is None and self._decider.probe_left and replica.served:
             in_place = self._stream(self._decider.probe_left[0])
-            return self.advance() if in_place else None
+            return (yield from self.advance()) if in_place else None
         return None
 
     def _pass_over(self) -> None:

@@ -30,7 +30,7 @@ from helios_sim.serving.device_plan import note_outcome, plan_of
 from helios_sim.serving.faults import Breakdown, Injector
 from helios_sim.serving.front import Front, Loop
 from helios_sim.serving.handover import finish, hand_over
-from helios_sim.serving.iteration import Engine, Executes, Foresees, IterationFailed, OutOfMemory
+from helios_sim.serving.iteration import Engine, Executes, Foresees, Hands, IterationFailed, OutOfMemory
 from helios_sim.serving.probing import Prober
 from helios_sim.serving.replica import COUNTER_EVERY_NS, OnLeft, Replica
 from helios_sim.serving.stats import RunStats, Timeline
@@ -74,6 +74,7 @@ class Server:
         self._env, self._number, self._engine, self._policy = env, number, engine, policy
         self._situation, self._on_left = situation, on_left
         self._turns = Turns(env, number)
+        self._hands = isinstance(engine, Hands)
         self._pictures = True
         self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
         self.on_tokens: OnTokens | None = None  # stepwise only
@@ -121,7 +122,7 @@ class Server:
         replica.state.to_release = users or 0
         self._decider = Decider(replica, self._policy)
         self._transitions = Transitions(replica, on_change=self._decider.arm, wake=self._turns.wake)
-        self._prober = Prober(replica, self._decider, self._transitions)
+        self._prober = Prober(replica, self._decider, self._transitions, self._turns)
         self._aborts = Aborts(replica)
         self.breakdown = Breakdown(self, replica, self._decider, self._transitions, self._prober, self._aborts)
         self._transitions.start(self._decider.start())
@@ -170,7 +171,7 @@ class Server:
                         self._decider.note_refused(model, reason, self._transitions.refuse(model, reason), until_ns)
                     continue
             self._started = self.has_begun = True
-            probe_end_ns = self._prober.advance()
+            probe_end_ns = yield from self._prober.advance()
             if probe_end_ns is not None:
                 self._transitions.tell_loop()
                 yield from self._wait(probe_end_ns)
@@ -221,7 +222,7 @@ class Server:
                     self.on_tokens(self, self._produced())
                 s.turn_wanted, self._turns.woken = int(self._turns.woken), False
             elif stop == layout.EXECUTE:
-                given_up_ns = self._execute()
+                given_up_ns = yield from self._execute()
                 if given_up_ns is not None:
                     yield self._turns.at(given_up_ns)
                     return
@@ -280,27 +281,38 @@ class Server:
                 until_ns = min(until_ns, transfer_end_ns)
         return until_ns
 
-    def _execute(self) -> int | None:
-        """Runs the scheduled iteration on the device. Returns when it was given up, else None."""
+    def _execute(self) -> Generator[Event, Any, int | None]:
+        """Runs the scheduled iteration on the device. Returns when it was given up, else None.
+
+        An engine with a thread of its own computes while others act; what acts on this replica finds it as it is while
+        an iteration runs.
+        """
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
         require_all_resident(replica.deployment.active)
         require_one_card(replica.deployment.exit_rule)
+        plan = plan_of(replica, self._transitions.loading)
         try:
-            outcome = cast(Executes, self._engine).execute(plan_of(replica, self._transitions.loading), started_ns)
+            if self._hands:
+                ended, tell = self._turns.told()
+                cast(Hands, self._engine).hand(plan, started_ns, tell)
+                outcome = (yield ended)()
+            else:
+                outcome = cast(Executes, self._engine).execute(plan, started_ns)
         except OutOfMemory as error:
             s.phase = layout.TURN
             self._aborts.give_way(error.reason)
-            return error.end_ns
+            return max(error.end_ns, replica.now_ns)
         except IterationFailed as error:
             assert self.injector is not None
             self.injector.iteration_failed(self._number)
-            return error.end_ns
+            return max(error.end_ns, replica.now_ns)
         note_outcome(replica, outcome.decoded, outcome.prefilled)
         it = replica.iteration
         it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for profile, part in outcome.parts)
         it.draft_ns = outcome.draft_ns
         it.outside = int(outcome.profile.outside_grid(outcome.composition)[0])
-        s.end_ns = outcome.end_ns
+        # It is told after it has ended; the loop is to find the end of an iteration ahead, as of one that runs at once.
+        s.end_ns = max(outcome.end_ns, replica.now_ns + 1)
         if self._decider.watches_power:
             replica.read_counter(COUNTER_EVERY_NS)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import simpy
@@ -24,6 +24,11 @@ class Turns:
         event = self._env.event()
         self._trigger(event, time_ns - int(self._env.now))
         return event
+
+    def told(self) -> tuple[Event, Callable[[Any], None]]:
+        """What waits until somebody tells it a value, and how to tell it."""
+        event = self._env.event()
+        return event, lambda value: self._trigger(event, 0, value)
 
     def idle(self, alarm_ns: int | None) -> Generator[Event, Any, None]:
         """Waits until somebody wakes the server, at the latest at the alarm."""
@@ -52,8 +57,8 @@ class Turns:
         if self._idle is not None and not self._idle.triggered:
             self._trigger(self._idle, 0)
 
-    def _trigger(self, event: Event, delay_ns: int) -> None:
+    def _trigger(self, event: Event, delay_ns: int, value: Any = None) -> None:
         """With this server's priority, which SimPy's timeouts do not take."""
         event._ok = True
-        event._value = None
+        event._value = value
         self._env.schedule(event, self._priority, delay_ns)
