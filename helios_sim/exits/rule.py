@@ -55,6 +55,10 @@ class Confidence(StrEnum):
         return MEASURES[self].by_head
 
 
+# By which cascades judge an answer: at full depth, in the mean over its tokens.
+OF_ANSWERS = Confidence.MAX_PROBABILITY
+
+
 class Probabilities(Protocol):
     """What the head of one exit says of n tokens, as tensors or arrays."""
 

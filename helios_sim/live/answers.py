@@ -39,6 +39,7 @@ class Answer:
     before: str = ""  # text answered by another model; it is part of the prompt since
     tokens: list[int] = field(default_factory=list)  # answered by this model
     depths: list[int] = field(default_factory=list)  # layers that each token ran
+    sure: list[float] = field(default_factory=list)  # how sure the model was of each, where it was judged
     seen: list[ObservedToken] = field(default_factory=list)  # its first tokens, while it was observed
     cached: int = 0  # how many of its first tokens have K and V in the slot
     read: int = 0  # and how many of those in the slot of another model that drafts

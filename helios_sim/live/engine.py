@@ -91,6 +91,7 @@ class LiveEngine:
         )  # fmt: skip
         self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
+        self.judges = False  # how sure a model is of each token at full depth is noted in the answers
         self.forward_ns = 0  # total time in forward passes of iterations
         self.shortages = 0  # iterations that ran out of memory
         self.loading = 0  # transfers in progress
@@ -298,8 +299,8 @@ class LiveEngine:
             slot, at = self.work.slots.of(answer.request.request_id), answer.cached
             rows.append(Row(
                 slot, at, answer.ids(at, at + 1)[0], plan.loaded_layers if deep else plan.run_layers,
-                asks=per_token and seen is None, seen=seen, owed=answer.owed, choice=self.choice(answer),
-                more=len(answer.tokens) + 1 < answer.planned_tokens, waits=answer.waits,
+                asks=per_token and seen is None, judged=self.judges, seen=seen, owed=answer.owed,
+                choice=self.choice(answer), more=len(answer.tokens) + 1 < answer.planned_tokens, waits=answer.waits,
                 ramped=RampedToken(plan.exit_rule) if isinstance(plan.exit_rule, ReleaseEarly) else None,
                 checks=None if schedule is None else schedule.looking(member.recent),
             ))  # fmt: skip
@@ -317,8 +318,9 @@ class LiveEngine:
             if part.finishes:
                 seen = ObservedToken() if observed else None
                 row = Row(
-                    slot, start + len(ids) - 1, ids[-1], layers, decodes=False, seen=seen, choice=self.choice(answer)
-                )
+                    slot, start + len(ids) - 1, ids[-1], layers, judged=self.judges, decodes=False, seen=seen,
+                    choice=self.choice(answer),
+                )  # fmt: skip
             chunks.append(Chunk(slot, ids, start, layers, row))
         return chunks
 
@@ -352,6 +354,7 @@ class LiveEngine:
             requests.append(Drafts(self._slot(answer), at, answer.ids(at, at + 1)[0], most, choice))
         chunks = self._chunks(plan, answers)
         run = self._drafting(plan, model, answers)
+        run.judged = self.judges
         began_ns = self._env.wall_ns
         drafted = run.draft(requests, chunks)
         draft_ns = self._env.wall_ns - began_ns
@@ -362,6 +365,7 @@ class LiveEngine:
             kept = self._accepted(plan, answer, member, drafts) + 1
             for n, (chosen, finite) in enumerate(zip(drafts.chosen[:kept], drafts.finite, strict=False)):
                 row = Row(drafts.slot, 0, 0, 0, chosen=chosen, layers=plan.loaded_layers, finite=finite)
+                row.confidence = drafts.confidence[n]
                 answer.cached += 1
                 self._add(answer, row)
                 token = self._token(answer, row)._replace(drafted=drafts.most, accepted=n)
@@ -435,6 +439,8 @@ class LiveEngine:
         assert row.chosen is not None
         answer.tokens.append(row.chosen)
         answer.depths.append(row.layers)
+        if row.confidence is not None:
+            answer.sure.append(row.confidence)
         if row.seen is not None:
             answer.seen.append(row.seen)
         if row.ramped is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from helios_sim.exits.rule import (
     MEASURES,
+    OF_ANSWERS,
     Confidence,
     ExitRule,
     FixedCap,
@@ -67,6 +68,7 @@ class Row:
     token: int
     last_layer: int  # it is sampled there at the latest
     asks: bool = False  # exits at the first confident exit
+    judged: bool = False  # at full depth, how sure the model is of the next token is measured
     decodes: bool = True
     seen: ObservedToken | None = None  # observed at every exit
     owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
@@ -81,6 +83,7 @@ class Row:
     chosen: int | None = None  # the next token
     layers: int = 0  # depth at which it exited; 0 before that
     breach: bool = False
+    confidence: float | None = None  # in the next token, where it was judged
     finite: bool = True
 
 
@@ -339,13 +342,14 @@ class ExitDecider:
             leaving = self._exiting(rows, asking, end, sure.tolist())
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         watched = {i for i in stops if rows[i].decodes and i not in observed} if end < self._whole else set()
-        later = set() if self._by_head else (stops | leaving) - observed - watched
+        judged = {i for i, row in enumerate(rows) if row.judged} if end == self._whole else set()
+        later = set() if self._by_head else (stops | leaving) - observed - watched - judged
         self._exit_later(end, rows, sorted(later), states, tally)
         through = sorted((stops | leaving | observed | (set(asking) if self._by_head else set())) - later)
         if not through:
             return
         asks_head = self._by_head and bool(asking)
-        measure = self._measure if observed or watched or asks_head else None
+        measure = self._measure if observed or watched or asks_head else OF_ANSWERS if judged else None
         if said is None:
             said = self._said(end, [rows[i] for i in through], some(states, through), measure)
         confidence = said.confidence or [0.0] * len(through)
@@ -364,6 +368,7 @@ class ExitDecider:
                 row.seen.confidence.append(sure_here)
             if i in stops or i in leaving:
                 row.chosen, row.layers, row.finite = said.token(place, row.choice), end, said.finite[place]
+                row.confidence = sure_here if i in judged and measure is OF_ANSWERS else None
                 row.breach = i in watched and self._measure is not None and not (
                     row.sure or confident(row, end, sure_here >= self._threshold)
                 )  # fmt: skip

@@ -118,7 +118,7 @@ class Forward:
             return False
         measure = self._leaving.measure_at(end)
         alike = len(self._bounds) == 1 and (measure is None or measure.by_head)
-        plain = all(row.seen is None and row.choice is None and not row.owed for row in rows)
+        plain = all(row.seen is None and row.choice is None and not row.owed and not row.judged for row in rows)
         if (
             not (self._plan.host_ahead and rows and alike and plain)
             or (chunks and not ahead.knows(rows, end, measure, self._exits))

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from helios_sim.errors import UserError, WeightsError, lacking
 from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, PerToken
@@ -107,6 +108,7 @@ class LiveModel:
     trace: BoundTrace
     replays: bool = False
     predictors: Predictors | None = None  # of the heads' exits; None: there are none
+    one_at_a_time: Lock = field(default_factory=Lock, repr=False)  # engines in threads share the tokenizer
     start_token: int | None = field(init=False)  # begins a text, if the vocabulary has one
     _where_predictors_look: Profile = field(init=False, repr=False)
 
@@ -157,10 +159,12 @@ class LiveModel:
         return ids[-n_tokens:] if start is None or n_tokens < 2 else [start, *ids[1 - n_tokens :]]
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with self.one_at_a_time:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with self.one_at_a_time:
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
 
@@ -191,10 +195,14 @@ class OpenSettings:
 
 
 def open_models(
-    settings: OpenSettings, profiles: Mapping[str, Profile], traces: Mapping[str, BoundTrace]
+    settings: OpenSettings,
+    profiles: Mapping[str, Profile],
+    traces: Mapping[str, BoundTrace],
+    known: Mapping[str, LiveModel] | None = None,
 ) -> dict[str, LiveModel]:
     """Open every model that has a profile. Layers are not read yet.
 
+    `known`: models that have been opened, whose weights and tokenizer those of the same name share.
     Raises UserError for missing packages, devices, weights or heads, for kernels that the device cannot run, and for
     weights of another model than the profile's.
     """
@@ -203,13 +211,15 @@ def open_models(
     found = {}
     for name, profile in profiles.items():
         _check_dtype(settings.dtype, profile)
-        checkpoint = _checkpoint(name, settings)
+        before = (known or {}).get(name)
+        checkpoint = _checkpoint(name, settings) if before is None else cast("Checkpoint", before.checkpoint)
         _check_shape(checkpoint, profile)
         exits = traces[name].trace.exits
         heads = _heads(name, checkpoint, settings, exits)
         predictors = _predictors(settings.predictors.get(name), heads, exits, settings.device)
+        lock = Lock() if before is None else before.one_at_a_time
         found[name] = LiveModel(
-            checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random, predictors
+            checkpoint, heads, checkpoint.tokenizer(), profile, traces[name], checkpoint.is_random, predictors, lock
         )
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helios_sim.exits.rule import OF_ANSWERS
 from helios_sim.live.exits import Choice, Chunk, ExitReader
 from helios_sim.live.memory.blocks import BlockStep
 from helios_sim.live.memory.decodes import decode_step
@@ -37,6 +38,7 @@ class Drafts:
     states: list[Tensor] = field(default_factory=list)  # (1, d_model) after the exit's layer, of each token put in
     chosen: list[int] = field(default_factory=list)  # by the whole model, after `token` and after each draft
     finite: list[bool] = field(default_factory=list)
+    confidence: Sequence[float | None] = ()  # of the whole model in what it chose, where that is judged
 
     @property
     def latest(self) -> int:
@@ -55,6 +57,8 @@ class Drafts:
 
 class Speculation:
     """Runs iterations in which requests draft after `exit_layers` layers."""
+
+    judged = False  # how sure the whole model is of its tokens is measured
 
     def __init__(self, model: SegmentedModel, exits: ExitReader, cache: KvCache, exit_layers: int) -> None:
         self._model, self._exits, self._cache, self._exit = model, exits, cache, exit_layers
@@ -89,14 +93,17 @@ class Speculation:
         ends = np.cumsum(sizes)[len(steps) :]
         finishing = [(c.row, int(end) - 1) for c, end in zip(chunks, ends, strict=True) if c.row is not None]
         at = [*range(sum(rows)), *(place for _, place in finishing)]
-        said = self._exits.read(model, model.n_loaded, states if len(at) == len(states) else states[at], None)
+        measure = OF_ANSWERS if self.judged else None
+        said = self._exits.read(model, model.n_loaded, states if len(at) == len(states) else states[at], measure)
+        sure: Sequence[float | None] = said.confidence or [None] * len(at)
         place = 0
         for one, k in zip(requests, rows, strict=True):
             one.chosen = [said.token(place + n, one.choice) for n in range(k)]
-            one.finite = said.finite[place : place + k]
+            one.finite, one.confidence = said.finite[place : place + k], sure[place : place + k]
             place += k
         for at_head, (row, _) in enumerate(finishing, place):
             row.chosen, row.layers, row.finite = said.token(at_head, row.choice), model.n_loaded, said.finite[at_head]
+            row.confidence = sure[at_head]
         contexts = [one.cached + one.most + 1 for one in requests]
         prefill = tuple(PrefillChunk(len(c.tokens), c.context, c.layers) for c in chunks)
         return self._composition(contexts, sum(rows) - n, len(at), prefill, drafting=False)
