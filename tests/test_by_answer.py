@@ -413,8 +413,9 @@ def test_a_server_and_a_device_refuse_such_routers(tmp_path: Path) -> None:
     config = study(tmp_path, "thompson")
     with pytest.raises(UserError, match=r"server\.router.*clients' texts are not recorded"):
         served_job(replace(config, arms={"full": FULL_DEPTH}, seeds=[0]), ServeConfig())
-    with pytest.raises(UserError, match=r"cluster\.kinds.*none when mode=live"):
-        result(replace(config, mode="live"))
+    bound = replace(config, server=replace(config.server, router="best_answer"), mode="live")
+    with pytest.raises(UserError, match=r"server\.router.*no knowledge of what will come.*set server\.router=thompson"):
+        result(bound)
 
 
 def test_a_study_writes_what_its_cascade_and_its_bandit_did(tmp_path: Path) -> None:

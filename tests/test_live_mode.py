@@ -85,7 +85,7 @@ def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str
         (("live.texts=nowhere",), ["live.texts='nowhere'", "text.txt"]),
         (("live.weights.tiny=gone",), ["live.weights of tiny='gone'", "make models"]),
         (("+live.heads.tiny=gone",), ["live.heads of tiny", "gone"]),
-        (("server.replicas=2",), ["server.replicas=2", "one device"]),
+        (("server.replicas=2", "live.devices=[cpu]"), ["live.devices=['cpu']", "one for each replica"]),
         (("server.schedule_ahead=1",), ["server.schedule_ahead=1"]),
         (("policy=oracle",), ["policy='oracle'", "mode=live"]),
     ],

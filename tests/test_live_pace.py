@@ -22,7 +22,7 @@ from helios_sim.profile.profile import Profile  # noqa: E402
 from helios_sim.profile.spec import Anchor, Anchors  # noqa: E402
 from helios_sim.profile.store import read_profile, write_profile  # noqa: E402
 from helios_sim.profile.synthetic import flat_profile  # noqa: E402
-from helios_sim.study.live import Pace  # noqa: E402
+from helios_sim.study.live_replica import Pace  # noqa: E402
 from live_study import HARDWARE, write_live_study  # noqa: E402
 from tiny_models import FAMILIES, write_tiny  # noqa: E402
 

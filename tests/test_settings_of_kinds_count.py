@@ -334,7 +334,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 LIVE = {
-    "device": Case("cuda:99", is_refused=True), "dtype": Case("bfloat16", is_refused=True), "threads": Case(3),
+    "device": Case("cuda:99", is_refused=True), "devices": Case(["cuda:99"], is_refused=True),
+    "dtype": Case("bfloat16", is_refused=True), "threads": Case(3),
     "kernels": Case("triton", is_refused=True), "weights": Case("other"),
     "heads": Case({"tiny": "gone"}, is_refused=True), "texts": Case("texts"),
     "warm_up": Case(2), "score": Case(True), "run": Case(1), "pace_every_s": Case(1e-6),
@@ -392,16 +393,16 @@ def known_after_serving(config: Config) -> Mapping[str, Any]:
     from helios_sim.study.live import LiveRun
 
     served, nothing = LiveRun.__new__(LiveRun), np.zeros(1, np.int64)
-    served._config, served.meter = config, SimpleNamespace(energy_j=None)
+    served._config, served.meters = config, {"cpu": SimpleNamespace(energy_j=None)}  # type: ignore[dict-item]
     at_full_depth = SimpleNamespace(deployment=SimpleNamespace(exit_rule=FullDepth()))
-    served._server = SimpleNamespace(decisions=[at_full_depth])  # type: ignore[assignment]
+    served.replicas = [SimpleNamespace(server=SimpleNamespace(decisions=[at_full_depth]))]  # type: ignore[list-item]
     records = SimpleNamespace(completed=nothing > 0, output_chars=nothing, output_tokens=nothing)
     return served.measured({"agreement": 0.9, "bits_per_char": 1.0}, records)
 
 
 def looked_at_pace(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The steps that are timed beside a run and within it."""
-    from helios_sim.study.live import Pace
+    from helios_sim.study.live_replica import Pace
 
     timed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(Pace, "_note", lambda self, *step: timed.append(step))

@@ -85,7 +85,7 @@ def main(requests: int) -> None:
 def of_policy(config: Config, policy: str, own: Mapping[str, Any]) -> Served:
     records: list[RequestRecord] = []
     fleet = build_fleet(config, 0)
-    live = LiveRun(config, fleet.parts, 0)
+    live = LiveRun(config, fleet, 0)
     run = serve(make_job("arm", {"policy": policy, **own}, config, 0), fleet, records.append, live)
     live.close()
     records.sort(key=lambda record: record.request_id)

@@ -107,7 +107,7 @@ def outcome(
 def served(config: Config, settings: Mapping[str, Any]) -> tuple[PerToken, list[Answer]]:
     """One live run: the rule of its deployment, and every answer."""
     fleet = build_fleet(config, 0)
-    live = LiveRun(config, fleet.parts, 0)
+    live = LiveRun(config, fleet, 0)
     entry = {"policy": "early_exit", "model": MODEL, "threshold": THRESHOLD, "kv_rule": "recompute", **settings}
     run = serve(make_job("arm", entry, config, 0), fleet, lambda record: None, live)
     live.close()

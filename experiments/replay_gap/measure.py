@@ -91,7 +91,7 @@ def main(model: str, requests: int) -> None:
 def answers_of(config: Config, entry: Mapping[str, Any]) -> dict[int, Served]:
     """One live run: every answer by the number of its request."""
     fleet = build_fleet(config, 0)
-    live = LiveRun(config, fleet.parts, 0)
+    live = LiveRun(config, fleet, 0)
     serve(make_job("arm", {**entry, "model": config.models[0]}, config, 0), fleet, lambda record: None, live)
     live.close()
     return {

@@ -74,7 +74,7 @@ def main(requests: int) -> None:
 def served(config: Config, entry: Mapping[str, Any]) -> tuple[dict[int, Answer], Any]:
     """One live run: every answer by the number of its request, and the statistics."""
     fleet = build_fleet(config, 0)
-    live = LiveRun(config, fleet.parts, 0)
+    live = LiveRun(config, fleet, 0)
     run = serve(make_job("arm", entry, config, 0), fleet, lambda record: None, live)
     live.close()
     answers = {number: answer for number, answer in live.device_engine.answers.items() if number >= 0}

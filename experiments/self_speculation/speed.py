@@ -175,7 +175,7 @@ def served(config: Config, entry: Mapping[str, Any]) -> Served:
     pace.perf_counter = thread_time  # type: ignore[attr-defined]
     fleet, log = build_fleet(config, 0), RecordLog()
     engine.Speculation = Timed  # type: ignore[attr-defined]
-    live = LiveRun(config, fleet.parts, 0)
+    live = LiveRun(config, fleet, 0)
     watch = Stopwatch(live.device_engine.execute)
     live.device_engine.execute = watch  # type: ignore[method-assign]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
-from helios_sim.exits import rule
+from helios_sim.exits.rule import OF_ANSWERS
 from helios_sim.request import Request, RequestRecord
 from helios_sim.routing import AnswerRouter
 from helios_sim.study.schema import Config
 
 if TYPE_CHECKING:
-    from helios_sim.by_answer import ByAnswer
+    from helios_sim.by_answer import ByAnswer, Judging
 
 ROUTERS = tuple(router.value for router in AnswerRouter)
 
@@ -123,18 +123,60 @@ class AnswerConfidence:
     def __init__(self, models: Mapping[str, ModelData]) -> None:
         self._models = models
         self._of_tokens = {
-            name: data.trace.trace.recorded(rule.Confidence.MAX_PROBABILITY)[:, -1] for name, data in models.items()
+            name: data.trace.trace.recorded(OF_ANSWERS)[:, -1] for name, data in models.items()
         }
 
     def __call__(self, request: Request, record: RequestRecord) -> float:
-        if record.early_tokens:
-            raise UserError(
-                "server.router", "cascade", f"whole answers of {record.model}: it left {record.early_tokens} tokens of "
-                "one early, and how sure it was of them is recorded for its last layer",
-                "serve the kinds before the last with policy=full_depth",
-            )  # fmt: skip
+        require_whole(record)
         span = self._models[record.model].trace.locate(request.task, request.text_start, request.output_chars)
         return float(np.mean(self._of_tokens[record.model][span.indices()], dtype=np.float64))
+
+
+def require_whole(record: RequestRecord) -> None:
+    """UserError for an answer of which tokens left early: how sure the model was of them is known at its last layer."""
+    if record.early_tokens:
+        raise UserError(
+            "server.router", "cascade", f"whole answers of {record.model}: it left {record.early_tokens} tokens of "
+            "one early, and how sure it was of them is recorded for its last layer",
+            "serve the kinds before the last with policy=full_depth",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Hears:
+    """A router that hears of each answer the bits of the request's own text, as recorded of the model at full depth.
+
+    It is what users would say of the answer, since of the words that a model writes itself no bits are known.
+    """
+
+    router: ByAnswer
+    models: Mapping[str, ModelData]
+
+    def begin(self, requests_in: Sequence[int], seed: int) -> Judging:
+        return _Hearing(self.router.begin(requests_in, seed), self.models)
+
+
+class _Hearing:
+    def __init__(self, judging: Judging, models: Mapping[str, ModelData]) -> None:
+        self.answered, self._judging, self._models = judging.answered, judging, models
+        self._asked: dict[int, Request] = {}
+
+    def choose(self, request: Request) -> int:
+        self._asked[request.request_id] = request
+        return self._judging.choose(request)
+
+    def judge(self, record: RequestRecord, left_ns: int) -> RequestRecord | Request:
+        request = self._asked.pop(record.request_id)
+        microbits = _recorded_microbits(self._models[record.model], request)
+        return self._judging.judge(replace(record, microbits=microbits), left_ns)
+
+
+def _recorded_microbits(data: ModelData, request: Request) -> int:
+    """Millionths of a bit of the request's text at full depth."""
+    microbits = data.trace.trace.microbits
+    assert microbits is not None
+    span = data.trace.locate(request.task, request.text_start, request.output_chars)
+    return int(microbits[span.indices(), -1].sum())
 
 
 class _FewestBits:
@@ -144,10 +186,4 @@ class _FewestBits:
         self._kinds = kinds
 
     def __call__(self, kind: int, request: Request) -> int:
-        return min(self._bits(data, request) for data in self._kinds[kind])
-
-    def _bits(self, data: ModelData, request: Request) -> int:
-        microbits = data.trace.trace.microbits
-        assert microbits is not None
-        span = data.trace.locate(request.task, request.text_start, request.output_chars)
-        return int(microbits[span.indices(), -1].sum())
+        return min(_recorded_microbits(data, request) for data in self._kinds[kind])

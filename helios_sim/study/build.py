@@ -116,7 +116,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
 def _power_w(config: Config, card: HardwareSpec) -> tuple[float, float] | None:
     """Idle, and at the board's limit, of a replica's card; live all that a counter can tell. None: not known."""
     if config.mode == LIVE:
-        return (0.0, MOST_COUNTED_W) if may_be_counted(config.live.device) else None
+        return (0.0, MOST_COUNTED_W) if all(map(may_be_counted, config.live.used)) else None
     return None if card.idle_w is None or card.tdp_w is None else (card.idle_w, card.tdp_w)
 
 

@@ -76,8 +76,7 @@ def _digest_of(path: Path, config: Config) -> str:
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
     for kind in _kinds(config) or [{}]:
         hardware, precision = config.device_of(kind), config.precision_of(kind)
-        models = kind.get("models", config.models)
-        for model in map(str, models if isinstance(models, Sequence) else ()):  # what is none, the fleet refuses
+        for model in _models(kind, config):
             name = f"profile {model}@{hardware}"
             if config.profile_folder is not None:
                 yield name, Path(config.profile_folder) / f"{model}@{hardware}"
@@ -96,6 +95,11 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
         yield from _live_files(config)
 
 
+def _models(kind: Mapping[str, Any], config: Config) -> list[str]:
+    models = kind.get("models", config.models)
+    return list(map(str, models if isinstance(models, Sequence) else ()))  # what is none, the fleet refuses
+
+
 def _kinds(config: Config) -> list[Mapping[str, Any]]:
     return [kind for kind in config.cluster.kinds.values() if isinstance(kind, Mapping)]
 
@@ -105,7 +109,7 @@ def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
     from helios_sim.live.model.heads import SHIPPED
     from helios_sim.live.served import FOLDER
 
-    for model in config.models:
+    for model in dict.fromkeys(model for kind in _kinds(config) or [{}] for model in _models(kind, config)):
         weights = config.live.weights.get(model, model)
         known = KNOWN.get(weights)
         path = Path(weights).expanduser() if known is None else cache_folder() / known.file

@@ -36,7 +36,7 @@ from helios_sim.serving.replica import OnLeft
 from helios_sim.serving.server import Server
 from helios_sim.serving.stats import Timeline
 from helios_sim.simulation import BlockSink, Run, simulate
-from helios_sim.study.build import Arm, Parts, arm_of
+from helios_sim.study.build import Arm, arm_of
 from helios_sim.study.cost import card_sets, costs_of
 from helios_sim.study.fleet import Fleet, digest, shared_fleet, what_counts
 from helios_sim.study.inputs import made_of
@@ -108,7 +108,7 @@ def run_job(job: Job) -> JobResult:
     started_s = perf_counter()
     config = job.config
     fleet = shared_fleet(config, job.seed)
-    live = None if config.mode == SIMULATE else open_live(config, fleet.parts, job.seed)
+    live = None if config.mode == SIMULATE else open_live(config, fleet, job.seed)
     log = RecordLog()
     try:
         run = serve(job, fleet, log.add, live, block_sink=log.add_block)
@@ -176,8 +176,9 @@ def serve(
             return Server(env, number, used, policy, parts.situation, on_left)
 
         if live is not None:
-            return live.begin(server_of)
-        server = server_of(SimulatedEngine(env, parts.models, to_ns(warm_up_s, "warm-up")))
+            server = live.begin(number, server_of)
+        else:
+            server = server_of(SimulatedEngine(env, parts.models, to_ns(warm_up_s, "warm-up")))
         if not pictures or number:  # pictures show the first replica
             server.keep_few_samples()
         if on_server is not None:
@@ -195,7 +196,7 @@ def serve(
         sink,
         users=workload.users,
         replicas=fleet.replicas,
-        routing=fleet.routing,
+        routing=fleet.routing if live is None else live.routing(fleet.routing),
         env=None if live is None else live.clock,
         compiled=compiled,
         stepwise=stepwise,
@@ -205,11 +206,11 @@ def serve(
     )
 
 
-def open_live(config: Config, parts: Parts, seed: int) -> LiveRun:
+def open_live(config: Config, fleet: Fleet, seed: int) -> LiveRun:
     """torch is loaded here, and only for a live run."""
     from helios_sim.study.live import LiveRun
 
-    return LiveRun(config, parts, seed)
+    return LiveRun(config, fleet, seed)
 
 
 def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, MetricValue]:

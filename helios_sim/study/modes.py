@@ -31,9 +31,10 @@ class LiveConfig:
     """What `mode=live` needs beside the study's own settings; without it nothing here does anything."""
 
     device: str = "cpu"  # cpu, cuda, cuda:N; `device=...` for short
+    devices: list[str] = field(default_factory=list)  # of each replica, in their order; empty: all on `device`
     dtype: str | None = None  # float32, bfloat16; null: as in the profile
     kernels: str | None = None  # of decodes: triton, torch, flashinfer; null: triton on a card that can, else torch
-    threads: int | None = None  # of a CPU; null: all that the process may use
+    threads: int | None = None  # of a CPU, for each replica on it; null: all that the process may use, shared out
     weights: dict[str, str] = field(default_factory=dict)  # by model: folder, .gguf file or hub id; else by its name
     heads: dict[str, str] = field(default_factory=dict)  # by model: folder of exit heads; else those shipped for it
     texts: str | None = None  # folder of TASK.txt, or one file for all tasks; null: those of `make models`
@@ -47,9 +48,10 @@ class LiveConfig:
     def __post_init__(self) -> None:
         require_finite(self, "live.")
         require(self.dtype is None or self.dtype in DTYPES, "live.dtype", self.dtype, f"null, {' or '.join(DTYPES)}")
-        name, _, number = self.device.partition(":")
-        known = (name == "cuda" and (number.isdigit() or ":" not in self.device)) or self.device == "cpu"
-        require(known, "live.device", self.device, "cpu, cuda or cuda:N")
+        for key, device in (("live.device", self.device), *(("live.devices", device) for device in self.devices)):
+            name, _, number = device.partition(":")
+            known = (name == "cuda" and (number.isdigit() or ":" not in device)) or device == "cpu"
+            require(known, key, device, "cpu, cuda or cuda:N")
         allowed = f"null, {', '.join(LIVE_KERNELS)}"
         require(self.kernels in (None, *LIVE_KERNELS), "live.kernels", self.kernels, allowed)
         for key, least in (("threads", 1), ("warm_up", 0), ("run", 0)):
@@ -57,6 +59,14 @@ class LiveConfig:
             require(value is None or value >= least, f"live.{key}", value, f"at least {least}")
         require(self.pace_every_s is None or self.pace_every_s > 0, "live.pace_every_s", self.pace_every_s,
                 "null or above 0")  # fmt: skip
+
+    def device_of(self, replica: int) -> str:
+        return self.devices[replica] if self.devices else self.device
+
+    @property
+    def used(self) -> list[str]:
+        """Devices on which replicas serve, each once."""
+        return list(dict.fromkeys(self.devices or [self.device]))
 
 
 @dataclass

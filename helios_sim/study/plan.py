@@ -245,7 +245,7 @@ def check_study(plan: StudyPlan) -> None:
             if job.config.mode == LIVE:
                 from helios_sim.study.live import check_live
 
-                check_live(job.config)
+                check_live(job.config, built[name])
     for jobs in plan.headline.jobs.values():
         job = jobs[0]
         for kind in built[in_json(what_counts(job.config))].kinds:
@@ -257,7 +257,12 @@ def check_study(plan: StudyPlan) -> None:
                 engine = SimulatedEngine(env, _with_any_drafts(parts.models) if live else parts.models)
                 with in_arm(job.arm.name, job.config), of_kind(kind.name):
                     server = Server(env, 0, engine, policy.make(), parts.situation, lambda record, left_ns: None)
-                    _check_threshold(parts, server.decisions[0].deployment, job.config)
+                    first = server.decisions[0].deployment
+                    _check_threshold(parts, first, job.config)
+                    if live:
+                        from helios_sim.study.live import check_judged
+
+                        check_judged(job.config, kind.name, first.exit_rule)
 
 
 def _with_any_drafts(models: Mapping[str, ModelData]) -> dict[str, ModelData]:
