@@ -18,6 +18,7 @@ from helios_sim.errors import UserError  # noqa: E402
 from helios_sim.live.clock import WallClock  # noqa: E402
 from helios_sim.live.threads import ToServer  # noqa: E402
 from helios_sim.report.records import RecordLog, Records  # noqa: E402
+from helios_sim.serve.settings import ServeConfig, served_job  # noqa: E402
 from helios_sim.serving.iteration import OutOfMemory, Plan  # noqa: E402
 from helios_sim.simulation import Run  # noqa: E402
 from helios_sim.study.fleet import build_fleet  # noqa: E402
@@ -381,6 +382,16 @@ def test_kinds_that_cannot_be_are_told_with_their_fix(folder: Path, kind: dict[s
     changed = cascade(folder, 0.5, KINDS | {"small": KINDS["small"] | kind}, arms={"full": FULL_DEPTH})
     with pytest.raises(UserError, match=told):
         check_study(plan_study(changed))
+
+
+@pytest.mark.parametrize(("settings", "key"), [({"replicas": 2}, r"server\.replicas"), ({}, r"cluster\.kinds")])
+def test_clients_are_served_by_one_engine(folder: Path, settings: dict[str, int], key: str) -> None:
+    several = replace(config(folder, **settings), arms={"full": FULL_DEPTH})
+    if not settings:
+        several = replace(several, cluster=ClusterConfig(dict(KINDS)))
+    with pytest.raises(UserError, match=key + r".*one engine serves all clients.*leave it out"):
+        served_job(several, ServeConfig())
+    assert served_job(replace(several, mode="simulate"), ServeConfig())
 
 
 def test_a_router_that_knows_what_will_come_is_refused(folder: Path) -> None:

@@ -201,9 +201,6 @@ class Service:
 
         if self._live_models is None:
             check_settings(self.config, self._fleet)
-            if self._fleet.replicas > 1:
-                allowed = "1 for a server with mode=live: clients' requests are kept for one engine"
-                raise UserError("server.replicas", self._fleet.replicas, allowed, "set server.replicas=1")
             self._live_models = opened(self.config, self._fleet.parts, self.config.live.device_of(0))
         return self._live_models
 

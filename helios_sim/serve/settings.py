@@ -16,6 +16,7 @@ from helios_sim.study.schema import Config
 KEY_VARIABLE = "HELIOS_API_KEY"
 
 
+ONE_ENGINE = "with mode=live one engine serves all clients"
 # Settings of a study of which a server makes nothing.
 OF_STUDIES = (
     "sweeps", "figures", "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep",
@@ -108,6 +109,9 @@ def served_job(config: Config, serve: ServeConfig) -> Job:
          "a real model has its own"),
         ("server.router", server.router, server.router not in ROUTERS,
          "it goes by recorded confidences and bits, and those of clients' texts are not recorded"),
+        ("server.replicas", server.replicas, server.replicas == 1 or job.config.mode == SIMULATE, ONE_ENGINE),
+        ("cluster.kinds", list(job.config.cluster.kinds), not job.config.cluster.kinds or job.config.mode == SIMULATE,
+         ONE_ENGINE),
         ("workload.faults", list(faults), not faults, "faults strike at times of a run, and a server has no end"),
         ("serve.temperature", serve.temperature, serve.temperature == 0 or job.config.mode != SIMULATE,
          "simulated tokens are not drawn; this counts when mode=live"),
