@@ -21,7 +21,6 @@ from helios_sim.policy.deployment import (
     KvRule,
     Placement,
     Probe,
-    require_all_resident,
 )
 from helios_sim.policy.prediction import Load, batch_capacity, decode_time_s, fixed_depth
 from helios_sim.policy.registry import make_policy
@@ -277,6 +276,3 @@ def test_what_a_policy_may_not_ask_for() -> None:
     for resident in (0, N_LAYERS - LATE_ROOM, 2.5):
         assert fault_of(late(resident=resident), known)[0] == "active"
     assert fault_of(late(probe=Probe(("flat",), 1)), known)[0] == "probe"
-    with pytest.raises(UserError, match="resident_layers"):
-        require_all_resident(Placement("flat", N_LAYERS, RESIDENT))
-    require_all_resident(Placement("flat", N_LAYERS))

@@ -64,10 +64,14 @@ def test_every_policy_serves_live(command: CommandLine, study: Path, policy: str
         for name in ("tiny", "other"):
             write_profile(tiny_profile(study / name, name, hbm_bytes=1 << 22), study / "roomy" / f"{name}@{HARDWARE}")
         more = ("policy.model=tiny", "policy.drafter=other", f"profile_folder={study}/roomy")
+    if policy == "full_depth":
+        more = (*more, "policy.resident_layers=1")
     said = command(*arguments(study, "mode=live", "models=[tiny,other]", f"policy={policy}", *more, "~arms"))
     assert said.status == 0, said.err
     (arm,) = said.summary["arms"].values()
     assert arm["metrics"]["requests_completed"] == 12
+    late = [arm["metrics"][name] for name in ("late_layers_per_iteration", "late_time_fraction")]
+    assert late == ([5.0, None] if policy == "full_depth" else [None, None])
     if policy in ("self_speculation", "draft_model"):
         assert 0 <= arm["metrics"]["draft_acceptance"] <= 1
     assert (arm["metrics"]["agreement"] is not None) == (policy == "release_early")

@@ -340,10 +340,10 @@ class InPlace(Residents):
         self._model_there = model
         self._no_exits = ExitReader(ExitHeads.own(()), model.architecture.n_layers)
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Does nothing: the model is resident already."""
 
-    def running(self, name: str, layers: int) -> SegmentedModel:
+    def running(self, name: str, layers: int, late: bool = False) -> SegmentedModel:
         return self._model_there
 
     @contextmanager

@@ -82,10 +82,10 @@ class Loaded(Residents):
         super().__init__(models, open_device("cpu"))
         self.models = {name: SegmentedModel.load(live.checkpoint, dtype=live.dtype) for name, live in models.items()}
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Nothing leaves."""
 
-    def running(self, name: str, layers: int) -> SegmentedModel:
+    def running(self, name: str, layers: int, late: bool = False) -> SegmentedModel:
         return self.models[name]
 
     @contextmanager

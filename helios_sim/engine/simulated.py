@@ -107,7 +107,7 @@ class SimulatedEngine:
     def places(self, model: str) -> Places | None:
         return None
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Memory is counted by the server; nothing lies in it here."""
 
     def lay_beside(self, model: str, drafter: str) -> None:

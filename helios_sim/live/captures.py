@@ -13,10 +13,16 @@ from helios_sim.policy.deployment import Deployment
 def segments(exits: Sequence[int], deployment: Deployment | None) -> list[tuple[int, int]]:
     """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once.
 
-    Without a deployment, those of any.
+    Without a deployment, those of any. Of layers that come late none is captured: each is launched when it has come.
     """
     if deployment is None:
         return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
+    stay = deployment.active.resident_layers
+    found = _segments(exits, deployment)
+    return found if stay is None else [(start, min(end, stay)) for start, end in found if start < stay]
+
+
+def _segments(exits: Sequence[int], deployment: Deployment) -> list[tuple[int, int]]:
     layers = deployment.active.layers
     if isinstance(deployment.exit_rule, ReleaseEarly):
         return list(pairwise((0, *deployment.exit_rule.ramps, layers)))
@@ -32,8 +38,11 @@ def measures(deployment: Deployment | None) -> list[Confidence | None]:
 
 
 def passes(exits: Sequence[int], deployment: Deployment | None, n_layers: int) -> list[Rule]:
-    """The rules of passes through several exits: up to the deployment's layers, or to any exit if those may change."""
-    if deployment is None:
+    """The rules of passes through several exits: up to the deployment's layers, or to any exit if those may change.
+
+    None where layers come late.
+    """
+    if deployment is None or deployment.active.resident_layers is not None:
         return []
     ends = exits if deployment.triggers else [deployment.active.layers]
     up_to = [exits[: exits.index(end) + 1] for end in ends]

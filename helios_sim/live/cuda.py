@@ -1,7 +1,8 @@
 """A CUDA card, for serving and for measuring: captured graphs, page-locked host memory, copies beside computation.
 
-A process has one `Card` for each card that it uses, with one stream for all captures and one for all copies: torch
-hands out only 32 streams, and then the same ones again. Captures keep three rules, which suit torch 2.11 to 2.13:
+A process has one `Card` for each card that it uses, with one stream for all captures, one for all loads, and one for
+layers that come while others run: torch hands out only 32 streams, and then the same ones again. Captures keep three
+rules, which suit torch 2.11 to 2.13:
 
 - A step is warmed up on the capture stream. The libraries for matrix products keep a workspace for each stream, which
   is thus allocated before the capture and outside of the graphs' memory pool.
@@ -49,7 +50,7 @@ class Card:
         cuda.set_device(index)
         # cuDNN's attention plans for a third of a second at every new shape, and nearly every iteration has a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self._captures, self.copies = cuda.Stream(index), cuda.Stream(index)
+        self._captures, self.copies, self.coming = (cuda.Stream(index) for _ in range(3))
         self._pool = cuda.graph_pool_handle()  # shared, since no two graphs run at the same time
         self._needed = 0
         self._unneeded: list[Any] = []
@@ -174,15 +175,28 @@ class CudaDevice:
         return event
 
     def copy(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
-        copies, done = self._card.copies, self._cuda.Event()
+        done = self._copied(self._card.copies, pairs, after)
+        wait: Callable[[], None] = done.synchronize  # releases the GIL while it waits
+        return wait
+
+    def prefetch(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
+        done = self._copied(self._card.coming, pairs, after)
+
+        def wait() -> None:
+            self._cuda.current_stream(self.torch_device).wait_event(done)
+
+        return wait
+
+    def _copied(self, stream: Any, pairs: Pairs, after: Mark | None) -> Any:
+        """Copies on this stream, and the event at their end."""
+        done = self._cuda.Event()
         if after is not None:
-            copies.wait_event(after)
-        with torch.inference_mode(), self._cuda.stream(copies):
+            stream.wait_event(after)
+        with torch.inference_mode(), self._cuda.stream(stream):
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
             done.record()
-        wait: Callable[[], None] = done.synchronize  # releases the GIL while it waits
-        return wait
+        return done
 
     def release(self) -> None:
         self._cuda.empty_cache()

@@ -57,6 +57,12 @@ class Device(Protocol):
         """
         ...
 
+    def prefetch(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
+        """Start copying each pair, beside what `copy` has started. Calling what is returned makes all work that this
+        thread issues afterwards wait for the end, while the host goes on.
+        """
+        ...
+
     def release(self) -> None:
         """Return unused cached memory to the device, so that it counts as free."""
         ...
@@ -89,6 +95,9 @@ class CpuDevice:
         for source, target in pairs:
             target.copy_(source)
         return _nothing
+
+    def prefetch(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
+        return self.copy(pairs, after)
 
     def release(self) -> None:
         """Does nothing: freed memory returns to the system by itself."""

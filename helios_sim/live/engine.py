@@ -114,9 +114,9 @@ class LiveEngine:
     def places(self, model: str) -> Places | None:
         return self.work.places[model]
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Hold these layers. Once the first weights are loaded, KV memory is reserved from what is free beside them."""
-        self.residents.hold(layers)
+        self.residents.hold(layers, for_good)
         if layers and not self.work.reserved_bytes:
             name, end = next(iter(layers.items()))
             try_out(self.residents.running(name, end), end)
@@ -159,7 +159,8 @@ class LiveEngine:
                         of = segments(data.exits, deployment if final else None)
                         exits = self.residents.exits(name)
                         rules = passes(data.exits, deployment, model.architecture.n_layers)
-                        captured += self.work.capture(name, model, of, exits, measures(deployment), owing, rules)
+                        looks = data.exits, measures(deployment)
+                        captured += self.work.capture(name, model, of, exits, *looks, owing, rules)
         except MemoryError as error:
             raise OutOfMemory(str(error), max(1, self._env.wall_ns)) from error
         return captured
@@ -173,7 +174,7 @@ class LiveEngine:
             raise UserError("policy", "oracle", "what no policy can know is known only in a simulation", "leave it out")
         reason = None
         try:
-            model = self.residents.running(plan.model, plan.loaded_layers)
+            model = self.residents.running(plan.model, plan.loaded_layers, plan.resident_layers is not None)
             self.work.use(plan.model, model, plan.loaded_layers)
             answers = self._members(plan)
             if plan.drafts:
@@ -337,6 +338,7 @@ class LiveEngine:
         forward = Forward(model, heads, work.cache, plan, bounds, work.captured, work.ahead, work.one_pass, clock)
         began_ns = self._env.wall_ns
         tally = forward.run(sorted(rows, key=lambda row: row.slot), chunks)
+        self.residents.return_first(plan.model)
         if work.ahead is None or not work.ahead.goes_on:
             # K and V of rows that exited may be computed after the last token was read.
             self.device.mark().synchronize()
@@ -377,13 +379,14 @@ class LiveEngine:
         first = [(answers[p.index], c.row) for p, c in zip(plan.prefill, chunks, strict=True) if c.row is not None]
         return Outcome(
             end_ns=max(now_ns + 1, self._env.wall_ns),
-            profile=self._models[plan.model].profile,
+            profile=self._models[plan.model].pricing(plan.exit_rule, plan.resident_layers),
             composition=replace(composition, loading=plan.loading),
             decoded=[tokens[member.request.request_id] for member in plan.members[: plan.decoding]],
             prefilled=[self._token(answer, row) for answer, row in first],
             drafted=[replace(step, loading=plan.loading) for step in drafted],
             draft_ns=draft_ns,
             drafter=self._drafter_profile(plan),
+            late_layers=self.residents.came(plan.model),
         )
 
     def _drafting(self, plan: Plan, model: SegmentedModel, answers: SequenceOf[Answer]) -> Speculation:
@@ -469,13 +472,14 @@ class LiveEngine:
         end_ns = max(now_ns + 1, self._env.wall_ns)
         return Outcome(
             end_ns=end_ns,
-            profile=self._models[plan.model].pricing(plan.exit_rule),
+            profile=self._models[plan.model].pricing(plan.exit_rule, plan.resident_layers),
             composition=tally.composition(plan, chunks, self.device.captures),
             decoded=[
                 delivered(self._token(answer, row), row, end_ns) if row.layers else self._held(plan, row)
                 for answer, row in zip(answers, rows, strict=False)
             ],
             prefilled=[self._token(answer, row) for answer, row in first],
+            late_layers=self.residents.came(plan.model),
         )
 
     def _held(self, plan: Plan, row: Row) -> Token:

@@ -2,7 +2,9 @@
 
 A band runs once for all rows in it: decodes, chunks of prompts, and tokens that exited earlier and are computed now
 (KvRule.RECOMPUTE). Decodes that waited at an exit go on from there. On devices that capture graphs, a band that holds
-only decodes is one launch (`GraphedDecodes`).
+only decodes is one launch (`GraphedDecodes`), as far as its layers are always there: those that come late are launched
+one by one, which takes less than they take to come. They come once in an iteration: where K and V of rows that left are
+computed in them, that waits until other rows run them, or for the end.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from helios_sim.live.graphs import GraphedDecodes
 from helios_sim.live.looks import decider
 from helios_sim.live.memory.decodes import Decodes, decode_step
 from helios_sim.live.memory.kv import KvCache, MixedStep, PromptStep
-from helios_sim.live.model.decoder import Attend, SegmentedModel
+from helios_sim.live.model.decoder import Attend, Left, SegmentedModel
 from helios_sim.live.one_pass import OnePass, Rule
 from helios_sim.live.regroup import SplitDecider, copy_kv, resumed, waits_at
 from helios_sim.live.release import ReleaseDecider
@@ -61,6 +63,8 @@ class Forward:
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._exits, self._captured, self._ahead = exits, captured, ahead
         self._one_pass = one_pass
+        self._staying = plan.loaded_layers if model.staying is None else min(model.staying, plan.loaded_layers)
+        self._left: list[Left] = []  # rows whose K and V layers that come late have to write
         self._lazy = plan.batching is BatchingRule.LAZY
         self._leaving = decider(model, exits, plan.exit_rule, self._lazy, captured)
         if plan.batching is BatchingRule.REBATCH and isinstance(plan.exit_rule, PerToken):
@@ -87,9 +91,11 @@ class Forward:
         for band, end in enumerate(self._bounds[first:], first):
             self._band(band, start, end, now, tally)
             self._leave(band, end, now, tally)
+            start = end
             if not now.rows and not now.pieces:
                 break
-            start = end
+        if self._left:
+            self._model.propagate_all(self._left, max(start, self._staying), self._plan.loaded_layers)
         self._leaving.finish()
         if asking and self._one_pass is not None:
             self._one_pass.note(rows, self._bounds[-1])
@@ -102,7 +108,7 @@ class Forward:
         if self._one_pass is None or not free or not self._one_pass.pays(len(rows)):
             return False
         fixed = Rule.of(rule, plan.batching, plan.kv_rule, self._bounds, self._model.architecture.n_layers)
-        if fixed is None:
+        if fixed is None or self._bounds[-1] > self._staying:
             return False
         assert isinstance(rule, PerToken)
         self._one_pass.run(self._exits, fixed, rule.threshold, rows, tally)
@@ -117,7 +123,7 @@ class Forward:
         if ahead is None:
             return False
         measure = self._leaving.measure_at(end)
-        alike = len(self._bounds) == 1 and (measure is None or measure.by_head)
+        alike = len(self._bounds) == 1 and end <= self._staying and (measure is None or measure.by_head)
         plain = all(row.seen is None and row.choice is None and not row.owed and not row.judged for row in rows)
         if (
             not (self._plan.host_ahead and rows and alike and plain)
@@ -153,24 +159,35 @@ class Forward:
         rows, n = now.rows, len(now.rows)
         owed = [(row, token) for row in rows for token in row.owed if token.depth == start]
         tally.ran(band, [row.position + 1 for row in rows] + [token.position + 1 for _, token in owed])
-        if self._captured is not None and not now.pieces:
-            now.hidden = self._launched(start, end, now, owed)
-            self._note_late(owed, end, rows)
-            return
+        if self._captured is not None and not now.pieces and start < self._staying:
+            there = min(end, self._staying)
+            now.hidden = self._launched(start, there, now, owed)
+            if there == end:
+                self._note_late(owed, end, rows)
+                return
+            start = there
         if now.hidden is None:  # a token that exited before runs along, for which there is no graph
             now.hidden = self._embedded_alone(rows)
         if not owed:
             if now.step is None and rows:
                 now.step = self._decode_step(rows, [])
-            now.hidden = self._model.run(now.hidden, start, end, _attend(now.step, n, now.pieces))
+            now.hidden = self._run(now.hidden, start, end, _attend(now.step, n, now.pieces))
             return
         step, late = self._decode_step(rows, owed), torch.cat([token.hidden for _, token in owed])
         joined = torch.cat((now.hidden[:n], late, now.hidden[n:]))
-        joined = self._model.run(joined, start, end, _attend(step, n + len(owed), now.pieces))
+        joined = self._run(joined, start, end, _attend(step, n + len(owed), now.pieces))
         now.hidden = torch.cat((joined[:n], joined[n + len(owed) :]))
         for (_, token), state in zip(owed, joined[n : n + len(owed)].split(1), strict=True):
             token.hidden = state
         self._note_late(owed, end, rows)
+
+    def _run(self, hidden: Tensor, start: int, end: int, attend: Attend) -> Tensor:
+        """States after layers start..end-1, of which those that come late serve the rows that have left too."""
+        if not self._left or end <= self._staying:
+            return self._model.run(hidden, start, end, attend)
+        if start < self._staying:
+            hidden, start = self._model.run(hidden, start, self._staying, attend), self._staying
+        return self._model.run(hidden, start, end, attend, self._left)
 
     def _launched(self, start: int, end: int, now: _Inside, owed: Sequence[tuple[Row, OwedToken]]) -> Tensor:
         """The rows' hidden states after a captured band. Tokens that exited before run it as rows of their own."""
@@ -232,7 +249,10 @@ class Forward:
             copy_kv(self._cache, gone, end, plan.loaded_layers)
             return
         if plan.kv_rule is KvRule.PROPAGATE or self._lazy:
-            self._model.propagate(hidden, end, plan.loaded_layers, self._decode_step(gone, []))
+            step = self._decode_step(gone, [])
+            self._model.propagate(hidden, end, max(end, self._staying), step)
+            if self._staying < plan.loaded_layers:
+                self._left.append((hidden, step))
             tally.propagated_above(band, len(gone))
             return
         for row, state in zip(gone, hidden.split(1), strict=True):

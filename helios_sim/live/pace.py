@@ -75,6 +75,7 @@ def _plan(
         service_plan=None,
         host_ahead=False,
         loading=False,
+        resident_layers=deployment.active.resident_layers,
     )
 
 

@@ -111,6 +111,7 @@ class LiveModel:
     one_at_a_time: Lock = field(default_factory=Lock, repr=False)  # engines in threads share the tokenizer
     start_token: int | None = field(init=False)  # begins a text, if the vocabulary has one
     _where_predictors_look: Profile = field(init=False, repr=False)
+    _late: dict[tuple[bool, int], Profile] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         there = self.profile.check_predictor is not None
@@ -131,10 +132,15 @@ class LiveModel:
         """Depths at which a token may exit; the last is full depth."""
         return self.trace.trace.exits
 
-    def pricing(self, rule: ExitRule) -> Profile:
-        """The profile that prices what runs under the rule."""
+    def pricing(self, rule: ExitRule, resident_layers: int | None = None) -> Profile:
+        """The profile that prices what runs under the rule, where layers above `resident_layers` come late."""
         looks = isinstance(rule, PerToken) and MEASURES[rule.confidence].proposes
-        return self._where_predictors_look if looks else self.profile
+        profile = self._where_predictors_look if looks else self.profile
+        if resident_layers is None:
+            return profile
+        if (looks, resident_layers) not in self._late:
+            self._late[looks, resident_layers] = profile.with_resident(resident_layers)
+        return self._late[looks, resident_layers]
 
     def lengths(self, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
         """Prompt tokens, including what was answered so far, and the span of what is still to be answered."""

@@ -92,9 +92,9 @@ class Handed(Around):
     ) -> None:
         self._thread.hand(lambda: self._inner.probe(model, requests, exit_rule), tell, lambda scored: None)
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         held = dict(layers)
-        self._thread.ask(lambda: self._inner.hold(held))
+        self._thread.ask(lambda: self._inner.hold(held, for_good))
 
     def lay_beside(self, model: str, drafter: str) -> None:
         self._thread.ask(lambda: self._inner.lay_beside(model, drafter))

@@ -192,13 +192,6 @@ class InFlight(StrEnum):
     MIGRATE = "migrate"  # their text is tokenized anew and prefilled on the new model
 
 
-def require_all_resident(placement: Placement) -> None:
-    """UserError for layers that stay in host memory: live serving has no copies beside a running iteration."""
-    if placement.resident_layers is not None:
-        allowed = "null: live, all layers that run are on the device"
-        raise UserError("policy.resident_layers", placement.resident_layers, allowed, "leave it out")
-
-
 def require_one_card(rule: ExitRule) -> None:
     """UserError for drafts that another card makes: a live server has one."""
     if isinstance(rule, DraftModel) and rule.own_card is not None:

@@ -38,6 +38,7 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
         drafts=int(it.drafts),
         regrouping=deployment.regrouping,
         first_band=int(it.first_band),
+        resident_layers=deployment.active.resident_layers,
         waiting=int(s.decoding - it.decodes) if replica.rules.regroups and it.decodes else 0,
     )
 

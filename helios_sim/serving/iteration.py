@@ -68,6 +68,7 @@ class Plan:
     regrouping: Regrouping = field(default_factory=Regrouping)  # with BatchingRule.REBATCH
     first_band: int = 0  # with which the tokens of those that decode begin or go on
     waiting: int = 0  # so many members after those that decode wait at an exit meanwhile
+    resident_layers: int | None = None  # those above come from host memory when they run; None: all are there
 
 
 class Token(NamedTuple):
@@ -96,6 +97,7 @@ class Outcome:
     drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
     draft_ns: int = 0  # that they took
     drafter: Profile | None = None  # of the model that ran those, where it is another one
+    late_layers: int = 0  # that came from host memory
 
     @property
     def parts(self) -> list[tuple[Profile, Composition]]:
@@ -141,10 +143,10 @@ class Engine(Protocol):
         """For requests of this model; None: as many and as long ones as the server's blocks hold."""
         ...
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """So many layers of these models lie in memory from now on, or are about to; everything else leaves it.
 
-        What is named first, when a run begins, is there at once.
+        What is named first, when a run begins, is there at once. `for_good`: nothing else will be.
         """
         ...
 
@@ -251,8 +253,8 @@ class Around:
     def places(self, model: str) -> Places | None:
         return self._inner.places(model)
 
-    def hold(self, layers: Mapping[str, int]) -> None:
-        self._inner.hold(layers)
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
+        self._inner.hold(layers, for_good)
 
     def lay_beside(self, model: str, drafter: str) -> None:
         self._inner.lay_beside(model, drafter)

@@ -21,7 +21,7 @@ from helios_sim.core.power import note_drawn
 from helios_sim.core.route import cached_share
 from helios_sim.core.schedule import running_limit
 from helios_sim.errors import UserError
-from helios_sim.policy.deployment import Placement, require_all_resident, require_one_card
+from helios_sim.policy.deployment import Placement, require_one_card
 from helios_sim.policy.telemetry import Policy, Situation
 from helios_sim.request import RecordBlock, Request, RequestBlock, whole_ns
 from helios_sim.serving.aborts import Aborts
@@ -288,7 +288,6 @@ class Server:
         an iteration runs.
         """
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
-        require_all_resident(replica.deployment.active)
         require_one_card(replica.deployment.exit_rule)
         plan = plan_of(replica, self._transitions.loading)
         try:
@@ -310,6 +309,7 @@ class Server:
         it = replica.iteration
         it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for profile, part in outcome.parts)
         it.draft_ns = outcome.draft_ns
+        it.late_layers, it.late_ns = outcome.late_layers, 0  # by how much they lengthen it is not known
         it.outside = int(outcome.profile.outside_grid(outcome.composition)[0])
         # It is told after it has ended; the loop is to find the end of an iteration ahead, as of one that runs at once.
         s.end_ns = max(outcome.end_ns, replica.now_ns + 1)

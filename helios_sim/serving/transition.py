@@ -363,12 +363,12 @@ class Transitions:
         replica.state.block_bytes = residency.block_bytes(active, deployment.exit_rule)
         if (drafter := _drafter(deployment)) is not None:
             replica.engine.lay_beside(active.model, drafter[0])
-        self._weigh(residency.layers)
+        self._weigh(residency.layers, for_good=not deployment.triggers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
         replica.enforce()  # an engine may have found its room for requests only now
 
-    def _weigh(self, layers: dict[str, int]) -> None:
-        self._replica.engine.hold(layers)
+    def _weigh(self, layers: dict[str, int], for_good: bool = False) -> None:
+        self._replica.engine.hold(layers, for_good)
         usable = self._replica.situation.memory.usable_bytes
         self._replica.state.weight_bytes = usable - self.residency.pool_bytes(layers)
         self._replica.note_memory()

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from helios_sim.serving.server import Server
 
 
-# Metrics that a run cannot know while it serves, since full depth is not computed.
-UNKNOWN = frozenset({"agreement", "bits_per_char"})
+# Metrics that a run cannot know while it serves, since full depth is not computed, and all layers are not there.
+UNKNOWN = frozenset({"agreement", "bits_per_char", "late_time_fraction"})
 METER_LEAD_NS = 20_000_000  # before the first arrival
 OF_SIMULATIONS = ("tensor_parallel", "quantization", "kv_cache_dtype", "kernels")  # of a kind's own server
 

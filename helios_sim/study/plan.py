@@ -14,7 +14,7 @@ from helios_sim.engine.simulated import ModelData, SimulatedEngine
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.exits.rule import DraftModel, FixedCap, PerToken, ReleaseEarly, require_leaving, require_live
 from helios_sim.exits.trace import ANY_DRAFTER
-from helios_sim.policy.deployment import Deployment, require_all_resident, require_one_card
+from helios_sim.policy.deployment import Deployment, require_one_card
 from helios_sim.report.metrics import DEFINITIONS
 from helios_sim.serving.server import Server
 from helios_sim.study.build import Parts, arm_of, confidence, in_arm, threshold
@@ -285,7 +285,6 @@ def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
         if rule.checkpoints:
             raise UserError("policy.checkpoints", list(rule.checkpoints), allowed, "leave one of them out")
     if live:
-        require_all_resident(first.active)
         require_one_card(rule)
         if isinstance(rule, DraftModel):
             from helios_sim.study.live import check_drafter

@@ -172,7 +172,7 @@ def test_copies_never_share_a_stream_with_captures(cuda: StrictCuda) -> None:
     found = [device(cuda) for _ in range(STREAMS + 2)]
     for on in found:
         on.prepare(product()[0])
-    assert len(cuda._streams) == 2
+    assert len(cuda._streams) == 3  # captures, loads, and layers that come late
 
 
 def test_a_card_beside_the_first_is_captured_on_its_own_stream() -> None:

@@ -2,18 +2,19 @@
 
 All weights of every model lie in host memory (`HostStore`) from the beginning. A load copies them layer by layer into
 the device's `Slab`, in a thread of its own, while iterations run. The layers become visible all at once when the last
-one has arrived. A load that fails leaves everything as it was.
+one has arrived. A load that fails leaves everything as it was. Layers that come late (`late.py`) come through the
+places of the last ones that are resident, which lie there again between iterations.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from helios_sim.live.device import Device, Mark, aligned, check_fits, written_block
 from helios_sim.live.exits import ExitReader
+from helios_sim.live.memory.late import LateLayers
 from helios_sim.live.model.architecture import Shape
 from helios_sim.live.model.decoder import SegmentedModel
 from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSource, block_bytes, fill, parts_in
 from helios_sim.live.served import LiveModel
+from helios_sim.policy.deployment import LATE_ROOM
 
 OUTER = -1  # the block of embedding, final norm and head, beside the layers' numbers
 Done = Callable[[Exception | None], None]
@@ -152,7 +155,15 @@ class HostStore:
 class _Resident:
     model: SegmentedModel
     outer: SlabPiece
-    layers: list[SlabPiece] = field(default_factory=list)
+    weights: list[LayerWeights]  # of the resident layers: the model's, unless others come late
+    layers: list[SlabPiece] = field(default_factory=list)  # where they lie
+    late: LateLayers | None = None
+
+    def settle(self) -> None:
+        """No layer comes late any more."""
+        if self.late is not None:
+            self.late.settle()
+            self.model.layers, self.model.staying, self.late = self.weights, None, None
 
 
 class Residents:
@@ -167,6 +178,7 @@ class Residents:
         self._freed: Mark | None = None  # the work that still writes or reads what is free now
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
+        self._most: dict[str, int] | None = None  # layers that are ever held; None: all
         self._exits = {
             n: ExitReader(m.heads, m.checkpoint.architecture.n_layers, m.predictors) for n, m in models.items()
         }
@@ -183,17 +195,19 @@ class Residents:
     @property
     def layers(self) -> dict[str, int]:
         """The number of resident layers by model."""
-        return {name: resident.model.n_loaded for name, resident in self._there.items()}
+        return {name: len(resident.layers) for name, resident in self._there.items()}
 
-    def hold(self, layers: Mapping[str, int]) -> None:
+    def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Keep at most these layers of each model and drop the rest at once.
 
-        The first call reads the checkpoints and loads the layers that it names.
+        The first call reads the checkpoints and loads the layers that it names. If that is `for_good`, memory is taken
+        for these alone.
         """
         self._held = dict(layers)
         first = not self._stores
         if first:
             self._read()
+            self._most = dict(layers) if for_good else None
         if not self._slab.total_bytes:
             self._take_memory()
         for name in list(self._there):
@@ -202,12 +216,40 @@ class Residents:
             for name, end in layers.items():
                 self._load(name, end)
 
-    def running(self, name: str, layers: int) -> SegmentedModel:
-        """The model, which has at least this many layers. Raises RuntimeError if it has fewer."""
+    def running(self, name: str, layers: int, late: bool = False) -> SegmentedModel:
+        """The model, which has at least this many layers. With `late`, those that are not resident come when they run.
+
+        Raises RuntimeError if it has fewer.
+        """
         there = self.layers.get(name, 0)
-        if there < layers:
+        if there < layers and not (late and there > LATE_ROOM):
             raise RuntimeError(f"{layers} layers of {name} are to run, {there} are there")
-        return self._there[name].model
+        resident = self._there[name]
+        if there >= layers:
+            resident.settle()
+        elif resident.late is None or (resident.late.stay, len(resident.late)) != (there - LATE_ROOM, layers):
+            resident.settle()
+            stay, store = there - LATE_ROOM, self._stores[name]
+            places = [self._slab.bytes_of(piece) for piece in resident.layers[stay:there]]
+            resident.late = LateLayers(resident.weights[:stay], layers, store, places, self._device, filled=True)
+            resident.model.layers, resident.model.staying = resident.late, stay  # type: ignore[assignment]
+        return resident.model
+
+    def return_first(self, name: str) -> None:
+        """An iteration of the model is over: of the layers that come late the first ones return to their places."""
+        if (late := self._late(name)) is not None:
+            late.return_first()
+
+    def came(self, name: str) -> int:
+        """How many layers were copied for iterations of the model since this was asked last."""
+        if (late := self._late(name)) is None:
+            return 0
+        n, late.came = late.came, 0
+        return n
+
+    def _late(self, name: str) -> LateLayers | None:
+        resident = self._there.get(name)
+        return None if resident is None else resident.late
 
     def load(self, name: str, done: Done) -> None:
         """Load the held layers of the model that are not resident yet. `done` is called from the loading thread."""
@@ -230,40 +272,45 @@ class Residents:
         Raises MemoryError if there is no room for the window.
         """
         store, resident = self._stores[name], self._there.get(name)
-        there = [] if resident is None else resident.model.layers
-        missing = store.architecture.n_layers - len(there)
+        if resident is not None:
+            resident.settle()
+        there = [] if resident is None else resident.weights
+        end = store.architecture.n_layers
+        missing = end - len(there)
         taken: list[SlabPiece] = []
+        streamed: LateLayers | None = None
         try:
             if resident is None:
                 taken.append(self._copied(name, OUTER))
-            window = [self._slab.take(store.n_bytes(len(there))) for _ in range(min(2, missing))]
-            taken += window
+            for _ in range(min(LATE_ROOM, missing)):
+                taken.append(self._slab.take(store.n_bytes(len(there))))
+            window = [self._slab.bytes_of(piece) for piece in taken[resident is None :]]
             outer = store.outer(self._slab.bytes_of(taken[0])) if resident is None else resident.model.outer
             model = self._segmented(name, outer)
-            streamed = _Streamed(there, store, [self._slab.bytes_of(piece) for piece in window], self._device)
-            model.layers = streamed  # type: ignore[assignment]
+            streamed = LateLayers(there, end, store, window, self._device, filled=False)
+            model.layers, model.staying = streamed, len(there)  # type: ignore[assignment]
             yield model
         finally:
+            if streamed is not None:
+                streamed.settle()
             self._freed = self._device.mark()
             for piece in taken:
                 self._slab.give(piece)
 
     @contextmanager
     def laid_out(self, name: str) -> Iterator[SegmentedModel | None]:
-        """The model with all its layers where they will lie whenever they are resident, loaded or not.
+        """The model with all layers that are ever held, where they will lie whenever they are, loaded or not.
 
         None if that is not known, since the memory does not suffice for all models. Nothing may be loading.
         """
-        if not self._homes:
+        if (name, OUTER) not in self._homes:
             yield None
             return
-        store = self._stores[name]
         model = self._placed(name, OUTER, self._homes[name, OUTER])
         resident = model.layers
         try:
-            model.layers = [
-                self._placed(name, layer, self._homes[name, layer]) for layer in range(store.architecture.n_layers)
-            ]
+            ends = sorted(block for of, block in self._homes if of == name and block != OUTER)
+            model.layers = [self._placed(name, layer, self._homes[name, layer]) for layer in ends]
             yield model
         finally:
             model.layers = resident
@@ -276,11 +323,13 @@ class Residents:
         """Stop loading, and free the memory for weights."""
         self.stop()
         self.free()
+        self._device.mark().synchronize()  # nothing is read from host memory any more
         self._stores.clear()
 
     def free(self) -> None:
         """Free the memory for weights, which are kept in host memory; `hold` takes it again. Nothing may be loading."""
         for resident in self._there.values():
+            resident.settle()
             resident.model.drop_layers(0)
         for of in (self._there, self._made, self._homes):
             of.clear()
@@ -293,7 +342,10 @@ class Residents:
 
     def _take_memory(self) -> None:
         on = self._device.torch_device
-        blocks = {(name, block): n for name, store in self._stores.items() for block, n in store.sizes.items()}
+        blocks = {
+            (name, block): n for name, store in self._stores.items() for block, n in store.sizes.items()
+            if self._most is None or block < self._most.get(name, OUTER)
+        }  # fmt: skip
         n_bytes = sum(blocks.values()) if self._weight_bytes is None else self._weight_bytes
         self._device.release()
         check_fits("the models", n_bytes, on)
@@ -321,8 +373,9 @@ class Residents:
             raise
         if resident is None:
             outer = taken.pop(0)
-            resident = _Resident(self._placed(name, OUTER, outer.start), outer)
-        resident.model.layers += [self._placed(name, there + i, piece.start) for i, piece in enumerate(taken)]
+            model = self._placed(name, OUTER, outer.start)
+            resident = _Resident(model, outer, model.layers)
+        resident.weights += [self._placed(name, there + i, piece.start) for i, piece in enumerate(taken)]
         resident.layers += taken
         self._there[name] = resident
 
@@ -340,6 +393,9 @@ class Residents:
     def _drop(self, name: str, end: int) -> None:
         """Drop the layers from `end` on; with `end` 0, the whole model."""
         resident = self._there[name]
+        if end >= len(resident.layers):
+            return
+        resident.settle()
         resident.model.drop_layers(end)
         gone, resident.layers = resident.layers[end:], resident.layers[:end]
         if not end:
@@ -362,45 +418,3 @@ class Residents:
     def _segmented(self, name: str, outer: OuterWeights) -> SegmentedModel:
         live = self._models[name]
         return SegmentedModel(live.checkpoint, outer, live.dtype, self._device.torch_device, self._device.kernels)
-
-
-class _Streamed(Sequence[LayerWeights]):
-    """All layers of a model in order: the resident ones, then those that are copied into the window in turn.
-
-    While one layer is computed the next is copied. Meant to be read forwards: going back costs a copy.
-    """
-
-    def __init__(
-        self, there: Sequence[LayerWeights], store: HostStore, window: Sequence[torch.Tensor], device: Device
-    ) -> None:
-        self._there, self._store, self._window, self._device = there, store, window, device
-        self._coming: dict[int, Callable[[], None]] = {}  # layers in the window or being copied into it
-
-    def __len__(self) -> int:
-        return self._store.architecture.n_layers
-
-    @overload
-    def __getitem__(self, layer: int) -> LayerWeights: ...
-    @overload
-    def __getitem__(self, layer: slice) -> Sequence[LayerWeights]: ...
-    def __getitem__(self, layer: int | slice) -> LayerWeights | Sequence[LayerWeights]:
-        if isinstance(layer, slice):
-            return [self[i] for i in range(*layer.indices(len(self)))]
-        if layer < len(self._there):
-            return self._there[layer]
-        self._fetch(layer)
-        self._coming[layer]()
-        if layer + 1 < len(self):
-            self._fetch(layer + 1)
-        w = self._store.layer(layer, self._window[layer % len(self._window)])
-        if w.mlp_post_norm is None:
-            return w
-        # The next layer begins with this norm (`run_layer`), when this one's place in the window is written already.
-        return replace(w, mlp_post_norm=w.mlp_post_norm.clone())
-
-    def _fetch(self, layer: int) -> None:
-        if layer in self._coming:
-            return
-        self._coming = {other: wait for other, wait in self._coming.items() if (other - layer) % len(self._window)}
-        pairs = self._store.pairs(layer, self._window[layer % len(self._window)])
-        self._coming[layer] = self._device.copy(pairs, self._device.mark())

@@ -221,13 +221,14 @@ class Workspace:
         model: SegmentedModel,
         segments: Sequence[tuple[int, int]],
         exits: ExitReader,
+        depths: Sequence[int],
         measures: Iterable[Confidence | None],
         owing: bool = False,
         rules: Iterable[Rule] = (),
     ) -> int:
         """Capture a model's decode steps through these segments of its layers, before it runs, and the looks at the
-        logits after each with these confidences. `owing`: tokens that exited before run beside later ones. `rules`: of
-        passes through several exits.
+        logits after those that end at `depths`, with these confidences. `owing`: tokens that exited before run beside
+        later ones. `rules`: of passes through several exits.
 
         Returns how many steps were captured: none on a device that captures nothing.
         """
@@ -238,7 +239,7 @@ class Workspace:
         before = len(cache.keys)
         cache.resize(max(end for _, end in segments))
         try:
-            ends = sorted({end for _, end in segments})
+            ends = sorted({end for _, end in segments} & {*depths})
             heads = sum(graphs.capture_heads(exits, ends, measure) for measure in measures)
             at_once = self._passes.get(name)
             passes = 0 if at_once is None else sum(at_once.capture(exits, rule) for rule in rules)

@@ -112,6 +112,10 @@ class FusedAttend(ABC):
         """Store k and v of kv (N, 2 kv_heads, head_dim) without attending."""
 
 
+# States (N, d_model) with which tokens exited, and the step that writes their K and V.
+Left = tuple[Tensor, Attend | FusedAttend]
+
+
 def run_layer(
     a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, delta: Tensor | None, post: Tensor | None,
     attend: Attend | FusedAttend, kernels: Kernels,
@@ -169,7 +173,8 @@ def turned(a: Architecture, w: LayerWeights, layer: int, qkv: Tensor, attend: At
 class SegmentedModel:
     """The first layers of a checkpoint with its embedding, final norm and LM head.
 
-    `layers` holds those that are loaded; every method takes the range of layers to run.
+    `layers` holds those that are loaded; every method takes the range of layers to run. Those above `staying` are only
+    there while they run (`live/memory/late.py`).
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class SegmentedModel:
         self.dtype, self.device = dtype, torch.device(device)
         self.outer, self.kernels = outer, kernels
         self.layers: list[LayerWeights] = []
+        self.staying: int | None = None  # so many layers are always there, those above come when they run; None: all
         self.source = source
         # As in transformers, the scale is rounded like the weights.
         self._embedding_scale = float(torch.tensor(self.architecture.embedding_scale).to(dtype))
@@ -240,20 +246,31 @@ class SegmentedModel:
             hidden = hidden + F.embedding(positions, self.outer.positions)
         return hidden
 
-    def run(self, hidden: Tensor, start: int, end: int, attend: Attend | FusedAttend) -> Tensor:
-        """Run hidden states (N, d_model) through layers start..end-1."""
+    def run(
+        self, hidden: Tensor, start: int, end: int, attend: Attend | FusedAttend, beside: Sequence[Left] = ()
+    ) -> Tensor:
+        """Run hidden states (N, d_model) through layers start..end-1.
+
+        `beside`: tokens that left before, of which these layers write K and V.
+        """
         a, delta, post = self.architecture, None, None
-        for layer in range(start, end):
-            w = self.layers[layer]
+        for layer, w in zip(range(start, end), self.layers[start:end], strict=True):
             hidden, delta = run_layer(a, w, layer, hidden, delta, post, attend, self.kernels)
             post = w.mlp_post_norm
+            for states, step in beside:
+                write_kv(a, w, layer, states, step, self.kernels)
         frozen = attend.frozen if isinstance(attend, FusedAttend) else None
         return hidden if delta is None else self.kernels.add(a, hidden, delta, post, frozen)
 
     def propagate(self, hidden: Tensor, start: int, end: int, attend: Attend | FusedAttend) -> None:
         """Write K and V of layers start..end-1 for tokens that exited with these hidden states (N, d_model)."""
-        for layer in range(start, end):
-            write_kv(self.architecture, self.layers[layer], layer, hidden, attend, self.kernels)
+        self.propagate_all([(hidden, attend)], start, end)
+
+    def propagate_all(self, left: Sequence[Left], start: int, end: int) -> None:
+        """The same for tokens that exited at several depths, each with a step of its own."""
+        for layer, w in zip(range(start, end), self.layers[start:end], strict=True):
+            for states, step in left:
+                write_kv(self.architecture, w, layer, states, step, self.kernels)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the model's final norm, as the LM head expects."""
