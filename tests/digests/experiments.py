@@ -69,7 +69,9 @@ def small(name: str) -> DictConfig:
         for key in ("values", "labels"):
             if axis.get(key) is not None and len(axis[key]) > 2:
                 axis[key] = [axis[key][0], axis[key][-1]]
-    settings.figures = []  # none is drawn, and some are of values between the ends
+    # A point keeps the metrics of figures, though none is drawn; those of a value between the ends have no point.
+    left = {(axis.name, v) for sweep in settings.sweeps for axis in sweep.axes for v in axis.labels or axis["values"]}
+    settings.figures = [f for f in settings.figures if all(at in left for at in (f.get("where") or {}).items())]
     return settings
 
 
