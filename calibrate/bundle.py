@@ -30,7 +30,8 @@ from helios_sim import files
 from helios_sim.entry import run
 from helios_sim.errors import UserError
 from helios_sim.help import is_asked
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN
+from helios_sim.shared_data import cache_folder
 
 SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
 MIB = 1 << 20

@@ -26,8 +26,9 @@ from helios_sim.contents import sha256_of
 from helios_sim.entry import run
 from helios_sim.errors import UserError
 from helios_sim.help import is_asked
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN
 from helios_sim.live.served import FOLDER
+from helios_sim.shared_data import cache_folder
 from helios_sim.untrusted import reading
 
 _CHUNK_BYTES = 1 << 20

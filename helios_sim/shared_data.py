@@ -1,4 +1,4 @@
-"""The folder of shared data, such as downloaded traces and weights."""
+"""Folders outside of the project: shared data, such as downloaded traces and weights, and what is kept between runs."""
 
 from __future__ import annotations
 
@@ -12,3 +12,12 @@ def shared_data_folder() -> Path:
     """`$HELIOS_SHARED_DATA`, else `../shared/data` beside the repository; it may not exist."""
     folder = os.environ.get(VARIABLE)
     return Path(folder) if folder else Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def cache_folder() -> Path:
+    """`$HELIOS_CACHE`, else `helios-sim` under `$XDG_CACHE_HOME` or `~/.cache`: weights, tokenizers, texts, and what is
+    compiled. It may not exist, and perhaps cannot be written.
+    """
+    own = os.environ.get("HELIOS_CACHE")
+    base = own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/helios-sim"
+    return Path(base).expanduser()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN
 from helios_sim.live.checkpoint.source import find_checkpoint
 from helios_sim.live.model.architecture import model_spec
 from helios_sim.live.model.decoder import SegmentedModel
+from helios_sim.shared_data import cache_folder
 from live_example import TOLERANCE, packed_logits, reference_logits, token_ids
 from tiny_models import tiny_model, write_gguf
 

@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN
+from helios_sim.shared_data import cache_folder
 from served import serving
 
 ROOT = Path(__file__).parents[1]

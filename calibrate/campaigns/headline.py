@@ -32,12 +32,13 @@ from helios_sim.exits.published import EXIT_SHARES, TASKS as PUBLISHED_TASKS, pu
 from helios_sim.exits.rule import Confidence
 from helios_sim.exits.store import read_trace, write_trace
 from helios_sim.exits.trace import ExitTrace
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+from helios_sim.live.checkpoint.known import KNOWN
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 from helios_sim.profile.spec import RuntimeConfig
 from helios_sim.profile.store import read_profile
 from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
+from helios_sim.shared_data import cache_folder
 from helios_sim.study.command import run_study
 from helios_sim.study.modes import LIVE, SIMULATE, LiveConfig, LiveFidelityConfig
 from helios_sim.study.schema import (

@@ -41,7 +41,7 @@ from typing import Any
 
 from helios_sim.contents import sha256_of
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import cache_folder
+from helios_sim.shared_data import cache_folder
 
 
 @dataclass(frozen=True, slots=True)

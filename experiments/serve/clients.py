@@ -301,7 +301,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--write", action="store_true", help="keep the result beside this script")
     arguments = parser.parse_args(words)
-    from helios_sim.live.checkpoint.known import KNOWN, cache_folder
+    from helios_sim.live.checkpoint.known import KNOWN
+    from helios_sim.shared_data import cache_folder
 
     known = cache_folder() / "tokenizers" / KNOWN["smollm2-135m"].sha256
     arguments.clients = arguments.clients.resolve()

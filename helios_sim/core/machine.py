@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from helios_sim.core import native, passes, places
 from helios_sim.core.layout import CHUNK, WORK, Storage, Tables
+from helios_sim.shared_data import cache_folder
 
 _STORAGE = Storage(compiled=True)
 _PACKAGE = Path(__file__).parent
@@ -211,8 +212,7 @@ def code_folder() -> Path:
     version = "" if numba is None or numba.origin is None else _version("numba")
     key = "|".join([version, _version("numpy"), sys.version, str(_PACKAGE)]).encode()
     name = hashlib.sha256(b"".join([*texts, key])).hexdigest()[:16]
-    base = os.environ.get("HELIOS_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/helios-sim"
-    return Path(base).expanduser() / "compiled" / name
+    return cache_folder() / "compiled" / name
 
 
 def _version(package: str) -> str:

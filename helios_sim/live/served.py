@@ -22,10 +22,10 @@ from helios_sim.errors import UserError, WeightsError, lacking
 from helios_sim.exits.rule import MEASURES, Confidence, ExitRule, PerToken
 from helios_sim.exits.trace import BoundTrace, TokenSpan
 from helios_sim.interrupt import is_asked
-from helios_sim.live.checkpoint.known import cache_folder
 from helios_sim.live.model.architecture import VALUE_BYTES
 from helios_sim.profile.profile import Profile
 from helios_sim.request import Request
+from helios_sim.shared_data import cache_folder
 from helios_sim.untrusted import in_short, read_bytes, reading
 
 if TYPE_CHECKING:

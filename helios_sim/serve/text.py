@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from helios_sim.errors import UserError
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder, is_as_written
+from helios_sim.live.checkpoint.known import KNOWN, is_as_written
+from helios_sim.shared_data import cache_folder
 from helios_sim.untrusted import in_short
 
 PASSAGE = (

@@ -22,7 +22,7 @@ from helios_sim.exits.store import HEADER as EXITS_HEADER, SHIPPED as SHIPPED_EX
 from helios_sim.policy.custom import CustomParameters
 from helios_sim.policy.registry import PolicyConfig
 from helios_sim.profile.resolve import files_of, kept_profile
-from helios_sim.shared_data import shared_data_folder
+from helios_sim.shared_data import cache_folder, shared_data_folder
 from helios_sim.study.modes import LIVE
 from helios_sim.study.schema import Config
 from helios_sim.untrusted import is_there
@@ -105,7 +105,7 @@ def _kinds(config: Config) -> list[Mapping[str, Any]]:
 
 
 def _live_files(config: Config) -> Iterator[tuple[str, Path]]:
-    from helios_sim.live.checkpoint.known import KNOWN, cache_folder, hub_snapshot
+    from helios_sim.live.checkpoint.known import KNOWN, hub_snapshot
     from helios_sim.live.model.heads import SHIPPED
     from helios_sim.live.served import FOLDER
 

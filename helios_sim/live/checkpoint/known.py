@@ -1,11 +1,7 @@
-"""The small open models with known weights: file, checksum, origin and licence. Importing this loads no torch.
-
-The cache folder is `HELIOS_CACHE`, else `helios-sim` under `XDG_CACHE_HOME` or `~/.cache`.
-"""
+"""The small open models with known weights: file, checksum, origin and licence. Importing this loads no torch."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +53,6 @@ KNOWN = {
 }
 # Short names for the command line.
 SHORT_NAMES = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m", "qwen2.5-coder": "qwen2.5-coder-0.5b"}
-
-
-def cache_folder() -> Path:
-    """The folder for weights, tokenizers and texts. It may not exist yet."""
-    if "HELIOS_CACHE" in os.environ:
-        return Path(os.environ["HELIOS_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "helios-sim"
 
 
 def hub_snapshot(hub_id: str) -> Path | None:

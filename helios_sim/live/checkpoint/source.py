@@ -24,11 +24,12 @@ from helios_sim.errors import UserError, WeightsError
 from helios_sim.live.checkpoint.gguf_file import GgufFile
 from helios_sim.live.checkpoint.hub_config import not_read
 from helios_sim.live.checkpoint.hub_folder import OF_MODELS, SafetensorsFolder
-from helios_sim.live.checkpoint.known import KNOWN, cache_folder, is_as_written, seal_tokenizer
+from helios_sim.live.checkpoint.known import KNOWN, is_as_written, seal_tokenizer
 from helios_sim.live.checkpoint.random_weights import RandomWeights, draw, is_random
 from helios_sim.live.model.architecture import Architecture, Shape
 from helios_sim.live.model.delta import HEADER as DELTA, WeightsDelta, read_header
 from helios_sim.live.model.weights import StoredPiece
+from helios_sim.shared_data import cache_folder
 from helios_sim.untrusted import in_short, reading
 
 Stamps = tuple[tuple[str, Stamp], ...]
