@@ -65,7 +65,8 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as self-contained HTML: no network; figures, and the script that lets them answer, inline."""
-    from helios_sim.report.page import page_environment, page_figure
+    from helios_sim.report.environment import page_environment
+    from helios_sim.report.page import page_figure
 
     figures = {drawing.name: page_figure(drawing) for drawing in page.drawings}
     template = page_environment("calibrate").get_template("calibration.html.j2")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from helios_sim import __version__
@@ -33,7 +32,6 @@ from helios_sim.report.result import (
 from helios_sim.report.tables import baseline_marks
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
 
     from helios_sim.report.capacity import CapacityResult
@@ -180,30 +178,6 @@ def page_figure(drawing: Drawing) -> PageFigure:
     return PageFigure(drawing.name, drawing.title, drawing.caption, svg, facts)
 
 
-@cache
-def page_environment(*packages: str) -> Environment:
-    """The templates of these packages and ours, with the style sheet and the script of self-contained pages.
-
-    An undefined name is an error.
-    """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "helios_sim.report")]),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        finalize=lambda value: fmt.visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    assert environment.loader is not None
-    for name, file in (("css", "report.css"), ("charts", "charts.js")):
-        source = environment.loader.get_source(environment, file)[0]
-        environment.globals[name] = Markup(source)  # noqa: S704 - a file of the package
-    return environment
-
-
 def render_parts(
     template: str,
     result: ExperimentResult | DesignsResult | CapacityResult,
@@ -212,6 +186,8 @@ def render_parts(
     **values: object,
 ) -> str:
     """A template with what both kinds of pages show; `parts` are (heading, whether there is anything) by anchor."""
+    from helios_sim.report.environment import page_environment  # Jinja, which only a page needs
+
     return page_environment().get_template(template).render(
         result=result,
         version=__version__,

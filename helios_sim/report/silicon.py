@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from helios_sim import files
 from helios_sim.files import json_value
 from helios_sim.report import FOR_PAGE
-from helios_sim.report.page import page_environment, page_figure
+from helios_sim.report.environment import page_environment
+from helios_sim.report.page import page_figure
 from helios_sim.report.result import Gate
 from helios_sim.report.terminal import TextTable, say
 
