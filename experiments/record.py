@@ -128,7 +128,8 @@ def _source(summary: dict[str, Any]) -> str:
     if "groups" in summary:
         return f"Made by `python -m helios_sim +experiment={summary['experiment']}`, {by}."
     if "capacity" in summary or any("band" in row for rows in _parts(summary).values() for row in rows):
-        return f"Made by `{made['command']}`, class `{made['class']}`, {by}. {_intervals(summary['intervals'])}"
+        command = re.sub(r" hydra\.run\.dir=('[^']*'|\S+)", "", made["command"])  # where its output lay
+        return f"Made by `{command}`, class `{made['class']}`, {by}. {_intervals(summary['intervals'])}"
     return (
         f"Made by `python -m helios_sim +experiment={summary['experiment']}`, seeds {made['seeds']}, class "
         f"`{made['class']}`, {by}. Ratios are to `{summary['baseline']}`. {_intervals(summary['intervals'])}"
