@@ -165,6 +165,7 @@ def test_every_token_comes_when_the_reference_says(
         reference.iterate()
     stats = served.run.stats
     assert (stats.accepted_drafts, stats.drafted_tokens) == (reference.accepted, reference.drafted)
+    assert (stats.itl.shortest_ns == 0) == (reference.accepted > 0)  # an accepted draft comes with the token before it
     for record, answer in zip(records, answers, strict=True):
         last_ns = answer.tokens[-1][1] if answer.tokens else record.first_token_ns
         assert record.last_token_ns == pytest.approx(last_ns, abs=1)  # of sums in another order
