@@ -58,6 +58,8 @@ def whole_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """One request of a workload: when it comes, how long it is, and which recorded text stands for its answer."""
+
     request_id: int  # position in the workload, from 0
     arrival_ns: int
     prompt_chars: int

@@ -64,6 +64,8 @@ _NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class Routing:
+    """Which router sends requests to replicas, and what it goes by."""
+
     router: Router = Router.ROUND_ROBIN
     seed: int = 0  # of what is drawn: the same for every arm of an experiment
     homes: tuple[tuple[int, ...], ...] = ()  # by task: the replicas that are meant for it; for by_task alone

@@ -35,6 +35,8 @@ class NoExits(ExitTrace):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BoundNoExits(BoundTrace):
+    """A trace without exits: every token runs all layers."""
+
     def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
         """The span of as many tokens as the model's tokenizer makes of such a text, wherever the text starts.
 

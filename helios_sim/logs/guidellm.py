@@ -131,6 +131,8 @@ _KNOWN = Known(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    """One benchmark of a report."""
+
     ones: Sequence[_One]  # that were answered
     span: tuple[float, float] | None  # of what is measured, in seconds since 1970
     listed: int  # of all requests

@@ -27,6 +27,8 @@ _SHORT = "{count} of {all} answers ended as long as was asked for and are not: {
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
+    """What became of one request."""
+
     tokens: int
     by_length: bool  # it ended since it was as long as was asked for
 

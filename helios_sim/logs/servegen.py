@@ -54,6 +54,8 @@ def _number(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
+    """What a client does in one span of time."""
+
     start_s: int
     rate_per_s: float
     pattern: str

@@ -16,6 +16,8 @@ from helios_sim.untrusted import read_text, reading
 
 @dataclass(frozen=True, slots=True)
 class Tool:
+    """How files of one benchmark tool are recognised and read."""
+
     name: str
     is_it: Callable[[Document], bool]
     read: Callable[[Document, int | None, int], RequestLog]  # which of its runs, and the seed of what is drawn

@@ -33,6 +33,8 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class CapChoice:
+    """The cap that was chosen, with the share of changed tokens at each exit."""
+
     layers: int
     share: tuple[float, ...]  # (E,) weighted share of tokens that differ
     upper_bound: tuple[float, ...]  # (E,) of that share

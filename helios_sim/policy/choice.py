@@ -31,6 +31,8 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """What was chosen, and the figures that led to it."""
+
     option: Option
     evidence: dict[str, Any]
     next_best: Option | None  # by cost, of the others

@@ -225,6 +225,8 @@ class ServicePlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
+    """What a replica is to serve with: models and layers, exit rule, limits, and when the policy is asked again."""
+
     active: Placement
     exit_rule: ExitRule
     standby: tuple[Placement, ...] = ()

@@ -25,6 +25,8 @@ class DraftsOn(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DraftModelParameters:
+    """Settings of `policy=draft_model`."""
+
     drafter: str | None = None  # None: the other one of two candidates
     model: str | None = None  # None: the candidate with more layers
     draft_tokens: int = 4  # of one pass; with review_requests the most

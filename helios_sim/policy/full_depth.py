@@ -12,6 +12,8 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 
 @dataclass(frozen=True, slots=True)
 class FullDepthParameters:
+    """Settings of `policy=full_depth`."""
+
     model: str | None = None  # None: the only candidate
     batch_limit: int | None = None  # None: the server's own limit
     resident_layers: int | None = None  # on the card; those above come from host memory; None: all

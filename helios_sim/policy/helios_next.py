@@ -45,6 +45,8 @@ KNOWN_DRAFTS = 200.0  # drafts that what was recorded or probed counts for, besi
 
 @dataclass(frozen=True, slots=True)
 class HeliosNextParameters:
+    """Settings of `policy=helios_next`."""
+
     threshold: float  # below it a token that leaves at the cap is counted as a breach, which only the report hears
     confidence: Confidence = Confidence.MAX_PROBABILITY
     failure: float = 0.05  # probability that an exit is barred or freed wrongly

@@ -188,6 +188,8 @@ def _split(low: Plan, high: Plan) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class OracleParameters:
+    """Settings of `policy=oracle`."""
+
     epoch_requests: int = 1  # consecutive requests that share a model; more only where batches form
     batch_limit: int | None = None  # None: the server's own limit; 1 for the bound
 

@@ -41,6 +41,8 @@ PolicyParameters = (
 
 @dataclass(frozen=True, slots=True)
 class PolicyKind:
+    """A policy that can be named in settings."""
+
     parameters: type[PolicyParameters]
     make: Callable[[Any], Policy]  # from an instance of it
     about: str  # one line for tables

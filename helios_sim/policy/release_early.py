@@ -25,6 +25,8 @@ LEAST_TOKENS = 200  # at a ramp, before its threshold or its place is judged
 
 @dataclass(frozen=True, slots=True)
 class ReleaseEarlyParameters:
+    """Settings of `policy=release_early`."""
+
     max_disagreement: float = 0.01  # share of all tokens whose answer may differ from the whole model's
     ramps: int = 2  # at most so many exits are checked
     review_requests: int = 30  # completed requests between two reviews of thresholds and ramps

@@ -17,6 +17,8 @@ from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
 
 @dataclass(frozen=True, slots=True)
 class SelfSpeculationParameters:
+    """Settings of `policy=self_speculation`."""
+
     draft_tokens: int = 4  # of one pass; with review_requests the most
     exit_layer: int | None = None  # None: the one with the best predicted rate of one request
     largest_batch: int | None = None  # where more requests decode none drafts; None: however many do

@@ -16,6 +16,8 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 
 @dataclass(frozen=True, slots=True)
 class StaticCapParameters:
+    """Settings of `policy=static_cap`."""
+
     threshold: float  # below it a token that leaves at the cap counts as a breach
     model: str | None = None  # None: the candidate with the best predicted objective at its cap
     cap_layers: int | None = None  # None: by the cap rule

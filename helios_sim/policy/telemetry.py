@@ -31,6 +31,8 @@ class Goal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
+    """What a policy is to reach, and the share of tokens that may change for it."""
+
     goal: Goal
     max_disagreement: float  # epsilon: share of tokens that may differ from full depth of the same model
     max_bits_per_char: float | None = None  # floor across models, where bits per character are known

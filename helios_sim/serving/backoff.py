@@ -15,6 +15,8 @@ FIRST_S, MOST_S = 10, 300
 
 @dataclass(slots=True)
 class _Failed:
+    """Loads of one model that failed, and until when it is not loaded again."""
+
     in_a_row: int = 0
     until_ns: int = 0
 

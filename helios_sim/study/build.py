@@ -271,6 +271,8 @@ def _stated(parameters: Mapping[str, Any], models: Collection[str], model: str) 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
+    """One policy of a study, with settings of its own."""
+
     name: str
     policy: PolicyConfig
     description: str | None = None

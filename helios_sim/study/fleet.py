@@ -61,6 +61,8 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
+    """The replicas that serve a run, by kind, and how requests are shared between them."""
+
     kinds: tuple[Kind, ...]
     routing: Routing
     faults: FaultPlan | None = None  # None: none are to strike
@@ -325,6 +327,8 @@ def of_kind(name: str) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Kept:
+    """A fleet that further runs may use."""
+
     fleet: Fleet
     uses: int = 0
 

@@ -55,6 +55,8 @@ WORTH_COMPILING = 15_000  # requests: compiling takes some 10 s, and 300 of the 
 
 @dataclass(frozen=True)
 class Job:
+    """One run: an arm at a point of a sweep, with one seed."""
+
     arm: Arm
     config: Config
     seed: int
@@ -86,6 +88,8 @@ def make_job(arm: str, entry: Mapping[str, Any], config: Config, seed: int) -> J
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
+    """What is kept of one run."""
+
     replicate: Replicate
     timeline: Timeline  # of the first replica
     timeline_transitions_ns: tuple[int, ...]

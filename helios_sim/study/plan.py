@@ -42,6 +42,8 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class StudyPlan:
+    """All runs of a study, and the points that they belong to."""
+
     config: Config
     headline: Point
     points: tuple[Point, ...]

@@ -44,6 +44,8 @@ MOST_FAULTS_PER_HOUR = 1e6  # of a kind and a replica
 
 @dataclass
 class ArrivalsConfig:
+    """When requests come."""
+
     kind: str = "poisson"  # poisson, gamma, constant, all_at_once, closed_loop, trace
     rate_per_s: float | None = None  # poisson, gamma, constant
     cv: float | None = None  # gamma: coefficient of variation of the gaps
@@ -70,6 +72,8 @@ class LengthConfig:
 
 @dataclass
 class LengthsConfig:
+    """How long prompts and answers are."""
+
     kind: str = "drawn"  # drawn: prompt and answer independently; trace: both of a recorded request
     prompt: LengthConfig = field(default_factory=LengthConfig)
     output: LengthConfig = field(default_factory=LengthConfig)
@@ -93,6 +97,8 @@ class SessionsConfig:
 
 @dataclass
 class MixConfig:
+    """Which tasks requests are of, in which shares, and how that changes."""
+
     # Shares by name, scaled to a sum of 1. Given whole, they take the place of the experiment's, as `after` does
     tasks: dict[str, float] = field(default_factory=dict, metadata={"whole": True})
     # Shares to which the mix drifts; empty: it does not
@@ -118,11 +124,15 @@ class FaultConfig:
 
 @dataclass
 class LastingFaultConfig(FaultConfig):
+    """Faults that last for a time."""
+
     lasts_s: float = 10.0
 
 
 @dataclass
 class SlowCardConfig(LastingFaultConfig):
+    """Times in which a card is slow."""
+
     factor: float = 2.0  # iterations take so many times as long
 
 
@@ -169,6 +179,8 @@ class FaultsConfig:
 
 @dataclass
 class WorkloadConfig:
+    """Requests: how many, when, how long and of which tasks."""
+
     statement: str = ""  # one sentence for the reader: what this workload stands for
     n_requests: int | None = None  # null: all of a trace in its own order
     # Of the tokenizer that counts lengths: a number; model: that of the model served, the first of `models`; null: they
@@ -185,6 +197,8 @@ class WorkloadConfig:
 
 @dataclass
 class ServerConfig:
+    """How a server batches, schedules and holds memory, and how many replicas there are."""
+
     max_running_requests: int = 256  # vLLM's max_num_seqs
     max_batch_tokens: int = 2048  # vLLM's max_num_batched_tokens
     memory_utilisation: float = 0.9  # vLLM's gpu_memory_utilization
@@ -332,6 +346,8 @@ class GuaranteeConfig:
 
 @dataclass
 class ExitsConfig:
+    """Where models' exits come from, and which confidence decides."""
+
     source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
     confidence: str = "max_probability"  # or another measure, which exits/rule.py lists
@@ -349,6 +365,8 @@ class ExitsConfig:
 
 @dataclass
 class ObjectiveConfig:
+    """What a policy is to reach, and within which bounds."""
+
     goal: str = "throughput"  # throughput, response_time, energy, batch_size, quality
     max_disagreement: float = 0.05  # epsilon: share of tokens that may differ from the same model's full depth
     max_bits_per_char: float | None = None  # of a model at all, where it is known; null: any
@@ -486,6 +504,8 @@ class AutoSeedsConfig:
 
 @dataclass
 class ReportConfig:
+    """How the report looks."""
+
     style: str = FOR_PAGE  # page: figures as PNG; paper: as SVG and PDF besides, on white, without titles, fonts inside
 
     def __post_init__(self) -> None:

@@ -74,6 +74,8 @@ class Struck:
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
+    """The faults of a run, and what becomes of the requests that they hit."""
+
     specs: tuple[FaultSpec, ...]
     retries: int  # how often a request that a fault hit is sent again before it is dropped
     seed: int
