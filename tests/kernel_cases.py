@@ -1,4 +1,6 @@
-"""Errors of the kernels against float64, by Triton's interpreter: `python kernel_cases.py [exhaustive]` prints JSON.
+"""Errors of the kernels against float64, by Triton's interpreter: `python kernel_cases.py` prints JSON.
+
+`exhaustive N/PARTS` in place of that: one part of all cases of attention; `exhaustive others`: of all other kernels.
 
 A process of its own, since Triton decides when a kernel is defined whether to interpret or to compile it.
 """
@@ -434,10 +436,23 @@ def attended_not_numbers() -> list[list[bool]]:
     return found
 
 
+def others(exhaustive: bool) -> dict[str, Any]:
+    """Of all kernels but attention."""
+    return {
+        "rows": dict(rows(exhaustive)), "steps": dict(steps()), "repeated": repeated(), "turned": turned_outside(),
+        "one_pass": one_pass(exhaustive), "leaves": leaves(), "not_numbers": not_numbers(),
+        "attended": attended_not_numbers(), "first_contact": first_contact(),
+    }  # fmt: skip
+
+
+def main(words: list[str]) -> dict[str, Any]:
+    if not words:
+        return {"attention": {case.name: attend(case) for case in attentions(False)}, **others(False)}
+    if words[1] == "others":
+        return others(True)
+    part, parts = map(int, words[1].split("/"))
+    return {"attention": {case.name: attend(case) for case in itertools.islice(attentions(True), part, None, parts)}}
+
+
 if __name__ == "__main__":
-    whole = "exhaustive" in sys.argv
-    found = {case.name: attend(case) for case in attentions(whole)}
-    of_others = {"rows": dict(rows(whole)), "steps": dict(steps()), "repeated": repeated(), "turned": turned_outside()}
-    of_passes = {"one_pass": one_pass(whole), "leaves": leaves()}
-    print(json.dumps({"attention": found, **of_others, **of_passes, "not_numbers": not_numbers(),
-                      "attended": attended_not_numbers(), "first_contact": first_contact()}))  # fmt: skip
+    print(json.dumps(main(sys.argv[1:])))

@@ -27,6 +27,7 @@ from helios_sim.live.kernels.interface import TORCH, Inside
 from kernel_builds import SHARED_BYTES, build, launches
 
 TESTS = Path(__file__).parents[1]
+PARTS, LEAST_OF_A_PART = 20, 21  # of all cases of attention
 MOST_ERROR = {"float32": 1e-6, "bfloat16": 1e-2}
 CARDS = (80, 90, 100)
 HEADS = (  # of a model: heads, KV heads, width
@@ -47,14 +48,17 @@ def cases(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(found: dict[str, Any]) -> None:
-    for name, case in found["attention"].items():
+def check_attention(found: dict[str, Any]) -> None:
+    for name, case in found.items():
         most = MOST_ERROR[name.rpartition(" ")[2]]
         assert case["error"] < most, name
         assert case["written"] < most, name
         assert not case["elsewhere"], f"{name}: K or V of others are written"
         assert not case["read_too_much"], f"{name}: other bytes of K and V are read than those of the requests' tokens"
         assert not case["padding"], name
+
+
+def check_others(found: dict[str, Any]) -> None:
     for name, error in found["rows"].items():
         assert error < MOST_ERROR[name.rpartition(" ")[2]], name
     for name, error in found["steps"].items():
@@ -71,12 +75,22 @@ def check(found: dict[str, Any]) -> None:
 
 def test_the_kernels_compute_what_torch_defines_and_read_what_they_need() -> None:
     """By Triton's interpreter against float64."""
-    check(cases())
+    found = cases()
+    check_attention(found.pop("attention"))
+    check_others(found)
 
 
 @pytest.mark.exhaustive
-def test_the_same_of_all_lengths_and_batches() -> None:
-    check(cases("exhaustive"))
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_same_of_all_lengths_and_batches(part: int) -> None:
+    found = cases("exhaustive", f"{part}/{PARTS}")["attention"]
+    assert len(found) >= LEAST_OF_A_PART
+    check_attention(found)
+
+
+@pytest.mark.exhaustive
+def test_the_same_of_all_sizes_of_other_kernels() -> None:
+    check_others(cases("exhaustive", "others"))
 
 
 def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
