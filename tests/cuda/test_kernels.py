@@ -176,7 +176,8 @@ def test_nothing_spills_at_any_shape(dtype: torch.dtype) -> None:
         norm = drawn(heads[2], dtype=dtype)
         for rows in (1, 4, 64, 256):
             calls += [decodes(*heads, rows, dtype), decodes(*heads, rows, dtype, norms=(norm, norm, 1e-6), window=512)]
-            calls.append(decodes(*heads, 2 * rows, dtype, firsts=drawn(2 * rows, dtype=torch.int64)))
+            firsts = drawn(2 * rows, dtype=torch.int64)
+            calls += [decodes(*heads, 2 * rows, dtype, firsts=firsts, window=window) for window in (None, 512)]
     check_builds([*calls, *steps_of_rows(dtype, (576, 768, 2048, 4096, 5120, 8192, 16384))], CARDS)
 
 

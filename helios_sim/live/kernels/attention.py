@@ -23,7 +23,7 @@ from helios_sim.live.kernels.launch import cores, launch, power_of_two
 from helios_sim.live.kernels.turn import turned_rows, write
 
 MOST_SPLITS = 32
-MOST_REGISTERS = 128  # of a thread of 8 warps in float32; without it ptxas takes fewer, and spills a few
+MOST_REGISTERS = 128  # of a thread; where it is not said, ptxas takes fewer, and spills a few
 PROGRAMS_PER_CORE = 4  # wanted at once, for enough bytes under way
 TILE = 16  # the least rows of a product on tensor cores
 LATER = 8  # tokens that a program of `merge_later` reads at a time: there are few
@@ -246,7 +246,7 @@ def decode(
         launch(
             merge_later, (rows, heads), part, sums, slots, positions, firsts, keys, values, out, scale, window or 0,
             *strides, HEADS=heads, KV=kv_heads, D=width, DP=padded, SPLITS=t.splits, BLOCK=LATER,
-            WINDOW=window is not None,
+            WINDOW=window is not None, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     elif t.splits > 1:
         launch(decode_merge, (rows * heads,), part, sums, out, D=width, DP=padded, SPLITS=t.splits)
