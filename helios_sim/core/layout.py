@@ -460,8 +460,6 @@ class Storage:
 
     def joined(self, kind: Kind, first: Table, second: Table) -> Table:
         """Two tables one after the other; records are not copied where they are objects."""
-        if not len(first):
-            return second
         if not self.compiled:
             return first + second
         numbers = np.concatenate([first.view(np.int64), second.view(np.int64)])  # quicker than of records
