@@ -126,7 +126,7 @@ def parquet(table: pyarrow.Table) -> bytes:
     from pyarrow import BufferOutputStream, parquet as arrow_parquet
 
     sink = BufferOutputStream()
-    arrow_parquet.write_table(table, sink, **_compact(table.schema))
+    arrow_parquet.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
 
 
@@ -151,7 +151,7 @@ def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
 
 
 def _compact(schema: pyarrow.Schema) -> dict[str, Any]:
-    """How Parquet is written: a list of the values that there are pays for texts; of numbers nearly all differ."""
+    """How many rows are written: a list of the values that there are pays for texts; of numbers nearly all differ."""
     from pyarrow import types
 
     texts = [f.name for f in schema if not (types.is_integer(f.type) or types.is_floating(f.type))]

@@ -177,7 +177,7 @@ def peak_bytes(requests: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compiled", "few", "many"), [(False, 1000, 4000), (True, 20_000, 40_000)])
+@pytest.mark.parametrize(("compiled", "few", "many"), [(False, 2000, 6000), (True, 20_000, 40_000)])
 def test_memory_grows_with_the_columns_and_not_with_what_was_seen(compiled, few, many, monkeypatch) -> None:
     """A record alone, as an object with its numbers, takes more than 400 bytes; a row of all columns about 100."""
     monkeypatch.setattr(records_module, "BLOCK_RECORDS", 128)
