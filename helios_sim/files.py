@@ -151,7 +151,7 @@ def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
 
 
 def _compact(schema: pyarrow.Schema) -> dict[str, Any]:
-    """How many rows are written: a list of the values that there are pays for texts; of numbers nearly all differ."""
+    """Options for tables of many rows: dictionary encoding pays for texts alone, since nearly all numbers differ."""
     from pyarrow import types
 
     texts = [f.name for f in schema if not (types.is_integer(f.type) or types.is_floating(f.type))]
