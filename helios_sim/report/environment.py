@@ -1,4 +1,4 @@
-"""The templates of self-contained pages, with what all of them use. Compiling them takes 0.03 s, so the result is kept."""
+"""The templates of self-contained pages, and what all of them use. Compiling takes 0.03 s, so its result is kept."""
 
 from __future__ import annotations
 
