@@ -1,7 +1,10 @@
 """Measures the simulator's speed and writes the table.
 
-`python experiments/speed/bench.py [--runs 3]` writes bench.json and bench.md beside itself; a new figure is a new row
+`python experiments/speed/bench.py [--rounds 3]` writes bench.json and bench.md beside itself; a new figure is a new row
 of `CASES`. Needs the shared data (HELIOS_SHARED_DATA).
+
+Each round runs every case, so that a machine that becomes slower or faster meanwhile does so for all of them: ratios
+between rows hold where seconds do not.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -39,6 +42,7 @@ MEASURED = (
     "models=[smollm2-135m]", "hardware=epyc-2core", "arms.full_depth.model=smollm2-135m", "runtime.preset=profile",
 )  # fmt: skip
 UNIT = "a million timeouts of SimPy"
+LOOPS = 5  # runs of the loop in a round
 TIMEOUTS = """
 import simpy
 env = simpy.Environment()
@@ -72,7 +76,7 @@ class Case:
     whole: bool
     settings: tuple[str, ...] = ()
     experiment: str = "speed_w1"
-    most_runs: int = 99
+    most_rounds: int = 99
     designs: int = 0  # of a sweep; 0: a study of one arm
 
 
@@ -92,8 +96,8 @@ CASES = (
     Case("loop: 64 replicas of 1,000 requests, least loaded", False, MANY, "scale"),
     Case("process: w1, full depth, without pictures", True, ("pictures=false",)),
     Case("process: w1, full depth, with pictures", True),
-    Case("process: a million requests, without pictures", True, MILLION, "scale", most_runs=1),
-    Case("process: 1,000 designs of the quickstart, two workers", True, SWEEP, "quickstart", most_runs=1, designs=1000),
+    Case("process: a million requests, without pictures", True, MILLION, "scale", most_rounds=1),
+    Case("process: 1,000 designs of the quickstart, two workers", True, SWEEP, "quickstart", 1, 1000),
 )
 
 
@@ -116,7 +120,7 @@ PEERS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians over the runs. CPU seconds are the figures to compare where other work runs beside."""
+    """Medians over the runs of all rounds. CPU seconds are the figures to compare where other work runs beside."""
 
     name: str
     requests: int
@@ -126,30 +130,48 @@ class Row:
     peak_mib: int
 
 
-def measured(case: Case, runs: int) -> Row:
-    if not case.whole:
-        command = [sys.executable, str(FOLDER / "measure.py"), "--experiment", case.experiment, "--runs", str(runs + 1)]
-        out = subprocess.run([*command, *case.settings], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+@dataclass(slots=True)
+class Samples:
+    """The runs of one case so far."""
+
+    case: Case
+    requests: int = 0
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    peak_mib: int = 0
+
+    def add_loops(self) -> None:
+        """Run the loop `LOOPS` times in a process of its own, after once that is not counted."""
+        command = [sys.executable, str(FOLDER / "measure.py"), "--experiment", self.case.experiment]
+        command += ["--runs", str(LOOPS + 1), *self.case.settings]
+        out = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
         found = json.loads(out.stdout.splitlines()[-1])
-        cpu_s = found["loop_cpu_s_median"]
-        return Row(
-            case.name, found["requests"], found["loop_s_median"], cpu_s, round(found["requests"] / cpu_s),
-            found["peak_rss_mib"],
-        )  # fmt: skip
-    walls, cpus, peaks, requests = [], [], [], 0
-    for _ in range(min(runs, case.most_runs)):
+        self.requests = found["requests"]
+        self.wall_s += found["loop_s"][1:]
+        self.cpu_s += found["loop_cpu_s"][1:]
+        self.peak_mib = max(self.peak_mib, found["peak_rss_mib"])
+
+    def add_process(self) -> None:
+        """Run the whole command once."""
+        case = self.case
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "helios_sim", f"+experiment={case.experiment}", f"hydra.run.dir={folder}"]
             wall_s, used = ran([*command, *case.settings])
-            walls.append(wall_s)
-            cpus.append(used.ru_utime + used.ru_stime)
-            peaks.append(used.ru_maxrss // 1024)
             summary = json.loads((Path(folder) / "summary.json").read_text())
-            arm, *others = summary["arms"].values()
-            requests = round(arm["metrics"]["requests_completed"] + arm["metrics"]["requests_dropped"])
-            requests *= case.designs + len(others) + 1
-    wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
-    return Row(case.name, requests, round(wall_s, 2), round(cpu_s, 2), round(requests / cpu_s), max(peaks))
+        arm, *others = summary["arms"].values()
+        requests = round(arm["metrics"]["requests_completed"] + arm["metrics"]["requests_dropped"])
+        self.requests = requests * (case.designs + len(others) + 1)
+        self.wall_s.append(wall_s)
+        self.cpu_s.append(used.ru_utime + used.ru_stime)
+        self.peak_mib = max(self.peak_mib, used.ru_maxrss // 1024)
+
+    def row(self) -> Row:
+        wall_s, cpu_s = statistics.median(self.wall_s), statistics.median(self.cpu_s)
+        digits = 2 if self.case.whole else 3
+        return Row(
+            self.case.name, self.requests, round(wall_s, digits), round(cpu_s, digits), round(self.requests / cpu_s),
+            self.peak_mib,
+        )  # fmt: skip
 
 
 def ran(command: list[str]) -> tuple[float, resource.struct_rusage]:
@@ -166,7 +188,7 @@ def ran(command: list[str]) -> tuple[float, resource.struct_rusage]:
 def timeouts_cpu_s() -> float:
     """The unit that other machines can be compared by."""
     _, used = ran([sys.executable, "-c", TIMEOUTS])
-    return round(used.ru_utime + used.ru_stime, 2)
+    return used.ru_utime + used.ru_stime
 
 
 def markdown(machine: dict[str, str], rows: list[Row], unit_cpu_s: float) -> str:
@@ -185,19 +207,23 @@ def markdown(machine: dict[str, str], rows: list[Row], unit_cpu_s: float) -> str
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written")
     options = parser.parse_args(words)
     cores = os.cpu_count() or 1
     machine = {"machine": platform.machine(), "cores": str(cores), "python": platform.python_version()}
     machine |= {name: version(name) for name in LIBRARIES}
-    rows = []
-    for case in CASES:
-        if options.only in case.name:
-            rows.append(measured(case, options.runs))
-            print(json.dumps(asdict(rows[-1])), flush=True)
+    samples, units_cpu_s = [Samples(case) for case in CASES if options.only in case.name], []
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        units_cpu_s.append(timeouts_cpu_s())
+        for each in samples:
+            if number < each.case.most_rounds:
+                each.add_process() if each.case.whole else each.add_loops()
+    rows, unit_cpu_s = [each.row() for each in samples], round(statistics.median(units_cpu_s), 3)
+    for row in rows:
+        print(json.dumps(asdict(row)), flush=True)
     if not options.only:
-        unit_cpu_s = timeouts_cpu_s()
         unit = {"what": UNIT, "cpu_s": unit_cpu_s}
         peers = [asdict(peer) for peer in PEERS]
         found = {"machine": machine, "unit": unit, "rows": [asdict(r) for r in rows], "peers": peers}

@@ -77,6 +77,8 @@ def main(words: list[str]) -> None:
             "loop_s_median": round(statistics.median(wall_s), 3),
             "loop_s_min": round(min(wall_s), 3),
             "loop_cpu_s_median": round(statistics.median(cpu_s), 3),
+            "loop_cpu_s": [round(seconds, 4) for seconds in cpu_s],
+            "loop_s": [round(seconds, 4) for seconds in wall_s],
             "requests_per_s": round(run.requests / statistics.median(wall_s)),
             "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "digest": digest(records, run),
