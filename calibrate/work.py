@@ -19,7 +19,7 @@ from calibrate.inputs import Inputs, measured_by
 from calibrate.schema import DRAFTERS, POTENTIAL, PREDICTORS, TRAIN_EXITS
 from calibrate.stages import SHORT, NotEnoughTime, Stage, StageRun
 from helios_sim import files
-from helios_sim.errors import UserError
+from helios_sim.errors import HardwareError, UserError
 from helios_sim.profile.resolve import profile_of
 from helios_sim.profile.shapes import Shape
 from helios_sim.provenance import command_given
@@ -285,8 +285,8 @@ def _potential(inputs: Inputs) -> Stage:
 
     try:
         full_queue(profile_of(Shape(inputs.spec(1.0), inputs.config.model.name), inputs.config.priced_for))
-    except UserError as error:
-        raise (error.about("card") if error.key == "hardware" else error) from error
+    except HardwareError as error:
+        raise error.about("card") from error
     return _traces(inputs, POTENTIAL)
 
 

@@ -41,6 +41,22 @@ class WeightsError(UserError):
         return type(self)(f"{setting}: {part}" if part else setting, self.value, self.allowed, self.fix)
 
 
+class HardwareError(UserError):
+    """The setting that names a card names one that is not known, or a group of cards that cannot be."""
+
+
+class BeyondRoofline(UserError):
+    """Iterations of a run were faster than the card can be."""
+
+    arm: str | None = None  # of the study that ran; None outside a study
+
+    def about(self, key: str) -> BeyondRoofline:
+        found = super().about(key)
+        assert isinstance(found, BeyondRoofline)
+        found.arm = self.arm
+        return found
+
+
 class OwnCodeError(UserError):
     """Code of the user's own raised something, which is the cause of this error."""
 

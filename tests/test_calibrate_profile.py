@@ -164,12 +164,13 @@ def test_the_ends_of_the_tables_are_measured_first_and_say_how_far_times_may_be_
     profile = campaign(subject, tmp_path, monkeypatch, hurry)
     short = profile.provenance.details["short"]
     assert short["by_ends_alone"] == ["all tables"]
-    assert short["within"] == 0.15  # what was measured between agrees
+    assert short["within"] == profile.times_within == 0.15  # what was measured between agrees
     assert profile.layer_tables[0].dense.rows.tolist() == [1, LIMITS.max_rows]
     assert profile.head.time_s[-1] == pytest.approx(subject.costs.head(LIMITS.max_head_rows))
     assert [a.value for a in profile.provenance.assumptions if a.name == "times_within"] == [0.15]
     whole = campaign(VirtualSubject(), tmp_path, monkeypatch)
     assert whole.provenance.details["short"] is None
+    assert whole.times_within is None
     assert len(whole.layer_tables[0].dense.rows) > 2
 
 

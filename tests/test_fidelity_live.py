@@ -130,13 +130,15 @@ def test_a_calibration_without_time_does_not_end_the_comparison(
 
 def test_gates_are_as_wide_as_a_profile_that_was_measured_in_little_time(tmp_path: Path) -> None:
     profile = priced_profile()
-    short = {"within": 0.17, "by_ends_alone": [], "brief": ["load"]}
-    hurried = replace(profile, provenance=replace(profile.provenance, details={"short": short}))
+    hurried = replace(profile, times_within=0.17)
     write_profile(hurried, tmp_path / hurried.name)
     config = Config(models=[profile.model.name], hardware=profile.hardware.name, profile_folder=str(tmp_path))
     found = measured_profiles(config, tmp_path)
     assert (found.changes, found.within) == ({}, 0.17)
     assert found.notices == (f"{profile.model.name} was measured in little time: its times are within 17%",)
+    older = replace(profile, provenance=replace(profile.provenance, details={"short": {"within": 0.17}}))
+    write_profile(older, tmp_path / "older" / profile.name)
+    assert measured_profiles(replace(config, profile_folder=str(tmp_path / "older")), tmp_path).within == 0.17
     write_profile(profile, tmp_path / "unhurried" / profile.name)
     assert measured_profiles(replace(config, profile_folder=str(tmp_path / "unhurried")), tmp_path) == Profiled({})
 

@@ -212,6 +212,7 @@ def test_a_percentile_lies_in_its_bucket_or_outside(tmp_path: Path) -> None:
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "from_log.kv_blocks=99999999"), "from_log.kv_blocks"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "models=[opt-1.3b,opt-6.7b]"), "models"),
         (whole, ("log=log.jsonl", "hardware=a100-40gb", "server.max_batch_tokens=64", "from_log.kv_blocks=20"), "log="),
+        (whole, ("log=log.jsonl", "hardware=a100-40gb", "model=llama-2-13b"), "log.jsonl on a100-40gb': a log of this"),
         (lengths_only, ("log=lengths.csv", "model=opt-1.3b", "hardware=a100-40gb"), "times at which requests came"),
         (few, ("log=few.jsonl", "model=opt-1.3b", "hardware=a100-40gb"), "at least 8"),
         (nothing, ("log=empty", "model=opt-1.3b", "hardware=a100-40gb"), "name the log's file itself"),

@@ -187,8 +187,7 @@ def basis(
         runtime=RuntimeConfig(preset="profile"), exits=exits.settings, live=live, seeds=[config.seed],
         server=ServerConfig(max_running_requests=c.max_running_requests, max_batch_tokens=c.max_batch_tokens),
     )  # fmt: skip
-    shorts = [profile.provenance.details.get("short") or {"within": 0.0} for profile in profiles.values()]
-    return Basis(study, exits, max(float(short["within"]) for short in shorts))
+    return Basis(study, exits, max(profile.times_within or 0.0 for profile in profiles.values()))
 
 
 def arms(config: CampaignConfig, models: Sequence[str]) -> dict[str, Any]:

@@ -404,6 +404,7 @@ class _Campaign:
         profile = whole.with_mixed_factor(bare, fitted, lambda tried: whole.compare(tried, points, tries))
         too_fast = below_floor(over_floor(profile, measured.ceilings))
         tried = whole.summary(whole.compare(profile, points, tries))
+        short = self._short(grids, tried)
         details = {
             **self.about.details,
             "interpolation": {table: _errors(self._held_out(grids, table)) for table in grids.axes},
@@ -412,20 +413,21 @@ class _Campaign:
             "whole_iterations_without_factors": whole.summary(whole.compare(bare, points, tries)),
             "below_floor": [f"{e.table} {e.place}: {e.time_s:.3g} s, floor {e.floor_s:.3g} s" for e in too_fast],
             "samples": self._sampling(),
-            "short": self._short(grids, tried),
+            "short": short,
         }
         provenance = profile.provenance
         provenance = replace(
             provenance,
             details={**provenance.details, **details},
-            assumptions=(*provenance.assumptions, *_off(tried), *self._assumed(details["short"])),
+            assumptions=(*provenance.assumptions, *_off(tried), *self._assumed(short)),
         )
         anchors = {
             name: Anchor(rows, typical_s[name] / self.subject.n_layers, kv_tokens)
             for name, (rows, kv_tokens) in anchor_places(self.subject).items()
             if name in typical_s
         }
-        return replace(profile, provenance=provenance, anchors=Anchors(**anchors))
+        within = None if short is None else float(short["within"])
+        return replace(profile, provenance=provenance, anchors=Anchors(**anchors), times_within=within)
 
     def _held_out(self, grids: Grids, table: str) -> list[HeldOut]:
         """The held-out places with the current samples."""

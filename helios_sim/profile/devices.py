@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.errors import UserError
+from helios_sim.errors import HardwareError, UserError
 from helios_sim.profile.catalog import (
     CARDS,
     HARDWARE,
@@ -92,10 +92,11 @@ def device_of(name: str, key: str = "hardware") -> Device:
     degree, card = group_of(name)
     if (inner := group_of(card.strip("() ")))[0] != 1:
         fix = f"set hardware={inner[0]}x{inner[1]} server.replicas={degree}"
-        raise UserError(key, name, "one group of cards, such as 4xh100; replicas of groups are server.replicas", fix)
+        allowed = "one group of cards, such as 4xh100; replicas of groups are server.replicas"
+        raise HardwareError(key, name, allowed, fix)
     if degree not in DEGREES:
         allowed = f"a group of {', '.join(map(str, DEGREES[1:]))} cards: for these all-reduces were measured"
-        raise UserError(key, name, allowed, "choose one of these sizes; replicas of groups are server.replicas")
+        raise HardwareError(key, name, allowed, "choose one of these sizes; replicas of groups are server.replicas")
     path = card_file(card)
     return replace(_known_card(card, key) if path is None else _own_card(path, key), cards=degree)
 
@@ -107,7 +108,7 @@ def _known_card(name: str, key: str) -> Device:
         meant = f"did you mean {near[0]}? Or " if near else ""
         fix = f"{meant}describe it in a file: {key}=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))
-        raise UserError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
+        raise HardwareError(key, name, f"a card of the catalogue ({known}), N of one (4xh100), or a .yaml file", fix)
     of_card = card_key(found)
     assert of_card is not None
     card = CARDS[of_card]

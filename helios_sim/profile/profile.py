@@ -22,6 +22,7 @@ from helios_sim.provenance import Provenance
 _RANGES = {
     "load_bytes_per_s": (1.0, 1e18), "load_slowdown": (1.0, 1e3), "time_factor": (0.0, 1e9),
     "disk_bytes_per_s": (1.0, 1e18), "link_bytes_per_s": (1.0, 1e18), "resident_layers": (1, 10_000),
+    "times_within": (0.0, 1e3),
     "mixed_factor": (0.0, 1e3), "unequal_kv_factor": (0.0, 1e3), "activation_reserve_bytes": (0, 1 << 60),
 }  # fmt: skip
 _MOST_CELLS = 1 << 24
@@ -62,6 +63,7 @@ class Profile:
     link_bytes_per_s: float | None = None  # host memory to the card, where loads come from files; None: as loads
     resident_layers: int | None = None  # those above come from host memory in each iteration; None: all stay
     check_predictor: RowsTable | None = None  # a check by a predictor of a few words; None: not known (`predictor`)
+    times_within: float | None = None  # relative error of all times if time to measure was short; None: it was not
     _pricing: Pricing = field(init=False, repr=False)
     operating: OperatingPoints = field(init=False, repr=False)
     _weight_bytes: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # by layers

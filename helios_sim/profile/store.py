@@ -88,6 +88,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
         **({} if profile.time_band is None else {"time_band": asdict(profile.time_band)}),
         **({} if profile.disk_bytes_per_s is None else {"disk_bytes_per_s": profile.disk_bytes_per_s}),
+        **({} if profile.times_within is None else {"times_within": profile.times_within}),
     }
     files.write_together(path, parts, HEADER, f"{files.to_json(header, indent=1)}\n".encode())
 
@@ -138,6 +139,7 @@ def read_profile(path: Path) -> Profile:
             load_slowdown=header.number("load_slowdown", 0, 1e300),
             time_factor=header.number("time_factor", 0, 1e300),
             disk_bytes_per_s=_disk_rate(header, provenance),
+            times_within=_times_within(header, provenance),
             mixed_factor=header.maybe("mixed_factor", _LEAST_FACTOR, 1e300),
             unequal_kv_factor=header.maybe("unequal_kv_factor", _LEAST_FACTOR, 1e300),
         )
@@ -182,6 +184,15 @@ def _disk_rate(header: Fields, provenance: Provenance) -> float | None:
     loads = provenance.details.get("loads")
     rate = loads.get("checkpoint_bytes_per_s") if isinstance(loads, Mapping) else None
     return rate if isinstance(rate, float) and rate > 0 else None
+
+
+def _times_within(header: Fields, provenance: Provenance) -> float | None:
+    """Return the relative error of all times. Older files have it among the provenance's details alone."""
+    if header.has("times_within"):
+        return header.number("times_within", 0, 1e3)
+    short = provenance.details.get("short")
+    within = short.get("within") if isinstance(short, Mapping) else None
+    return within if isinstance(within, float) and 0 < within < 1e3 else None
 
 
 def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from helios_sim.errors import UserError, require
+from helios_sim.errors import HardwareError, UserError, require
 from helios_sim.exits.published import EXIT_SHARES
 from helios_sim.policy.registry import parameters_of
 from helios_sim.profile.catalog import card_key
@@ -289,8 +289,8 @@ def _of_cards() -> Iterator[None]:
     """Says in a UserError about hardware under which setting a plan has it."""
     try:
         yield
-    except UserError as error:
-        raise (error.about("capacity.cards") if error.key == "hardware" else error) from error
+    except HardwareError as error:
+        raise error.about("capacity.cards") from error
 
 
 def _prices(config: Config, names: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import simpy
 import helios_sim
 from helios_sim.core.machine import is_made
 from helios_sim.engine.simulated import SimulatedEngine
-from helios_sim.errors import UserError
+from helios_sim.errors import BeyondRoofline
 from helios_sim.policy.deployment import Judged
 from helios_sim.policy.draft_model import DraftModelParameters
 from helios_sim.policy.registry import PolicyConfig
@@ -236,7 +236,8 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         costs=costs_of(job.config, fleet, job.arm.policy), scaled=run.scaled, answered=run.answered,
     )  # fmt: skip
     if job.config.mode == SIMULATE:
-        require_possible(metrics, fleet.kinds[0].card.name, "correct the profile, or profile_time_factor")
+        card, fix = fleet.kinds[0].card.name, "correct the profile, or profile_time_factor"
+        require_possible(metrics, card, fix, job.arm.name)
     return metrics
 
 
@@ -247,12 +248,14 @@ def _power(card: HardwareSpec) -> Power | None:
     return Power(card.idle_w, card.tdp_w, card.busy_w(1.0) if measured else None)
 
 
-def require_possible(metrics: Mapping[str, MetricValue], card: str, fix: str) -> None:
-    """Raises UserError where iterations were quicker than the card can be."""
+def require_possible(metrics: Mapping[str, MetricValue], card: str, fix: str, arm: str | None = None) -> None:
+    """Raise BeyondRoofline if iterations were faster than the card can be."""
     share = metrics["roofline_fraction"]
     if isinstance(share, float) and share > ROOFLINE:
         allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"
-        raise UserError("profile", card, allowed, fix)
+        error = BeyondRoofline("profile", card, allowed, fix)
+        error.arm = arm
+        raise error
 
 
 def replicas_of(fleet: Fleet, records: Records, run: Run) -> tuple[ReplicaFigures, ...]:

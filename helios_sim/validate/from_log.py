@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.errors import UserError
+from helios_sim.errors import BeyondRoofline, UserError
 from helios_sim.logs import RequestLog
 from helios_sim.profile.devices import group_of
 from helios_sim.report.result import (
@@ -93,11 +93,11 @@ def _nothing_of_a_mistake(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _of_the_log(log: RequestLog, quantities: Quantities | None) -> Iterator[None]:
-    """Says so where it is the log that is quicker than the card can be, and not a profile."""
+    """Blame the log, and not the profile, if it is the log that is faster than the card can be."""
     try:
         yield
-    except UserError as error:
-        if quantities is None or not (error.key.startswith(f"{AS_LOGGED}, seed") and error.key.endswith(": profile")):
+    except BeyondRoofline as error:
+        if quantities is None or error.arm != AS_LOGGED:
             raise
         told = f"{log.source} on {error.value}"
         allowed = f"a log of this model on this card: {error.allowed}"

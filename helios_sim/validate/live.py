@@ -213,15 +213,14 @@ def measured_profiles(config: Config, folder: Path) -> Profiled:
         if done.returncode != 0 or not measured:
             return _as_named(config, model, seconds)
         found.append(read_profile(measured[0].parent))
-        if (short := found[-1].provenance.details.get("short")) is not None:
-            notices.append(f"{model} was measured in {seconds:g} s: its times are within {short['within']:.0%}")
+        if (within := found[-1].times_within) is not None:
+            notices.append(f"{model} was measured in {seconds:g} s: its times are within {within:.0%}")
         target = profiles / measured[0].parent.name
         if not target.exists():
             profiles.mkdir(parents=True, exist_ok=True)
             target.symlink_to(measured[0].parent.resolve(), target_is_directory=True)
-    shorts = [profile.provenance.details.get("short") or {"within": 0.0} for profile in found]
     changes = {"profile_folder": str(profiles), "hardware": found[-1].hardware.name}
-    return Profiled(changes, max(float(short["within"]) for short in shorts), tuple(notices))
+    return Profiled(changes, max(profile.times_within or 0.0 for profile in found), tuple(notices))
 
 
 def _as_known(config: Config) -> Profiled:
@@ -229,9 +228,9 @@ def _as_known(config: Config) -> Profiled:
     within: dict[str, float] = {}
     for model in dict.fromkeys((*config.models, *_models_of_arms(config))):
         with suppress(UserError):  # the study says what is wrong with it
-            short = build_profile(config, model).provenance.details.get("short")
-            if isinstance(short, Mapping) and isinstance(short.get("within"), float):
-                within[model] = short["within"]
+            share = build_profile(config, model).times_within
+            if share is not None:
+                within[model] = share
     told = "was measured in little time: its times are within"
     notices = tuple(f"{model} {told} {share:.0%}" for model, share in within.items())
     return Profiled({}, max(within.values(), default=0.0), notices)
