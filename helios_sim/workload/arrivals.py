@@ -1,4 +1,4 @@
-"""When requests arrive.
+"""Arrival processes: when requests arrive.
 
 Each specification makes a sampler that gives the arrivals of consecutive requests. Open arrivals draw gaps with
 mean 1 and scale them by the rate, so two rates see the same gaps (common random numbers).
@@ -78,7 +78,7 @@ class AllAtOnce:
 
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
-    """`users` requests are in the system at any time: the server takes the next one when one completes.
+    """A closed loop: `users` requests are in the system at any time. The server takes the next when one completes.
 
     The blocks carry arrival 0; a request's arrival is the moment at which the server releases it.
     """
@@ -122,7 +122,7 @@ Arrivals = Poisson | Gamma | Constant | AllAtOnce | ClosedLoop | TraceArrivals
 
 
 def _renewal(draw_unit_gaps: Callable[[int], NDArray[np.float64]], rate_per_s: float) -> ArrivalSampler:
-    elapsed = 0.0  # mean gaps until the latest arrival
+    elapsed = 0.0  # time of the latest arrival, in mean gaps
 
     def sample(first: int, n: int) -> NDArray[np.int64]:
         nonlocal elapsed
@@ -140,7 +140,7 @@ def _at_zero(first: int, n: int) -> NDArray[np.int64]:
 
 
 def _arrivals_ns(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Ascending seconds, shape (n,), as whole nanoseconds. UserError where they leave the range of int64."""
+    """Converts ascending seconds, shape (n,), to whole nanoseconds. UserError if they leave the range of int64."""
     if not times_s[-1] <= LATEST_NS / NS_PER_S:
         raise UserError(
             "workload.arrivals",

@@ -1,4 +1,4 @@
-"""The text of a trace, row by row: which line and column is wrong, once a reader of whole tables has given up on it."""
+"""Row-by-row reading of a bad trace, to name the wrong line and column after the reader of whole tables has failed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from helios_sim.workload.columns import ALLOWED, NS_PER, CellFormat, Role, Trace
 DROP = "correct or remove the line"
 _UNANSWERED = "take a trace in which some request got an answer"
 OTHER_FILE = "correct the file, or choose another one"
-_OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # of a date
+_OFFSET = re.compile(r"(Z|[+-]\d\d:?(\d\d)?)$")  # a date's offset from UTC
 
 
 class TraceFileError(UserError):
-    """A file that is not there or is no trace as a whole; its key is a setting that is one of several."""
+    """A file that is missing, or is no trace at all. Its key is one of several settings that can name such a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TraceText:
 
     name: str
     content: bytes
-    separator: str | None  # None: a JSON object in each line
+    separator: str | None  # None if each line is a JSON object
 
     @property
     def lines(self) -> io.TextIOWrapper:
@@ -40,7 +40,7 @@ class TraceText:
 
 
 def refuse(path: Path, file: TraceText, columns: tuple[TraceColumn, ...], listed: str | None, why: str) -> NoReturn:
-    """Raises the UserError that names file, line and column; without a line where none is bad by itself."""
+    """Raises a UserError that names file, line and column, or the file alone if no single line is bad."""
     refuse_bad(file, columns)
     for column in columns:
         if column.role is Role.ARRIVAL:
@@ -57,7 +57,7 @@ def refuse(path: Path, file: TraceText, columns: tuple[TraceColumn, ...], listed
 
 
 def refuse_bad(file: TraceText, columns: tuple[TraceColumn, ...]) -> None:
-    """UserError for the first cell that does not hold what its column needs."""
+    """Raises UserError for the first cell that does not hold what its column needs."""
     for line, cells in rows_of(file):
         for column in columns:
             cell = cells.get(column.name)
@@ -70,7 +70,7 @@ def refuse_bad(file: TraceText, columns: tuple[TraceColumn, ...]) -> None:
 
 
 def _refuse_others(file: TraceText, column: TraceColumn) -> None:
-    """UserError for the first arrival that is written otherwise than the first of all, or lies far from it."""
+    """Raises UserError for the first arrival that is far from the first row's, or a date in another form."""
     first = None
     for line, cells in rows_of(file):
         cell = str(cells[column.name]).strip('"')
@@ -86,8 +86,8 @@ def _refuse_others(file: TraceText, column: TraceColumn) -> None:
 
 
 def refuse_texts(file: TraceText, name: str) -> None:
-    """UserError that names the first line whose prompt's parts are not said as whole numbers."""
-    first = dict[str, int]()  # the line in which an id of each of two kinds stands first, which 64 bits do not hold
+    """Raises UserError for the first line in which the ids of the prompt's parts are not 64-bit whole numbers."""
+    first = dict[str, int]()  # first line with a negative id, and with one from 2^63: no 64-bit type holds both
     for line, cells in rows_of(file):
         ids, place = cells.get(name), f"{file.name}, line {line}, column {name}"
         if not isinstance(ids, list) or not all(type(part) is int and -(1 << 63) <= part < 1 << 64 for part in ids):
@@ -126,5 +126,5 @@ def _json_rows(file: TraceText) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise UserError(place, line.strip()[:80], f"must be a JSON object ({in_short(error)})", DROP) from error
         if not isinstance(row, dict):
             raise UserError(place, line.strip()[:80], "must be a JSON object", DROP)
-        # Text in place of a number keeps its quotes, so that it is seen as such.
+        # Text in place of a number keeps its quotes, so that the checks recognise it as text.
         yield number, {name: json.dumps(cell) if isinstance(cell, str) else cell for name, cell in row.items()}

@@ -1,8 +1,8 @@
-"""Names and units of the columns of request traces: which one tells what, and when the unit of a number is in doubt.
+"""Names and units of the columns of request traces: what each column means, and when the unit of a number is in doubt.
 
 Names are compared in lower case with words joined by `_`, so ContextTokens is context_tokens. A column of arrivals
-says its unit by its name, by holding dates or numbers that can only be counted from 1970, or not at all: then the usual
-unit is taken if the arrivals come out plausible, and a setting is asked for if they do not.
+states its unit by its name, or by holding dates or numbers that can only be counted from 1970. If it states none, the
+usual unit is taken if the arrivals come out plausible; if they do not, the message asks for a setting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Role(StrEnum):
     ARRIVAL = "arrival"
     PROMPT = "prompt length"
     OUTPUT = "output length"
-    TOTAL = "total length"  # compared with the sum of the two
+    TOTAL = "total length"  # must equal prompt plus output length
     PRIORITY = "priority"
 
 
@@ -75,7 +75,7 @@ _SUFFIXES = {
     CellFormat.MICROSECONDS: ("us", "usec", "usecs", "micro", "micros", "microsecond", "microseconds"),
     CellFormat.NANOSECONDS: ("ns", "nsec", "nsecs", "nano", "nanos", "nanosecond", "nanoseconds"),
 }  # fmt: skip
-REQUEST_IDS = ("request_id", "req_id")  # of one request each
+REQUEST_IDS = ("request_id", "req_id")  # columns in which each request has its own id
 _OF_NO_MATTER = {"", "id", *REQUEST_IDS, "index", "user", "user_id", "pd_ratio"}
 HASH_IDS = ("hash_ids", "block_hash_ids")
 _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed anew for each") | dict.fromkeys(
@@ -88,8 +88,8 @@ _EFFECTS = dict.fromkeys(HASH_IDS, "prefixes that requests share are computed an
     ("batch_size", "n", "best_of", "count", "num_requests", "request_count", "num_model_requests"),
     "each row is one request with one answer",
 )  # fmt: skip
-_EPOCH_S = 8e8  # numbers above this are counted from 1970: in 1995, and later in smaller units
-MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # of requests, beyond which a unit that a name does not state is in doubt
+_EPOCH_S = 8e8  # numbers above this count from 1970, in seconds or a smaller unit; 8e8 s is in 1995
+MOST_PER_S, LEAST_PER_S = 100.0, 1 / 60  # requests/s; a rate outside puts a unit that no name states in doubt
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class TraceColumn:
     role: Role
     format: CellFormat
     stated: bool = True  # the name, or a setting, says the unit
-    usual: bool = True  # if it is not stated, there is a usual one
+    usual: bool = True  # there is a usual unit, to be taken if none is stated
 
 
 def known_names(role: Role) -> str:
@@ -111,7 +111,7 @@ def known_names(role: Role) -> str:
 
 
 def column_of(name: str) -> TraceColumn | None:
-    """The column of this name; None: it is not known."""
+    """The column of this name; None if the name is not known."""
     plain = plain_name(name)
     for role, names in _NAMES.items():
         if plain in names.split():
@@ -126,7 +126,7 @@ def column_of(name: str) -> TraceColumn | None:
 
 
 def plain_name(name: str) -> str:
-    """The name in lower case, its words joined by `_`. The sign of micro is u; letters of other scripts stay."""
+    """The name in lower case, its words joined by `_`. The micro sign becomes u; letters of other scripts stay."""
     plain = unicodedata.normalize("NFKC", name).replace("\u03bc", "u")
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plain)
     return re.sub(r"[\W_]+", "_", parted.lower()).strip("_")
@@ -135,7 +135,7 @@ def plain_name(name: str) -> str:
 def find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
     """The columns of a file that a workload needs, one for each role; arrival, total and priority may be missing.
 
-    UserError where a length is missing or two columns have the same role.
+    UserError if a length is missing or two columns have the same role.
     """
     found = tuple(column for name in names if (column := column_of(name)) is not None)
     for role in Role:
@@ -149,7 +149,7 @@ def find_columns(source: str, names: Sequence[str]) -> tuple[TraceColumn, ...]:
 
 
 def _how_to_name(names: Sequence[str]) -> str:
-    """The fix where a file's names are not known: it may have none, or other separators."""
+    """The fix to suggest if a file's column names are unknown: it may have no header, or other separators."""
     if all(_number(name) is not None for name in names):
         return "write a first line with the names of the columns"
     if names[0].startswith(("#", "//")):
@@ -164,7 +164,7 @@ def _how_to_name(names: Sequence[str]) -> str:
 
 
 def not_read(source: str, names: Sequence[str], columns: Sequence[TraceColumn]) -> list[str]:
-    """One sentence for the columns of a file that nothing is made of, and for each that would change a result."""
+    """Notices on unread columns: one for each column that would change a result, and one that lists the others."""
     read = {column.name for column in columns}
     left = [name for name in dict.fromkeys(names) if name not in read and plain_name(name) not in _OF_NO_MATTER]
     said = [
@@ -181,9 +181,9 @@ def not_read(source: str, names: Sequence[str], columns: Sequence[TraceColumn]) 
 def with_unit(
     source: str, column: TraceColumn, unit: str | None, first: Mapping[str, Any], names: Sequence[str]
 ) -> TraceColumn:
-    """The arrival column as it is written: dates if its `first` cell is no number, else numbers of a unit.
+    """The arrival column with its format: dates if its cell in the `first` row is no number, else numbers in a unit.
 
-    UserError where `unit`, a setting, contradicts what the file says of itself.
+    Other columns are returned unchanged. UserError if the setting `unit` contradicts what the file says of itself.
     """
     if column.role is not Role.ARRIVAL:
         return column
@@ -204,7 +204,7 @@ def with_unit(
 
 
 def _usual(column: TraceColumn, number: float, names: set[str]) -> TraceColumn:
-    """The column with the unit that its numbers or its file's other columns tell."""
+    """The column with the unit that follows from the size of its numbers or from the file's other columns."""
     if number > _EPOCH_S:  # counted from 1970
         power = min(int(math.log10(number / _EPOCH_S)) // 3, 3)
         return replace(column, format=UNITS[power], stated=True)
@@ -218,7 +218,7 @@ def _usual(column: TraceColumn, number: float, names: set[str]) -> TraceColumn:
 
 
 def check_unit(source: str, column: TraceColumn, numbers: NDArray[np.float64]) -> None:
-    """UserError where a column is said to be in one unit, and its numbers are times since 1970 in another."""
+    """Raises UserError if a column states one unit, but its numbers are times since 1970 in another."""
     if column.role is not Role.ARRIVAL or column.format not in NS_PER or not column.stated or len(numbers) < 2:
         return
     first, last = float(numbers.min()), float(numbers.max())
@@ -227,13 +227,13 @@ def check_unit(source: str, column: TraceColumn, numbers: NDArray[np.float64]) -
         return
     span_s = (last - first) * NS_PER[column.format] / NS_PER_S
     at_once, for_ages = (len(numbers) - 1) > MOST_PER_S * span_s, first * NS_PER[column.format] > LATEST_NS
-    if at_once or for_ages:  # else a clock of another beginning, such as the machine's start
+    if at_once or for_ages:  # else the clock may count from another start, such as the machine's boot
         allowed = f"numbers in {column.format}, as its name or a setting says; these are {other} since 1970"
         raise UserError(f"{source}, column {column.name}", first, allowed, "correct the name or the setting")
 
 
 def check_dates(source: str, column: TraceColumn, numbers: NDArray[Any]) -> str | None:
-    """A sentence where dates are in whole minutes, so that requests of one minute come at once; None: they are not.
+    """A notice if dates are in whole minutes, so that all requests of one minute arrive at once; None if they are not.
 
     UserError for dates without a time of day.
     """
@@ -250,12 +250,12 @@ def check_dates(source: str, column: TraceColumn, numbers: NDArray[Any]) -> str 
 
 
 def _is_since_1970(number: float, unit: CellFormat) -> bool:
-    """Whether it is a time between 2001 and 2096 in this unit."""
+    """Whether the number, read in this unit, is a time between 2001 and 2096."""
     return 1e9 <= number * NS_PER[unit] / NS_PER_S <= 4e9
 
 
 def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:
-    """The reason to doubt the unit taken for a column's numbers; None: there is none, or the unit is stated."""
+    """The reason to doubt the unit taken for a column's numbers; None if there is no reason, or the unit is stated."""
     if column.stated or column.role is not Role.ARRIVAL or len(numbers) < 2:
         return None
     if not np.isfinite(numbers).all():
@@ -275,7 +275,7 @@ def doubt(column: TraceColumn, numbers: NDArray[np.float64]) -> str | None:
 
 
 def is_good(column: TraceColumn, cell: Any) -> bool:
-    """True if a cell holds what its column needs."""
+    """Whether a cell holds what its column needs."""
     if cell is None or isinstance(cell, bool):
         return False
     if column.format is CellFormat.DATE:
@@ -294,7 +294,8 @@ def is_good(column: TraceColumn, cell: Any) -> bool:
 
 
 def _number(cell: Any) -> float | None:
-    """As JSON and Arrow read it: Python alone knows digits of other scripts, and `_` between digits."""
+    """The number in a cell as JSON and Arrow read it; None if it is none. Digits of other scripts, and `_` between
+    digits, are refused, since Python alone accepts them."""
     if isinstance(cell, str) and (not cell.isascii() or "_" in cell):
         return None
     try:
@@ -307,9 +308,9 @@ _DATE = re.compile(r"(\d{4})-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d
 
 
 def _is_date(cell: str) -> bool:
-    """As the reader of tables has them: nanoseconds of 64 bits since 1970, which end in 2262.
+    """Whether the cell is a date that the table reader accepts: it keeps 64-bit nanoseconds since 1970, up to 2262.
 
-    Python's own parser, which knows six digits of a second, says whether there is such a day and time.
+    Python's own parser, which reads six decimals of a second, tells whether that day and time exist.
     """
     text = cell.strip('"')
     found = _DATE.fullmatch(text)

@@ -1,7 +1,8 @@
-"""The plan of faults: what strikes which replica when. It is drawn from the seed alone, so every policy meets the same.
+"""The plan of faults: which fault strikes which replica at what time.
 
-A plan is a stream in order of time, without end where a kind of fault has a rate. Each kind and replica has a random
-stream of its own: to add a fault moves no other fault and no request.
+It is drawn from the seed alone, so every policy meets the same faults. A plan is a stream in order of time, and endless
+if a kind of fault has a rate. Each kind and replica has its own random stream: adding a fault moves no other fault and
+no request.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from helios_sim.request import LATEST_NS, NS_PER_S
 
 
 class FaultKind(StrEnum):
-    REPLICA_DIES = "replica_dies"  # its requests are lost; it is back, with what it had deployed, when the fault ends
-    ITERATION_FAILS = "iteration_fails"  # the one in progress; the requests in it are lost
-    OUT_OF_MEMORY = "out_of_memory"  # the iteration in progress: its requests are computed again, half as many at once
-    LOAD_FAILS = "load_fails"  # the one in progress, or the next: what was copied is not there
-    TRANSFER_STALLS = "transfer_stalls"  # the one in progress, or the next, takes so much longer
-    SLOW_CARD = "slow_card"  # iterations that begin until the fault ends take so many times as long
+    REPLICA_DIES = "replica_dies"  # its requests are lost; it is back, with its deployment, when the fault ends
+    ITERATION_FAILS = "iteration_fails"  # the iteration in progress fails, and its requests are lost
+    OUT_OF_MEMORY = "out_of_memory"  # OOM in the iteration in progress: its requests rerun, half as many at once
+    LOAD_FAILS = "load_fails"  # the load in progress, or the next one, fails: the copied weights are not there
+    TRANSFER_STALLS = "transfer_stalls"  # the transfer in progress, or the next one, takes `lasts_ns` longer
+    SLOW_CARD = "slow_card"  # iterations that begin before the fault ends take `factor` times as long
 
 
-LOSING = (FaultKind.REPLICA_DIES, FaultKind.ITERATION_FAILS)  # requests that they hit are sent again or dropped
-_STATES = (FaultKind.REPLICA_DIES, FaultKind.SLOW_CARD)  # a replica is in it or not: there is none in the middle of one
+LOSING = (FaultKind.REPLICA_DIES, FaultKind.ITERATION_FAILS)  # requests hit by these are sent again or dropped
+_STATES = (FaultKind.REPLICA_DIES, FaultKind.SLOW_CARD)  # faults that last; no second one begins while one lasts
 
 
 @dataclass(frozen=True, slots=True)
 class FaultSpec:
-    """When one kind of fault strikes each of its replicas."""
+    """Settings of one kind of fault: when it strikes each of its replicas."""
 
     kind: FaultKind
     at_ns: tuple[int, ...] = ()  # above 0
-    rate_per_hour: float | None = None  # of each replica, at random (exponential gaps)
-    replicas: tuple[int, ...] | None = None  # None: all
+    rate_per_hour: float | None = None  # random faults of each replica (exponential gaps)
+    replicas: tuple[int, ...] | None = None  # None means all
     lasts_ns: int = 0
-    factor: float = 1.0  # of a slow card
+    factor: float = 1.0  # slowdown of a slow card
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault begins at `time_ns`, or it is over (`ends`)."""
+    """A fault that begins at `time_ns` or, with `ends`, is over then."""
 
     time_ns: int
     kind: FaultKind
@@ -60,28 +61,28 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """What a fault did. `hit` false: there was nothing for it to strike."""
+    """The effect of a fault. `hit` is false if there was nothing for it to strike."""
 
     time_ns: int
     kind: FaultKind
     replica: int
     hit: bool
     until_ns: int
-    retried: int = 0  # requests that it hit and that were sent again
-    lost: int = 0  # requests that it hit and that were dropped
-    wasted_tokens: int = 0  # output tokens that these requests had by then
+    retried: int = 0  # requests hit and sent again
+    lost: int = 0  # requests hit and dropped
+    wasted_tokens: int = 0  # output tokens that the retried and lost requests had by then
 
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """The faults of a run, and what becomes of the requests that they hit."""
+    """The faults of a run, and how often a request that they hit is retried."""
 
     specs: tuple[FaultSpec, ...]
     retries: int  # how often a request that a fault hit is sent again before it is dropped
     seed: int
 
     def faults(self, replicas: int) -> Iterator[Fault]:
-        """All faults in order of time; at one time those that end come first, then by replica and kind."""
+        """All faults in order of time. At equal times, ends come before beginnings, then the order is replica, kind."""
         streams = [
             self._stream(spec, replica)
             for spec in self.specs
@@ -90,7 +91,7 @@ class FaultPlan:
         return heapq.merge(*streams, key=lambda fault: (fault.time_ns, not fault.ends, fault.replica, fault.kind))
 
     def outages(self, replica: int) -> Iterator[tuple[int, int]]:
-        """When a replica dies and when it is back, in ns, one after the other."""
+        """The outages of a replica in order of time: when it dies and when it is back, in ns."""
         for spec in self.specs:
             if spec.kind is FaultKind.REPLICA_DIES and (spec.replicas is None or replica in spec.replicas):
                 yield from ((f.time_ns, f.until_ns) for f in self._stream(spec, replica) if not f.ends)
@@ -119,16 +120,16 @@ class FaultPlan:
 
 
 class Outages:
-    """Which replicas are down when a request arrives, known beforehand."""
+    """Outages of all replicas, known beforehand: tells which are down when a request arrives."""
 
     def __init__(self, plan: FaultPlan, replicas: int) -> None:
         self._coming = [plan.outages(replica) for replica in range(replicas)]
         self._known: list[list[tuple[int, int]]] = [[] for _ in range(replicas)]
 
     def back_ns(self, replica: int, arrival_ns: int) -> int | None:
-        """When the replica is back that is down for a request that arrives then; None: it is up.
+        """The time at which a replica that is down at this arrival is back; None if the replica is up.
 
-        At one time requests arrive before replicas die or come back. Arrivals must not decrease.
+        At equal times, requests arrive before replicas die or come back. Arrivals must not decrease.
         """
         known = self._known[replica]
         while known and known[0][1] < arrival_ns:

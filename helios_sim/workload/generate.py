@@ -1,7 +1,7 @@
 """Requests from a specification and a seed, block by block, and figures that describe them.
 
-Each component draws from a Generator of its own, so changing one leaves the others' values where they were, and all
-arms that use a seed see the same requests.
+Each component draws from its own Generator, so changing one does not move the others' values, and all arms that use a
+seed see the same requests.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from helios_sim.workload.mix import Per, TaskMix
 from helios_sim.workload.prefixes import Sessions, SharedPrefixes
 
 BLOCK_REQUESTS = 4096
-TEXT_POSITIONS = 2**62  # a text start is uniform below this; exit traces take it modulo their length
+TEXT_POSITIONS = 2**62  # text starts are uniform below this; exit traces take them modulo their length
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """The requests of a run: arrivals, lengths and tasks.
 
-    `n_requests` may be None only where a trace is used in its own order: then all of it.
-    `chars_per_token` is that of the tokenizer that the lengths are counted in; a model with the same figure gets back
-    exactly those token counts. None: the lengths are characters already.
+    `n_requests` may be None only if a trace is used in its own order: then all of the trace is used.
+    `chars_per_token` belongs to the tokenizer in which the lengths are counted; a model with the same figure gets back
+    exactly these token counts. It is None if the lengths are characters already.
     """
 
     arrivals: Arrivals
@@ -41,9 +41,9 @@ class Workload:
     mix: TaskMix
     n_requests: int | None = None
     chars_per_token: float | None = 4.0
-    system_prompts: tuple[int, ...] | None = None  # lengths of what all prompts of each task begin with
+    system_prompts: tuple[int, ...] | None = None  # by task, the length of the text with which all its prompts begin
     sessions: Sessions | None = None
-    id_tokens: int = 512  # of each of a trace's hash_ids
+    id_tokens: int = 512  # prompt tokens that each of a trace's hash_ids stands for
 
     def __post_init__(self) -> None:
         if self.texts is not None and (self.sessions is not None or self.system_prompts is not None):
@@ -64,25 +64,25 @@ class Workload:
 
     @property
     def requests(self) -> int:
-        """How many requests there are."""
+        """The number of requests."""
         if self.n_requests is not None:
             return self.n_requests
         return min(limit for _, limit, _ in self._trace_limits())
 
     @property
     def recorded_priority(self) -> NDArray[np.int64] | None:
-        """The priority of each request, where the trace that gives the lengths says it in its own order."""
+        """The recorded priority of each request; None unless the lengths follow a trace with priorities in order."""
         lengths = self.lengths
         return lengths.trace.priority if isinstance(lengths, TraceLengths) and not lengths.resample else None
 
     @property
     def texts(self) -> PromptTexts | None:
-        """What the trace that gives the lengths says of the texts of its prompts."""
+        """The ids of prompt texts recorded in the trace that gives the lengths; None if there are none."""
         return self.lengths.trace.texts if isinstance(self.lengths, TraceLengths) else None
 
     @property
     def prefixes(self) -> SharedPrefixes | None:
-        """What prompts begin with, by the rows that requests name; None: nothing that is known."""
+        """The shared beginnings of prompts, by the row that a request names; None if none are known."""
         if isinstance(self.lengths, TraceLengths) and self.chars_per_token is not None:
             found = SharedPrefixes.of_trace(self.lengths.trace, self.id_tokens, self.chars_per_token)
             if found is not None:
@@ -98,7 +98,7 @@ class Workload:
 
     @property
     def users(self) -> int | None:
-        """Requests in the system at any time in a closed loop; None for arrivals that do not wait for answers."""
+        """Requests in the system at any time in a closed loop; None if arrivals do not wait for answers."""
         return self.arrivals.users if isinstance(self.arrivals, ClosedLoop) else None
 
     def _trace_limits(self) -> list[tuple[str, int, str]]:
@@ -133,7 +133,7 @@ class Workload:
                     "workload.chars_per_token", None, "a trace's lengths are in tokens", "give characters per token"
                 )
         elif not 1.0 <= self.chars_per_token <= 1000.0:
-            # Below one character a token, whole characters could not tell all token counts apart.
+            # Below one character per token, different token counts could round to the same number of characters.
             raise UserError(
                 "workload.chars_per_token",
                 self.chars_per_token,
@@ -143,10 +143,10 @@ class Workload:
 
 
 def generate(workload: Workload, seed: int, block_requests: int = BLOCK_REQUESTS) -> Iterator[RequestBlock]:
-    """The workload's requests in order, in blocks of `block_requests` (the last may be shorter).
+    """Yields the workload's requests in order, in blocks of `block_requests` (the last may be shorter).
 
-    Same workload and seed, same requests to the last bit; the size of a block changes no value. Memory is that of one
-    block. UserError for a seed or block size out of range, before the first block.
+    The same workload and seed give the same requests to the last bit, whatever the size of a block. Only one block is
+    held in memory. UserError for a seed or block size out of range, before the first block.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise UserError("seed", seed, "must be a whole number of at least 0", "for instance 0")
@@ -190,7 +190,7 @@ def _blocks(workload: Workload, seed: int, block_requests: int) -> Iterator[Requ
 
 
 def up_to(blocks: Iterable[RequestBlock], until_ns: int) -> tuple[Iterator[RequestBlock], int]:
-    """The requests that arrive up to then and the first that does after it, and how many they are."""
+    """The requests that arrive up to `until_ns` and the first one after it, with their number."""
     found: list[RequestBlock] = []
     for block in blocks:
         n = int(np.searchsorted(block.arrival_ns, until_ns, side="right")) + 1
@@ -201,12 +201,13 @@ def up_to(blocks: Iterable[RequestBlock], until_ns: int) -> tuple[Iterator[Reque
 
 
 def _stream(seed: int, name: str) -> Generator:
-    """A component's own Generator. Its key is its name, so no component's draws depend on which others exist."""
+    """A component's own Generator, keyed by its name, so that its draws do not depend on which others exist."""
     return np.random.Generator(np.random.PCG64(SeedSequence(seed, spawn_key=tuple(name.encode()))))
 
 
 def _chars(lengths: NDArray[np.int64], chars_per_token: float | None) -> NDArray[np.int64]:
-    """Off by at most half a character, which is less than half a token: rounding back finds the token count."""
+    """Lengths in whole characters. Rounding errs by at most half a character, which is less than half a token, so that
+    rounding back finds the token count."""
     if chars_per_token is None:
         return lengths.astype(np.int64)  # a copy: a block never shares memory with a trace
     chars: NDArray[np.int64] = np.rint(lengths * chars_per_token).astype(np.int64)
@@ -215,7 +216,7 @@ def _chars(lengths: NDArray[np.int64], chars_per_token: float | None) -> NDArray
 
 @dataclass(frozen=True, slots=True)
 class LengthFigures:
-    """Percentiles interpolate linearly between neighbouring values (NumPy's default)."""
+    """Mean, percentiles and maximum of lengths. Percentiles interpolate linearly (NumPy's default)."""
 
     mean: float
     p50: float
@@ -231,10 +232,10 @@ class WorkloadFigures:
     requests: int
     prompt_tokens: LengthFigures
     output_tokens: LengthFigures
-    task_shares: dict[str, float]  # of all requests, by task
+    task_shares: dict[str, float]  # share of all requests, by task
     arrival_span_s: float  # first to last arrival; 0 in a closed loop or with all requests at once
-    arrival_rate_per_s: float | None  # gaps over their sum; None where the span is 0
-    arrival_cv: float | None  # standard deviation of the gaps over their mean; None where the span is 0
+    arrival_rate_per_s: float | None  # number of gaps over their sum; None if the span is 0
+    arrival_cv: float | None  # standard deviation of the gaps over their mean; None if the span is 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,7 +244,7 @@ class WorkloadFigures:
 def describe(blocks: Iterable[RequestBlock], tasks: tuple[str, ...], chars_per_token: float) -> WorkloadFigures:
     """Figures of the requests in these blocks, in tokens of a tokenizer with that many characters per token.
 
-    `tasks` are the mix's names. Takes about 24 bytes a request. UserError where there is no request.
+    `tasks` are the mix's names. Takes about 24 bytes a request. UserError if there is no request.
     """
     require_positive("chars_per_token", chars_per_token, "English text has about 4")
     arrivals, prompts, outputs = [], [], []

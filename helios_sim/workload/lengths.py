@@ -1,4 +1,4 @@
-"""How long prompts and answers are: fixed, drawn from a distribution, or recorded.
+"""Lengths of prompts and answers: fixed, drawn from a distribution, or recorded.
 
 A length is a whole number of at least 1, in the workload's unit: tokens of its reference tokenizer, or characters.
 """
@@ -23,14 +23,14 @@ LengthSampler = Callable[[int], NDArray[np.int64]]
 
 PairSampler = Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]]
 """(index of the first request, number of requests) -> lengths of prompts and of answers, shape (number,) each, and the
-rows of a trace that they are of."""
+rows of the trace from which they come (None if they are drawn)."""
 
 _Z95 = NormalDist().inv_cdf(0.95)
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Every length the same."""
+    """A fixed length for every request."""
 
     value: int
 
@@ -44,7 +44,7 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """exp(normal) with this median, rounded and then clipped to minimum and maximum.
+    """A lognormal distribution with this median, rounded and then clipped to minimum and maximum.
 
     Clipping moves the mean and the percentiles; `describe` gives those of a generated workload.
     """
@@ -81,7 +81,10 @@ class Lognormal:
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Exponential with this mean, rounded and then clipped. For queueing oracles: take a mean far above 1."""
+    """An exponential distribution with this mean, rounded and then clipped.
+
+    It serves to compare with queueing theory: take a mean far above 1.
+    """
 
     mean: float
     minimum: int = 1
@@ -97,7 +100,7 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Every whole number from minimum to maximum alike."""
+    """A uniform distribution over the whole numbers from minimum to maximum."""
 
     minimum: int
     maximum: int
@@ -115,7 +118,7 @@ Length = Fixed | Lognormal | Exponential | Uniform
 
 @dataclass(frozen=True, slots=True)
 class DrawnLengths:
-    """Prompt and answer drawn independently of each other."""
+    """Lengths of prompt and answer, drawn independently of each other."""
 
     prompt: Length
     output: Length
@@ -127,7 +130,7 @@ class DrawnLengths:
 
 @dataclass(frozen=True, slots=True)
 class TraceLengths:
-    """Prompt and answer of a recorded request together: in the trace's order, or its rows drawn with replacement."""
+    """Recorded pairs of prompt and answer lengths: in the trace's order, or its rows drawn with replacement."""
 
     trace: RequestTrace
     resample: bool = False
@@ -143,8 +146,8 @@ class TraceLengths:
             return in_order
 
         def sample(first: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-            # One uniform per request in place of bounded integers, which may take a varying number of draws: request
-            # i then sees the same quantile of the rows whatever the trace.
+            # One uniform draw per request, since bounded integers may take a varying number of draws: request i then
+            # sees the same quantile of the rows whatever the trace.
             rows = (prompt_rng.random(n) * len(prompts)).astype(np.int64)
             return prompts[rows], outputs[rows], rows
 

@@ -1,7 +1,7 @@
-"""Which task a request belongs to, and how the shares of tasks drift.
+"""The mix of tasks: which task a request belongs to, and how the shares of tasks drift.
 
-A drift says how far the mix has moved from the first shares (0) to the second (1) at a position along the workload:
-the request's index over the number of requests, or its arrival in seconds.
+A drift says how far the mix has moved from the first shares (0) to the second (1) at a position along the workload. The
+position is the request's index over the number of requests, or its arrival in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Per(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepDrift:
-    """The first shares until position `at`, the second from there on."""
+    """A jump: the first shares before position `at`, the second from there on."""
 
     at: float
 
@@ -41,7 +41,7 @@ class StepDrift:
 
 @dataclass(frozen=True, slots=True)
 class LinearDrift:
-    """The first shares until `start`, the second from `end` on, straight between them."""
+    """A ramp: the first shares until `start`, the second from `end` on, and linear between."""
 
     start: float
     end: float
@@ -59,7 +59,7 @@ class LinearDrift:
 
 @dataclass(frozen=True, slots=True)
 class PeriodicDrift:
-    """The shares go to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
+    """A cycle from the first shares to the second and back in every `period`: (1 - cos(2 pi position / period)) / 2."""
 
     period: float
 
@@ -76,14 +76,14 @@ Drift = StepDrift | LinearDrift | PeriodicDrift
 
 @dataclass(frozen=True, slots=True)
 class TaskMix:
-    """Named tasks with their shares, and the shares that these drift to. Shares are scaled to a sum of 1."""
+    """Named tasks with their shares, and the shares to which they drift. Shares are scaled to a sum of 1."""
 
     tasks: tuple[str, ...]
     shares: tuple[float, ...]
     shares_after: tuple[float, ...] | None = None
     drift: Drift | None = None
     per: Per = Per.REQUESTS
-    priorities: tuple[int, ...] | None = None  # of each task, the lowest is first; None: all are 0
+    priorities: tuple[int, ...] | None = None  # by task; the lowest is served first; None means all are 0
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(self.tasks):
@@ -109,7 +109,7 @@ class TaskMix:
         return self.drift is not None and self.per is Per.SECONDS
 
     def shares_at(self, position: Floats) -> Floats:
-        """Shares at positions of shape (n,): shape (n, tasks), each row with the sum 1."""
+        """Shares (n, tasks) of the tasks at positions (n,); each row sums to 1."""
         return np.diff(self._cumulative(position), axis=1, prepend=0.0)
 
     def pick(self, uniform: Floats, position: Floats) -> NDArray[np.int64]:
@@ -133,7 +133,7 @@ class TaskMix:
 
 def _running_shares(shares: tuple[float, ...]) -> Floats:
     running = np.cumsum(np.asarray(shares, dtype=np.float64))
-    scaled: Floats = running / running[-1]  # the last is exactly 1, and so is one before it if the last share is 0
+    scaled: Floats = running / running[-1]  # the last is exactly 1, as is the one before if the last share is 0
     return scaled
 
 
@@ -143,7 +143,7 @@ def _require_position(key: str, value: float) -> None:
 
 
 def _require_shares(key: str, shares: Sequence[float], n_tasks: int) -> None:
-    """UserError unless there is one finite share of at least 0 for each task, and not all are 0."""
+    """Raises UserError unless there is one finite share of at least 0 for each task, and not all are 0."""
     if len(shares) != n_tasks:
         raise UserError(key, tuple(shares), f"must have one share for each of the {n_tasks} tasks", "add or remove")
     if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares) > 0:

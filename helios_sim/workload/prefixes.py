@@ -1,4 +1,4 @@
-"""What prompts have in common: the texts that they begin with, and sessions whose context grows from turn to turn."""
+"""Texts that prompts share: common beginnings of prompts, and sessions with a context that grows from turn to turn."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from helios_sim.workload.lengths import Length
 from helios_sim.workload.traces import RequestTrace
 
 SessionSampler = Callable[[int, IntArray, IntArray], tuple[IntArray, IntArray]]
-"""Index of the first request, lengths of n new texts and of their answers -> whole prompts, sessions' numbers, (n,)."""
+"""(index of the first request, lengths of n new texts, lengths of their answers) -> lengths of whole prompts (n,) and
+numbers of their sessions (n,)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefixes:
-    """Rows of segments: row i is those from `starts[i]` to `starts[i + 1]`, which a prompt of that row begins with.
+    """Beginnings of prompts, as rows of segments: a prompt of row i begins with segments `starts[i]:starts[i + 1]`.
 
-    A segment is the text of its id up to where it ends, in characters from the start of the prompt; two prompts have
-    the same text as far as their segments are the same. What follows the last one is the request's own.
+    A segment has an id, which stands for its text, and ends at so many characters from the start of the prompt. Two
+    prompts have the same text as far as their segments are equal. The text after the last segment is the request's own.
     """
 
     starts: IntArray  # (rows + 1,)
@@ -31,7 +32,7 @@ class SharedPrefixes:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[tuple[int, int]]]) -> SharedPrefixes:
-        """From the segments of each row: their id, and the characters that each has."""
+        """Makes the rows from the segments of each: pairs of an id and a number of characters."""
         starts = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
         ids = np.array([text for row in rows for text, _ in row], np.int64)
         ends = np.array([end for row in rows for end in np.cumsum([chars for _, chars in row])], np.int64)
@@ -39,9 +40,10 @@ class SharedPrefixes:
 
     @classmethod
     def of_trace(cls, trace: RequestTrace, id_tokens: int, chars_per_token: float) -> SharedPrefixes | None:
-        """The ids of each row of a trace, each so many tokens of a prompt; None where it has none.
+        """Makes the rows from the hash_ids of a trace, each of which covers `id_tokens` tokens; None if it has none.
 
-        UserError where the ids of a prompt are more than its tokens hold, or most are about less than half of them.
+        UserError if a prompt has more ids than its tokens can hold, or if the ids cover less than half of the median
+        prompt.
         """
         texts = trace.texts
         if texts is None:
@@ -68,9 +70,9 @@ def _check_ids(trace: RequestTrace, counts: IntArray, id_tokens: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """So many users take turns, request after request: each prompt is all that was said before and a new text.
+    """Multi-turn sessions. `users` take turns, request after request; each prompt is the session so far and a new text.
 
-    A session ends after its turns, or before it would have more than `longest` tokens; then its user begins another.
+    A session ends after its turns, or before it would exceed `longest` tokens; then its user begins another.
     """
 
     users: int

@@ -1,9 +1,9 @@
 """Recorded request traces: Azure, Mooncake, BurstGPT, Vidur, LLMServingSim, plain tables, and logs of benchmark tools.
 
 Logs of tools are read by the readers of helios_sim/logs; everything else, plain or gzipped, is read here. Such a file
-is a table with a header, separated by commas or tabs, or JSON objects, one in each line or in one array. What its
-columns mean is in `columns`. pyarrow reads a file in one pass; only when something is wrong with it is it read again,
-line by line, to name the first bad line and column.
+is a table with a header, separated by commas or tabs, or JSON objects, one in each line or in one array. The meaning of
+its columns is in `columns`. pyarrow reads a file in one pass. If that fails, the file is read again, line by line, to
+name the first bad line and column.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from helios_sim.workload.columns import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MOST_BYTES = 2048 * MIB  # of text
+MOST_BYTES = 2048 * MIB  # of unpacked text
 _OBJECTS = (
     "write a table as CSV, or a JSON object in each line, with prompt_tokens, output_tokens and arrival_s of a request"
 )
@@ -67,33 +67,33 @@ _TEXTS = ("conversations", "conversation", "messages", "prompt", "instruction", 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestTrace:
-    """A recorded workload: columns of shape (n,), dtype int64, n >= 1, by arrival; lengths are at least 1 token."""
+    """A recorded workload: columns of shape (n,), int64, n >= 1, sorted by arrival; lengths are at least 1 token."""
 
     source: str  # the file, for messages and reports
-    arrival_ns: NDArray[np.int64] | None  # from 0, not decreasing; None: the file has none that can be used
+    arrival_ns: NDArray[np.int64] | None  # from 0, not decreasing; None if the file has no usable arrivals
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     notices: tuple[str, ...] = ()  # what the reader changed or did not read, for the report
-    priority: NDArray[np.int64] | None = None  # the lowest is served first; None: the file has no such column
+    priority: NDArray[np.int64] | None = None  # the lowest is served first; None if the file has no such column
     no_arrivals: str = "this one has lengths only"  # why there are no arrivals
-    texts: PromptTexts | None = None  # of which texts the prompts are made; None: not read, or the file does not say
+    texts: PromptTexts | None = None  # ids of the texts that make up the prompts; None if not read or not recorded
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
 
 class _NotReadable(Exception):
-    """A cell does not hold what its column needs."""
+    """Raised if a cell does not hold what its column needs."""
 
 
 def read_trace(
     path: str | Path, limit: int | None = None, time_unit: str | None = None, texts: bool = False
 ) -> RequestTrace:
-    """The requests of a trace, sorted by arrival, the first arrival at 0; at most the first `limit` of them.
+    """Reads the requests of a trace, sorted by arrival, the first arrival at 0; at most the first `limit` of them.
 
     `.gz` is unpacked. A relative path that does not exist is looked for in the folder of shared data. `time_unit` (s,
-    ms, us, ns) is that of the arrivals, where the file does not say it. With `texts` the column hash_ids is read.
-    Raises UserError naming file, line, column and the fix.
+    ms, us, ns) is the unit of the arrivals, to be given if the file does not state it. With `texts` the column hash_ids
+    is read. Raises UserError naming file, line, column and the fix.
     """
     if limit is not None:
         require_count("workload.trace.limit", limit, "null for all requests")
@@ -105,7 +105,7 @@ def read_trace(
 
 @lru_cache(maxsize=4)  # arrivals and lengths come from one file, and every arm and seed of a study reads it
 def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts: bool = False) -> RequestTrace:
-    """Cached as long as the file is not written again."""
+    """Reads a trace, and keeps it until the file is written again (`written` is its stamp)."""
     with reading("workload.trace", str(path), "cannot be read", OTHER_FILE, TraceFileError):
         content = read_text(path, MOST_BYTES, OTHER_FILE, TraceFileError)
         log = read_tool(Document(path, content))
@@ -130,7 +130,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
             coarse = [said for c in columns if (said := check_dates(file.name, c, numbers[c.role])) is not None]
             for column in columns:
                 if column.format is CellFormat.DATE and not (numbers[column.role] % (86_400 * NS_PER_S)).all():
-                    refuse_bad(file, (column,))  # midnight, or a day alone
+                    refuse_bad(file, (column,))  # a midnight may be a date without a time of day
             doubts = {c.role: text for c in columns if (text := doubt(c, numbers[c.role])) is not None}
             values = {c.role: numbers[c.role] if c.role in doubts else _values(numbers[c.role], c) for c in columns}
         except _NotReadable as why:
@@ -152,7 +152,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
 
 
 def _of_log(log: RequestLog, limit: int | None, unit: str | None) -> RequestTrace:
-    """The requests that were answered, as a trace. UserError for a unit: a tool's files state their own."""
+    """The answered requests of a log, as a trace. UserError if a unit is given: a tool's files state their own."""
     if unit is not None:
         raise UserError("workload.arrivals.time_unit", unit, f"null: {log.format} states its times", "leave it null")
     done = np.flatnonzero(log.completed)[:limit]
@@ -187,13 +187,13 @@ def _opened(path: Path, content: bytes) -> TraceText:
 
 
 def _array(path: Path, content: bytes) -> list[Any]:
-    """The value of one JSON array. UserError where each line is an array."""
+    """The value of a file that is one JSON array. UserError if each line is an array."""
     try:
         return list(parse_json(content))
     except ValueError:
         try:
             first = shortened(parse_json(content.lstrip().partition(b"\n")[0]))
-        except (ValueError, RecursionError):  # of one array that is damaged, the first line is no value
+        except (ValueError, RecursionError):  # the first line is no value: this is one array, and damaged
             first = None
         if first is None:
             raise
@@ -201,7 +201,7 @@ def _array(path: Path, content: bytes) -> list[Any]:
 
 
 def _beginning(file: TraceText) -> tuple[Sequence[str], Mapping[str, Any]]:
-    """The names of the columns, and the cells of the first row ({} where there is none)."""
+    """The names of the columns, and the cells of the first row ({} if there is no row)."""
     if file.separator is not None:
         rows = csv.reader(file.lines, delimiter=file.separator)
         names = next(rows, [])
@@ -232,19 +232,19 @@ def _beginning(file: TraceText) -> tuple[Sequence[str], Mapping[str, Any]]:
 
 
 def _is_table(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
-    """Whether all known columns hold lists or mappings alike, as a whole table in one object does."""
+    """Whether all known columns hold lists or mappings of equal length: then one object holds a whole table."""
     known = [name for name in row if (found := column_of(name)) is not None and found.role is not Role.PRIORITY]
     return all(isinstance(row[name], list | dict) for name in known) and len({len(row[name]) for name in columns}) == 1
 
 
 def _keys(file: TraceText) -> list[str]:
-    """The names in all lines of JSON; those of a line that is damaged are left to the reader of its values."""
+    """The names in all lines of JSON. Damaged lines are skipped here: the reader of values reports them."""
     import pyarrow as pa
     import pyarrow.json
 
     try:
         return list(pa.json.read_json(pa.BufferReader(file.content)).schema.names)
-    except (pa.ArrowException, OSError):  # cells of one name that differ in type are no matter if nothing reads them
+    except (pa.ArrowException, OSError):  # cells of one name may differ in type, which is fine if nothing reads them
         found: dict[str, None] = {}
         for line in file.lines:
             with suppress(ValueError, RecursionError):
@@ -254,7 +254,7 @@ def _keys(file: TraceText) -> list[str]:
 
 
 def _table(file: TraceText, columns: tuple[TraceColumn, ...], listed: str | None) -> pa.Table:
-    import pyarrow as pa  # a tenth of a second, and only traces need it
+    import pyarrow as pa  # imported here since it takes a tenth of a second, and only traces need it
     import pyarrow.csv
     import pyarrow.json
 
@@ -277,10 +277,10 @@ def _table(file: TraceText, columns: tuple[TraceColumn, ...], listed: str | None
             convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
         )
 
-    dates = [pa.timestamp("ns"), pa.timestamp("ns", tz="UTC")]  # the latter with Z or an offset
+    dates = [pa.timestamp("ns"), pa.timestamp("ns", tz="UTC")]  # without, and with Z or an offset
     dated = any(column.format is CellFormat.DATE for column in columns)
     why: Exception | None = None
-    for part in (pa.int64(), pa.uint64())[: 1 if listed is None else 2]:  # of hashes of 64 bits, too
+    for part in (pa.int64(), pa.uint64())[: 1 if listed is None else 2]:  # ids may be unsigned 64-bit hashes
         for date in dates if dated else dates[:1]:
             try:
                 return parsed(date, part)
@@ -290,7 +290,7 @@ def _table(file: TraceText, columns: tuple[TraceColumn, ...], listed: str | None
 
 
 def _within_quotes(file: TraceText, rows: int) -> list[str]:
-    """A sentence where cells go over several lines, as they do where one quote was lost of two."""
+    """A notice if cells go over several lines, as happens if one of two quotes was lost; else no notice."""
     if file.separator is None or b'"' not in file.content:
         return []
     more = sum(bool(line.strip()) for line in file.content.splitlines()) - 1 - rows
@@ -298,7 +298,7 @@ def _within_quotes(file: TraceText, rows: int) -> list[str]:
 
 
 def _twice(file: TraceText, names: Sequence[str]) -> list[str]:
-    """A sentence where rows have the id of another one, as in files that were joined."""
+    """A notice if rows have the id of another row, as happens if files were joined; else no notice."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.json
@@ -336,7 +336,7 @@ def _numbers(table: pa.Table, column: TraceColumn) -> NDArray[Any]:
 
 
 def _values(numbers: NDArray[Any], column: TraceColumn) -> NDArray[np.int64]:
-    """Tokens, or ns from the column's smallest value. Raises _NotReadable for any bad cell."""
+    """The column's values as tokens or, for arrivals, ns after the smallest. Raises _NotReadable for any bad cell."""
     if not len(numbers):
         return np.zeros(0, dtype=np.int64)
     if column.role is Role.ARRIVAL and numbers.dtype == np.int64:
@@ -348,7 +348,7 @@ def _values(numbers: NDArray[Any], column: TraceColumn) -> NDArray[np.int64]:
         ns_per = NS_PER[column.format]
         if not ((numbers >= 0) & (numbers < LATEST_NS / ns_per)).all():  # false for NaN too
             raise _NotReadable(f"{column.name} has values out of range")
-        # The offset goes first: seconds since 1970, as ns, are beyond float64's whole numbers.
+        # Subtract the offset first: seconds since 1970, as ns, exceed the whole numbers that float64 holds exactly.
         return all_to_ns(numbers - numbers.min(), column.name, ns_per)
     least, most = (-LONGEST, LONGEST) if column.format is CellFormat.WHOLE else (1, LONGEST)
     most = 2 * LONGEST if column.role is Role.TOTAL else most
@@ -401,7 +401,7 @@ def _texts(listed: pa.ListArray) -> PromptTexts:
 
 
 def locate(path: str | Path) -> Path:
-    """The file itself, or the one of that relative path in the folder of shared data. UserError where neither is."""
+    """The file at `path`, or at that relative path in the folder of shared data. UserError if neither exists."""
     with reading("workload.trace", shortened(str(path)), "is no path", "name a file", TraceFileError):
         for candidate in (Path(path).expanduser(), shared_data_folder() / path):  # an absolute path stays itself
             if candidate.is_file():
