@@ -1,4 +1,4 @@
-"""Exit traces that were not recorded from a model: without exits, with stated ones, and random data for tests."""
+"""Exit traces not recorded from a model: traces without exits, traces of stated shares, and random data for tests."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from helios_sim.exits.trace import ANY_DRAFTER, ANY_TASK, BoundTrace, ExitTrace,
 from helios_sim.provenance import Provenance, ProvenanceClass
 from helios_sim.request import token_counts
 
-STATED = "exits.source=stated"  # the command of a provenance
+STATED = "exits.source=stated"  # the command in the provenance of such a trace
 _STATE = (
     "state exits as +exits.parameters.layers=[16] +exits.parameters.unchanged=[0.9], the drafts of another model as "
     "+exits.parameters.drafted=0.7"
 )
-_TOKENS = 1000  # so that a fractional number of characters per token comes out to 0.1 %
+_TOKENS = 1000  # enough that the mean of whole characters per token is right to 0.1 %
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class NoExits(ExitTrace):
-    """A trace of tokens that are all alike, those of each task, so that answers can be counted in whole tokens."""
+    """A trace in which all tokens of a task are alike, so that answers can be counted in whole tokens."""
 
     chars_per_token: float
 
@@ -35,13 +35,13 @@ class NoExits(ExitTrace):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BoundNoExits(BoundTrace):
-    """A trace without exits: every token runs all layers."""
+    """A `NoExits` trace, bound to a workload: answers get exact token counts."""
 
     def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
-        """The span of as many tokens as the model's tokenizer makes of such a text, wherever the text starts.
+        """The span of an answer: as many tokens as the model's tokenizer makes of the text, wherever it starts.
 
-        Counting the tokens that begin within a span would give one more or one less, depending on its start. This way
-        a workload in the model's own tokens gets its token counts back.
+        Counting the tokens that begin within the text would give one more or one less, depending on its start. This
+        way a workload in the model's own tokens gets its token counts back.
         """
         trace = self.trace
         assert isinstance(trace, NoExits)
@@ -72,7 +72,7 @@ class TokenisedModel(Protocol):
 
 
 def no_exits(model: TokenisedModel) -> NoExits:
-    """The trace of a model with its last layer as the only exit. It serves full depth and says how long tokens are."""
+    """The trace of a model with its last layer as the only exit. It serves full depth and gives lengths of tokens."""
     ends = np.floor(np.arange(_TOKENS + 1) * model.chars_per_token + 1e-9).astype(np.int64)
     return NoExits(
         chars_per_token=model.chars_per_token,
@@ -92,14 +92,17 @@ def stated_exits(
     model: TokenisedModel, layers: Sequence[int], unchanged: Sequence[float], confident: Sequence[float] | None = None,
     seed: int = 0, drafted: float | Mapping[str, float | Mapping[str, float]] | None = None,
 ) -> NoExits:  # fmt: skip
-    """The trace of a model of which only shares of tokens are known.
+    """Makes the trace of a model for which only shares of tokens are stated.
 
-    `layers`: depths of the exits before the last layer, ascending; `unchanged`: for each the share of tokens that it
-    predicts as the last layer does; `confident`: the share that is confident there, all of them unchanged. What holds
-    of a token at an exit holds at deeper ones. None: no token is confident before the last layer, as no confidences
-    are known, and the exits serve fixed caps. `drafted`: the share of tokens that another model, whichever it is,
-    predicts as this one does, or by the name of a model its own share, or its own of each task; then there need be no
-    exits. UserError where they do not fit together.
+    - `layers`: depths of the exits before the last layer, ascending.
+    - `unchanged`: for each exit the share of tokens that it predicts as the last layer does.
+    - `confident`: for each exit the share of tokens that are confident there, all of them unchanged. If it is None, no
+      token is confident before the last layer, and the exits only serve fixed caps.
+    - `drafted`: the share of tokens that another model predicts as this one does. It is one share for any drafter, or a
+      share by name of drafter, or by drafter and task. With it, exits may be left out.
+
+    A token that is unchanged (or confident) at an exit is so at all deeper ones. UserError if the values contradict
+    each other.
     """
     tasks, by_drafter = _drafted(drafted)
     lists: dict[str, object] = {"layers": layers, "unchanged": unchanged}
@@ -149,7 +152,7 @@ def stated_exits(
 
 
 def _drafted(stated: object) -> tuple[tuple[str, ...], dict[str, dict[str, float]]]:
-    """The tasks that are told apart, and by drafter the share of each. UserError where it is none of the forms."""
+    """Parses `drafted` into the tasks it tells apart, and shares by drafter and task. UserError for another form."""
     if stated is None:
         return (ANY_TASK,), {}
     of = dict(stated) if isinstance(stated, Mapping) else {ANY_DRAFTER: stated}
@@ -167,7 +170,7 @@ def _drafted(stated: object) -> tuple[tuple[str, ...], dict[str, dict[str, float
 
 
 def _check_given(layers: Sequence[int], unchanged: Sequence[float], confident: object, drafted: object) -> None:
-    """UserError, with all that is missing, unless exits are stated, or the drafts of another model, or both."""
+    """Raises UserError, which names all that is missing, unless exits, drafts of another model, or both are stated."""
     needed = ("layers", layers), ("unchanged", unchanged)
     missing = [key for key, values in needed if not values]
     if not missing or (len(missing) == 2 and drafted is not None and confident is None):
@@ -182,7 +185,7 @@ def _check_given(layers: Sequence[int], unchanged: Sequence[float], confident: o
 
 
 def _check_shares(key: str, shares: Any, depths: Sequence[int]) -> None:
-    """UserError unless there is one for each depth, from 0 to 1 and none below the one before."""
+    """Raises UserError unless there is one share for each depth, from 0 to 1 and none below the one before."""
     fits = isinstance(shares, list | tuple) and len(shares) == len(depths) and not any(
         isinstance(share, bool) or not isinstance(share, int | float) or not low <= share <= 1
         for low, share in zip((0.0, *shares), shares, strict=False)
@@ -206,13 +209,12 @@ def synthetic_trace(
     prompt_tokens: int = 50,
     human_text: bool = True,
 ) -> ExitTrace:
-    """A trace with every column: `tokens` per task, all of `chars_per_token` characters unless `uneven`.
+    """Draws a random trace with every column: `tokens` per task, each of `chars_per_token` characters unless `uneven`.
 
-    What the exits show is drawn; the confidences are made of it by the same functions as those of a real model.
-
-    Traces line up when tokens x chars_per_token is the same. Each token needs a depth drawn uniformly from the
-    model's; deeper exits are more confident and agree more often. `nested`: once an exit agrees, deeper ones do.
-    Thresholds from 0 (all confident) to above 1 (none) answer.
+    The probabilities and states at exits are drawn; confidences follow from them by the functions used for a real
+    model. Each token needs a depth drawn uniformly from the model's depth; deeper exits are more confident and agree
+    more often. With `nested`, all exits deeper than one that agrees agree as well. Thresholds from 0 (all tokens are
+    confident) to above 1 (none is) can be replayed. Traces of two models line up if tokens x chars_per_token is equal.
     """
     rng = np.random.default_rng(seed)
     n = tokens * len(tasks)
@@ -248,10 +250,10 @@ def synthetic_trace(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Drawn:
-    """An exit's view of n tokens, drawn: (n,) largest probability, its margin over the second, the classifier's.
+    """A drawn view of n tokens at one exit: (n,) largest probability, its margin over the second, classifier's output.
 
-    The words after the second share what is left. The states of neighbouring layers lie at an angle that is smaller
-    the surer the classifier is.
+    The words after the second share the rest of the probability. The angle between the states of neighbouring layers is
+    the smaller, the surer the classifier is.
     """
 
     best: NDArray[np.float64]
@@ -280,7 +282,7 @@ class _Drawn:
 
 
 def _lengths(rng: np.random.Generator, tokens: int, chars_per_token: int, uneven: bool) -> NDArray[np.int32]:
-    """Characters of each token; `uneven` cuts the text at places drawn at random, some of them twice."""
+    """Characters of each token. `uneven` cuts the text at random places, possibly twice at one place (0 characters)."""
     if not uneven:
         return np.full(tokens, chars_per_token, dtype=np.int32)
     cuts = np.sort(rng.integers(0, tokens * chars_per_token + 1, size=tokens - 1))

@@ -1,8 +1,9 @@
 """Thresholds and caps with a promise: at most a share epsilon of the tokens changes, with probability 1 - delta.
 
-By Learn then Test (Angelopoulos et al., arXiv 2110.01052, as CALM, arXiv 2207.07061, uses it): some prompts are set
-apart to calibrate on, and settings are tested on them from the safest on, until one fails. The promise is about prompts
-like those: requests are answers to the others, so that a run shows the risk on prompts that no setting was chosen by.
+The method is Learn then Test (Angelopoulos et al., arXiv 2110.01052, as used by CALM, arXiv 2207.07061): some prompts
+are set apart for calibration, and settings are tested on them from the safest on, until one fails. The promise holds
+for prompts like these. Requests are answers to the other prompts, so that a run shows the risk on prompts that had no
+part in choosing the settings.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from helios_sim.exits.replay import first_true
 from helios_sim.exits.rule import MOST_THRESHOLD, Confidence
 from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
-NO_TOKEN = MOST_THRESHOLD  # no confidence reaches it, so that no token leaves
-_STAKES = (0.95, 0.75, 0.5, 0.25)  # shares of the largest stake with which a capital cannot turn negative
-# From the safest on; most tokens of small models are very sure, so that the first steps are fine.
+NO_TOKEN = MOST_THRESHOLD  # a threshold that no confidence reaches, so that no token leaves
+_STAKES = (0.95, 0.75, 0.5, 0.25)  # shares of the largest stake at which a capital cannot turn negative
+# Tested from the safest on. Small models are very sure of most tokens, so the first steps are fine-grained.
 THRESHOLDS = (1.0, 0.9999, 0.9995, 0.999, 0.998, 0.995, *(hundredths / 100 for hundredths in range(99, -1, -1)))
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """At most `max_disagreement` of the tokens differ from full depth, but for a probability of `failure`."""
+    """A promise: at most `max_disagreement` of the tokens differ from full depth, with probability 1 - `failure`."""
 
     max_disagreement: float
     failure: float
@@ -34,17 +35,17 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """The boldest settings of one model that keep a promise. They keep it all together."""
+    """The boldest settings of one model that keep a promise. The promise holds for all of them together."""
 
-    threshold: float  # a token leaves at the first exit that reaches it; NO_TOKEN: none of lower ones keeps it
-    caps: tuple[bool, ...]  # (E,) whether the model may be cut at the exit; always at the last, which changes nothing
-    prompts: int  # that it was tested on
+    threshold: float  # a token leaves at the first exit that reaches it; NO_TOKEN if no tested threshold passed
+    caps: tuple[bool, ...]  # (E,) whether the model may be cut at the exit; true at the last, which changes nothing
+    prompts: int  # number of prompts in the test
 
 
 def split(trace: ExitTrace, share: float, seed: int) -> tuple[ExitTrace, ExitTrace]:
-    """A share of each task's prompts to calibrate on, and the others to serve.
+    """Splits a trace into a share of each task's prompts, for calibration, and the others, to serve.
 
-    Traces of the same texts are cut at the same prompts. UserError where a task has a single prompt.
+    Traces of the same texts are split alike. UserError if a task has a single prompt.
     """
     apart = np.zeros(trace.n_tokens, np.bool_)
     for k, (first, end) in enumerate(zip(trace.task_first[:-1], trace.task_first[1:], strict=True)):
@@ -73,11 +74,10 @@ def _part(trace: ExitTrace, rows: NDArray[np.bool_]) -> ExitTrace:
 def certify(
     trace: ExitTrace, confidence: Confidence, promise: Promise, mixes: Sequence[Mapping[str, float]]
 ) -> Certified:
-    """What keeps the promise for each of the mixes of tasks, by the prompts of this trace.
+    """Tests on the prompts of this trace which settings keep the promise for each of the mixes of tasks.
 
-    Thresholds and caps are two families that are each tested in a fixed order, so that each may fail with half of the
-    probability. A trace with one published threshold can be asked about that one alone. UserError for a task of a mix
-    that the trace does not have.
+    Thresholds and caps are two families, each tested in a fixed order; each may fail with half of the probability. A
+    published trace is tested at its only threshold. UserError for a task of a mix that the trace does not have.
     """
     prompts, starts, tokens = _prompts(trace)
     weights = [_weights(trace, mix, starts) for mix in mixes]
@@ -107,9 +107,10 @@ def _prompts(trace: ExitTrace) -> tuple[NDArray[np.intp], NDArray[np.intp], NDAr
 
 
 def _weights(trace: ExitTrace, mix: Mapping[str, float], starts: NDArray[np.intp]) -> NDArray[np.float64]:
-    """(P,) a task's share in the mix over its share of the mix's prompts, so that their mean is the mix's.
+    """Weights (P,) of the prompts, so that their weighted mean is that of the mix.
 
-    UserError for a task that the trace does not have.
+    The weight of a prompt is its task's share in the mix over the task's share of the prompts. UserError for a task
+    that the trace does not have.
     """
     trace.bind(tuple(mix))
     if trace.tasks == (ANY_TASK,) or not mix:
@@ -121,14 +122,14 @@ def _weights(trace: ExitTrace, mix: Mapping[str, float], starts: NDArray[np.intp
 
 
 def p_value(losses: NDArray[np.float64], weights: NDArray[np.float64], limit: float) -> float:
-    """An upper bound of how likely losses like these are if their weighted mean is above `limit`.
+    """An upper bound on the probability of losses this small if their weighted mean is above `limit`.
 
-    Losses (P,) lie from 0 to 1; prompts are the draws, not tokens, since those of one text are alike. Bets against the
-    risk (Waudby-Smith and Ramdas, arXiv 2010.09686): with x = w loss / max w and m = limit / max w, the capital
-    prod(1 + b (m - x)) has an expectation of at most 1 where the mean of x is above m, for independent x that need not
-    be distributed alike (by the inequality of the means), as those of several tasks are not. So it has for a mixture of
-    stakes b, and by Markov's inequality 1 / capital is the bound. Where losses hardly spread it is far below
-    Hoeffding's, which knows no spread; without any loss it is near the exact (1 - limit)^P.
+    Losses (P,) lie from 0 to 1. Prompts are the draws, not tokens, since tokens of one text are alike. The bound comes
+    from bets against the risk (Waudby-Smith and Ramdas, arXiv 2010.09686). With x = w loss / max w and
+    m = limit / max w, the capital prod(1 + b (m - x)) has an expectation of at most 1 if the mean of x is above m. This
+    holds for independent x with different distributions, as under several tasks (by the inequality of the means), and
+    for a mixture of stakes b. By Markov's inequality 1 / capital is the bound. If losses hardly spread, it is far below
+    Hoeffding's bound, which ignores the spread; without any loss it is near the exact (1 - limit)^P.
     """
     most = float(weights.max())
     at, x = limit / most, weights * losses / most

@@ -1,4 +1,4 @@
-"""Command that makes an exit trace of a table: `python -m helios_sim.exits.import FILE [key=value ...]`."""
+"""Command that makes an exit trace from a table: `python -m helios_sim.exits.import FILE [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Keys
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: written; 1: one message says what is wrong."""
+    """Runs the command. Returns 0 if the trace was written, or 1 after one message that says what is wrong."""
     return run("helios_sim", _run, arguments)
 
 

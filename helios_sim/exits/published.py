@@ -1,27 +1,28 @@
 """Traces of OPT-1.3B and OPT-6.7B drawn to fit published exit statistics. They hold no real text or token.
 
-What is published (HELIOS, arXiv 2504.10724, by reading notes; SpecEE, arXiv 2504.08850) and how it is used:
+The published figures (HELIOS, arXiv 2504.10724, by reading notes; SpecEE, arXiv 2504.08850) and their use:
 
 - Shares of tokens by exit: OPT-1.3B 74 / 5 / 21 % at layers 6 / 12 / 24, OPT-6.7B 77 / 23 % at 9 / 32. Fitted.
 - 92 % of tokens leave at the earliest exit of at least one of the two. Fitted (`jointly_early`).
-- 57 % of OPT-1.3B's late tokens need only 9 layers of OPT-6.7B. This cannot hold beside the 92 %: with it, at most
-  0.74 + 0.26 x 0.57 = 88.8 % leave early somewhere. NOT fitted; `Fit.late_helped` says what comes out instead.
-  `jointly_early=0.888` fits this one and gives up the 92 %.
+- 57 % of OPT-1.3B's late tokens need only 9 layers of OPT-6.7B. This contradicts the 92 %: with it, at most
+  0.74 + 0.26 x 0.57 = 88.8 % leave early somewhere. NOT fitted; `Fit.late_helped` is the share that results instead.
+  `jointly_early=0.888` fits the 57 % and gives up the 92 %.
 - 85 % of the tokens that are not confident at layer 9 of OPT-6.7B are unchanged by the deeper layers. Fitted. For
-  OPT-1.3B nothing is published: `unchanged`, to be swept from 0.70 to 0.95.
+  OPT-1.3B no such share is published: it is the parameter `unchanged`, to be swept from 0.70 to 0.95.
 - 70 % of tokens leave within two layers of one of the last five tokens' exits. Taken literally this says nothing
-  about exits as far apart as these (independent draws already give 90 % for OPT-1.3B), so it is read where it was
-  seen: 32 layers with an exit after each. There a latent AR(1) process with exits equally likely reproduces the
-  70 % at one lag correlation, and that correlation is carried over. It leans high: where some exits are preferred,
-  chance alone explains more of the 70 %.
+  about exits as far apart as these (independent draws already give 90 % for OPT-1.3B). So it is applied to the model
+  on which it was measured, with 32 layers and an exit after each. There a latent AR(1) process with equally likely
+  exits reproduces the 70 % at one lag correlation, which is used here. This correlation is rather too high: if some
+  exits are preferred, chance alone explains more of the 70 %.
 
 Model: each token has one latent hardness per OPT model, jointly Gaussian, AR(1) along a prompt and independent
 between prompts; a token leaves at the first exit with a cut above its hardness. Confident at one exit means
-confident at all deeper ones. Agreement with full depth: one uniform number per token and model, compared with
-`unchanged` where it is not confident and with `confident_agreement` where it is, so agreement is nested too.
+confident at all deeper ones. Agreement with full depth is drawn by one uniform number per token and model, compared
+with `unchanged` at exits where the token is not confident and with `confident_agreement` where it is; so agreement is
+nested too.
 
-Generated on demand: 200,000 tokens take a fraction of a second and the same bits each time, so no file can differ
-from the code that made it, and every parameter can be swept.
+Traces are generated on demand: 200,000 tokens take a fraction of a second and give the same bits each time. So no file
+can differ from the code that made it, and every parameter can be swept.
 """
 
 from __future__ import annotations
@@ -47,32 +48,32 @@ EXIT_SHARES: dict[str, dict[int, float]] = {
     "opt-1.3b": {6: 0.74, 12: 0.05, 24: 0.21},
     "opt-6.7b": {9: 0.77, 32: 0.23},
 }
-UNCHANGED_OPT_6_7B = 0.85  # of the tokens not confident at layer 9
-LATE_HELPED = 0.57  # of OPT-1.3B's late tokens: published, not fitted
+UNCHANGED_OPT_6_7B = 0.85  # share of the tokens not confident at layer 9
+LATE_HELPED = 0.57  # share of OPT-1.3B's late tokens; published, not fitted
 SMALLER, LARGER = EXIT_SHARES
 TASKS = ("sharegpt", "cnn_dailymail", "gsm8k", "codexglue", "hellaswag")
-THRESHOLD = 0.9  # a name for "the threshold of the publication": nothing is computed from it
+THRESHOLD = 0.9  # a label for "the threshold of the publication"; no result depends on its value
 
-REFERENCE_EXITS = 32  # in the publication that compares neighbouring tokens' exits: after each layer of Llama-2-7B
+REFERENCE_EXITS = 32  # exits of Llama-2-7B, one after each layer, in the publication on neighbouring tokens' exits
 NEAR_LAYERS = 2
 LOOK_BACK_TOKENS = 5
-_DIGITS = 9  # of solved values: beyond that, the order of a sum may differ from machine to machine
+_DIGITS = 9  # decimals of solved values; further ones may differ between machines, by the order of sums
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedParameters:
     """Parameters that the publications leave open, and the size of the sample."""
 
-    unchanged: float = 0.85  # OPT-1.3B's tokens that are not confident at an exit and yet agree there
-    confident_agreement: float = 1.0  # confident tokens that agree with full depth, both models
-    jointly_early: float = 0.92  # tokens that leave at the earliest exit of at least one model
-    near_last_five: float = 0.70  # tokens within two layers of the last five exits, over 32 exits
+    unchanged: float = 0.85  # share of OPT-1.3B's tokens not confident at an exit that agree there all the same
+    confident_agreement: float = 1.0  # share of confident tokens that agree with full depth, both models
+    jointly_early: float = 0.92  # share of tokens that leave at the earliest exit of at least one model
+    near_last_five: float = 0.70  # share of tokens within two layers of one of the last five exits, over 32 exits
     task_spread: float = 0.0  # standard deviation of the tasks' mean hardness; within a task it is 1
     chars_per_token: float = 4.2  # as in the OPT model specifications, so that prompts and answers agree
     prompts_per_task: int = 200
     prompt_tokens: int = 200
     seed: int = 0
-    drafted: float | None = None  # of OPT-6.7B's tokens, those that OPT-1.3B predicts, each whatever the others do
+    drafted: float | None = None  # share of OPT-6.7B's tokens that OPT-1.3B predicts, drawn independently
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -98,8 +99,8 @@ class PublishedParameters:
 def published_trace(model: str, **parameters: Any) -> ExitTrace:
     """The trace of one OPT model; the keywords are the fields of PublishedParameters.
 
-    Both models' traces of the same parameters belong together: token by token the same text. UserError for an unknown
-    parameter, or a value that cannot be.
+    With the same parameters, both models' traces cover the same text, token by token. UserError for an unknown
+    parameter, or a value out of range.
     """
     known = [f.name for f in fields(PublishedParameters)]
     for name in parameters:
@@ -114,7 +115,7 @@ def published_pair(parameters: PublishedParameters) -> tuple[ExitTrace, ExitTrac
     """Traces of OPT-1.3B and OPT-6.7B over the same 5 x prompts_per_task x prompt_tokens tokens.
 
     The tokens line up one to one, because all OPT models share a tokenizer. Exits do not depend on `unchanged` or
-    `confident_agreement`, nor either model's agreement on the other's.
+    `confident_agreement`, and the two models' agreements are drawn independently.
     """
     latents, *agreements = (np.random.default_rng(s) for s in np.random.SeedSequence(parameters.seed).spawn(3))
     fitted = fit(parameters)
@@ -153,7 +154,7 @@ def published_pair(parameters: PublishedParameters) -> tuple[ExitTrace, ExitTrac
 
 
 def fit(parameters: PublishedParameters) -> Fit:
-    """The latent process that gives the published shares; UserError where there is none."""
+    """The latent process that gives the published shares; UserError if there is none."""
     if (parameters.jointly_early, parameters.near_last_five, parameters.task_spread) == _AS_PUBLISHED:
         return _PUBLISHED
     return fit_latent(
@@ -220,17 +221,17 @@ def _provenance(model: str, parameters: PublishedParameters, fitted: Fit) -> Pro
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Hardness of token t for model m: task_shift + Z, with Z standard normal.
+    """The fitted latent process. The hardness of a token for a model is task_shift + Z, with Z standard normal.
 
     Along a prompt Z is AR(1) with `lag_correlation`; between the models Z is correlated by `cross_correlation`.
     """
 
-    cuts: tuple[tuple[float, ...], ...]  # per model and exit but the last: leaves there when hardness <= cut
+    cuts: tuple[tuple[float, ...], ...]  # by model and exit but the last; a token leaves there if hardness <= cut
     cross_correlation: float
     lag_correlation: float
-    task_shift: tuple[float, ...]
-    late_helped: float  # of the first model's tokens that miss its first exit, the share that makes the second's
-    last_helped: float  # the same of those that need the first model's last exit
+    task_shift: tuple[float, ...]  # mean hardness by task
+    late_helped: float  # share of tokens past the first model's first exit that leave at the second model's first
+    last_helped: float  # share of tokens at the first model's last exit that leave at the second model's first
 
     def to_json(self) -> dict[str, Any]:
         """JSON values: lists for tuples, so that a provenance read back equals the one written."""
@@ -242,7 +243,7 @@ class Fit:
         }
 
 
-# Of nearly every run: what `fit_latent` finds, kept since SciPy takes 0.15 s to import.
+# The result of `fit_latent` for the default parameters, kept here since SciPy takes 0.15 s to import.
 _AS_PUBLISHED = 0.92, 0.70, 0.0  # jointly_early, near_last_five, task_spread
 _PUBLISHED = Fit(
     cuts=((0.643345405, 0.806421247), (0.738846849,)),
@@ -261,9 +262,10 @@ def fit_latent(
     n_tasks: int,
     task_spread: float,
 ) -> Fit:
-    """The process of two models that has these shares of tokens by exit, over equally frequent tasks.
+    """Fits the process of two models to these shares of tokens by exit, over equally frequent tasks.
 
-    `jointly_early`: share of tokens at the first exit of at least one of the two. UserError where it cannot be.
+    `jointly_early` is the share of tokens that leave at the first exit of at least one model, `near_last_five` as in
+    `near_share`. UserError if one of them cannot be reached.
     """
     shift = _task_shift(n_tasks, task_spread)
     cuts = tuple(tuple(_cut(below, shift) for below in np.cumsum(shares)[:-1]) for shares in exit_shares)
@@ -301,7 +303,7 @@ def both_above(first_cut: Floats, second_cut: Floats, correlation: float) -> flo
 
 @lru_cache(maxsize=1)
 def _nodes() -> tuple[Floats, Floats]:
-    """Of Gauss-Legendre, and their weights."""
+    """Nodes and weights of Gauss-Legendre integration on [-1, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(120)
     return nodes, weights
 
@@ -309,8 +311,9 @@ def _nodes() -> tuple[Floats, Floats]:
 def near_share(lag_correlation: float, bins_per_exit: int = 8) -> float:
     """Share of tokens that exit within NEAR_LAYERS of one of the last LOOK_BACK_TOKENS exits.
 
-    32 equally likely exits, driven by a Gaussian AR(1). The latent is cut into equally likely bins, each moved from
-    its median; the chain is reversible, so the past of a token is walked like a future, avoiding the layers near it.
+    There are 32 equally likely exits, driven by a Gaussian AR(1) process. Its state is cut into equally likely bins,
+    each represented by its median. The chain is reversible, so the past of a token is walked like a future that avoids
+    the layers near the token's exit.
     """
     from scipy.special import ndtr, ndtri
 
@@ -328,7 +331,7 @@ def near_share(lag_correlation: float, bins_per_exit: int = 8) -> float:
 
 
 def latent_paths(fit: Fit, n_prompts: int, prompt_tokens: int, rng: np.random.Generator) -> Floats:
-    """Z of both models, shape (2, n_prompts, prompt_tokens); each prompt starts anew from the stationary state."""
+    """Draws Z for both models, (2, n_prompts, prompt_tokens); each prompt starts anew from the stationary state."""
     noise = rng.standard_normal((2, prompt_tokens, n_prompts))
     noise[1] = fit.cross_correlation * noise[0] + np.sqrt(1 - fit.cross_correlation**2) * noise[1]
     innovation = np.sqrt(1 - fit.lag_correlation**2)
@@ -344,7 +347,7 @@ def _task_shift(n_tasks: int, task_spread: float) -> Floats:
 
 
 def _cut(below: float, shift: Floats) -> float:
-    """Hardness that this share of tokens stays below, over all tasks."""
+    """The hardness below which this share of tokens lies, over all tasks."""
     from scipy.special import ndtr
 
     return _root(lambda cut: float(ndtr(cut - shift).mean()) - below, -40, 40)
@@ -363,9 +366,9 @@ def _solve(excess: Callable[[float], float], name: str, value: float, bracket: t
 
 
 def _root(increasing: Callable[[float], float], low: float, high: float) -> float:
-    """Where the function passes 0, to `_DIGITS`: bisection over steps of 1e-12.
+    """The root of the function, to `_DIGITS` decimals, by bisection over steps of 1e-12.
 
-    scipy.optimize has finer ways, but importing it takes longer than all that is solved here.
+    scipy.optimize is not used, since importing it takes longer than solving everything here.
     """
     step = 1e-12
     steps = range(round(low / step), round(high / step))

@@ -1,10 +1,10 @@
-"""Replays a recorded trace under a rule: where each token leaves, and whether that changes the token.
+"""Replay of a recorded trace under a rule: where each token leaves, and whether that changes the token.
 
-Also sums over a trace as policies know them before a run, and how the exits of two models fall together.
+This module also sums over a trace, as policies know it before a run, and compares the exits of two models.
 
 Under a cap the recorded values are exact for the same text: layers up to the cap never see deeper layers' KV. Two
-things are left out. After a changed token the real text goes on differently, here it does not. And per-token exits
-with propagated KV change what deeper layers read, which a trace cannot show.
+effects are left out. After a changed token the real text goes on differently; here it does not. And per-token exits
+with propagated KV change the K and V that deeper layers read, which a trace cannot show.
 """
 
 from __future__ import annotations
@@ -35,36 +35,40 @@ from helios_sim.exits.trace import ANY_TASK, ExitTrace
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
-    """T tokens of a trace under one rule with the model loaded up to `layers`; E' exits lie within those.
+    """The T tokens of a trace under one rule, with the model loaded up to `layers`, which include E' exits.
 
-    A batch that leaves together (lazy) leaves at the largest `exit_index` of its tokens, and `agree` at that exit
-    says what becomes of each.
+    A batch that leaves together (lazy) leaves at the largest `exit_index` of its tokens; the column of `agree` at that
+    exit then tells which tokens change.
     """
 
     exits: tuple[int, ...]  # depths of the E' exits loaded; the last is `layers`
     layers: int
-    exit_index: NDArray[np.int8]  # (T,) where each token leaves when it leaves alone
-    breach: NDArray[np.bool_]  # (T,) left at the cap without confidence
-    agree: NDArray[np.bool_]  # (T, E') equal to full depth if it left there
-    agreed: NDArray[np.bool_]  # (T,) the same at its own exit
+    exit_index: NDArray[np.int8]  # (T,) the exit at which each token leaves if it leaves alone
+    breach: NDArray[np.bool_]  # (T,) whether the token leaves at the cap without confidence
+    agree: NDArray[np.bool_]  # (T, E') whether the token, if it left at that exit, would equal full depth's
+    agreed: NDArray[np.bool_]  # (T,) `agree` at the token's own exit
 
 
 _replays: WeakKeyDictionary[ExitTrace, dict[tuple[ExitRule, int], Replay]] = WeakKeyDictionary()
 
 
 def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
-    """The trace under `rule` with `layers` loaded; cached as long as the trace lives.
+    """Replays the trace under `rule` with `layers` loaded; the result is cached as long as the trace lives.
 
-    FullDepth: every token runs all loaded layers; without a check there is no breach. FixedCap: the same, but a
-    token that is not confident at the cap is a breach unless the whole model is loaded. PerToken: the first exit at
-    which the token is confident, else the last one loaded, which is a breach unless it is the whole model;
-    with `near` by those exits alone that check every token: which others do depends on the request.
-    Clairvoyant: the first exit that gives the full-depth prediction, else the last one loaded; never a breach.
-    ReleaseEarly: the first ramp whose threshold the token's confidence reaches, else the last layer; never a breach.
-    SelfSpeculation, DraftModel: every token is the whole model's. Which drafts are accepted is exact, since a draft
-    counts only where all before it are the whole model's, which is the text that was recorded.
+    - FullDepth: every token runs all loaded layers; without a check there is no breach.
+    - FixedCap: every token runs all loaded layers; a token that is not confident at the cap is a breach unless the
+      whole model is loaded.
+    - PerToken: a token leaves at the first exit where it is confident, else at the last one loaded, which is a breach
+      unless it is the whole model. With `near` only the exits that check every token count here: which others check
+      depends on the request.
+    - Clairvoyant: a token leaves at the first exit that gives the full-depth prediction, else at the last one loaded;
+      never a breach.
+    - ReleaseEarly: an answer leaves at the first ramp where the token's confidence reaches the ramp's threshold, else
+      at the last layer; never a breach.
+    - SelfSpeculation, DraftModel: every token is the whole model's. The replay of accepted drafts is exact: a draft
+      counts only if all tokens before it are the whole model's, and those are the recorded text.
 
-    UserError when `layers` is not an exit, or the trace cannot answer the rule's threshold or measure.
+    UserError if `layers` is not an exit, or the trace cannot answer the rule's threshold or measure.
     """
     if layers not in trace.exits:
         raise UserError(
@@ -142,18 +146,18 @@ def _replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
 
 
 def first_true(flags: NDArray[np.bool_], otherwise: int) -> NDArray[np.int8]:
-    """Index of the first true column of each row of (T, E'), or `otherwise` where there is none."""
+    """Index of the first true column in each row of (T, E'), or `otherwise` if there is none."""
     return np.where(flags.any(axis=1), flags.argmax(axis=1), otherwise).astype(np.int8)
 
 
 def _clairvoyant(trace: ExitTrace, agree: NDArray[np.bool_], budget: float) -> NDArray[np.int8]:
-    """The first agreeing exit; exit 0 for floor(budget x tokens) tokens of each task, those that agree deepest first.
+    """The first agreeing exit of each token, but exit 0 for floor(budget x tokens) tokens of each task.
 
-    A token that agrees at no loaded exit counts as deepest. Among equals the chosen ones are spread evenly over the
-    text, since requests read pieces of it.
+    The budget goes first to the tokens that agree deepest; a token that agrees at no loaded exit counts as deepest.
+    Among equals the chosen tokens are spread evenly over the text, since requests read pieces of it.
     """
     n_exits = agree.shape[1]
-    needed = first_true(agree, otherwise=n_exits)  # n_exits: at none
+    needed = first_true(agree, otherwise=n_exits)  # n_exits if it agrees at none
     leaves: NDArray[np.int8] = np.minimum(needed, n_exits - 1).astype(np.int8)
     for first, end in zip(trace.task_first[:-1], trace.task_first[1:], strict=True):
         left = int(np.floor(budget * (end - first) + 1e-9))  # 0.07 x 100 is 7
@@ -167,34 +171,34 @@ def _clairvoyant(trace: ExitTrace, agree: NDArray[np.bool_], budget: float) -> N
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class OfflineExits:
-    """Sums over a trace, known before the run. Shares are of tokens; E exits, the last the whole model; P prompts."""
+    """Sums over a trace, known before the run: shares of tokens at E exits (the last is full depth), over P prompts."""
 
     model: str
     exits: tuple[int, ...]
-    confident_share: NDArray[np.float64]  # (E,) confident there, whatever happened before
-    exit_share: NDArray[np.float64]  # (E,) leave there first with per-token exits, all layers loaded; sums to 1
-    disagreement: NDArray[np.float64]  # (E,) differ from full depth if all left there
+    confident_share: NDArray[np.float64]  # (E,) share of tokens confident there, whether or not at earlier exits
+    exit_share: NDArray[np.float64]  # (E,) share that leave there with per-token exits, all layers loaded; sums to 1
+    disagreement: NDArray[np.float64]  # (E,) share that would differ from full depth if all left there
     prompt_tokens: NDArray[np.int64]  # (P,)
     prompt_disagreements: NDArray[np.int64]  # (P, E) tokens that differ, for bounds over prompts
     chars_per_token: float
     bits_per_char: NDArray[np.float64] | None  # (E,) on human text only
-    confidence: Confidence = Confidence.MAX_PROBABILITY  # by which tokens are confident here
-    certified_caps: tuple[bool, ...] | None = None  # (E,) cuts that keep what was promised; None: nothing was
+    confidence: Confidence = Confidence.MAX_PROBABILITY  # the measure behind the shares of confident tokens
+    certified_caps: tuple[bool, ...] | None = None  # (E,) caps that keep a promise; None if nothing was promised
 
 
 def offline_exits(
     trace: ExitTrace, rule_threshold: float, confidence: Confidence, tasks: Collection[str] | None = None
 ) -> OfflineExits:
-    """Sums over the tokens of `tasks` (None: all of the trace).
+    """Sums over the tokens of `tasks`, or over the whole trace if `tasks` is None.
 
-    UserError when a task is missing or the trace cannot answer the threshold or measure.
+    UserError if a task is missing or the trace cannot answer the threshold or measure.
     """
     rows = _rows(trace, tasks)
     confident = trace.confident_at(rule_threshold, confidence)[rows]
     differs = ~trace.agree[rows]
     n_exits = len(trace.exits)
     first = first_true(confident, otherwise=n_exits - 1)
-    # Prompts in order of first appearance would need a sort back; ids rise along the text in every trace we write.
+    # Prompts come out sorted by id, not by first appearance: in every trace we write, ids rise along the text.
     _, prompt, prompt_tokens = np.unique(trace.prompt[rows], return_inverse=True, return_counts=True)
     disagreements = [np.bincount(prompt, differs[:, e], len(prompt_tokens)) for e in range(n_exits)]
     chars = int(trace.chars[rows].sum(dtype=np.int64))
@@ -230,26 +234,27 @@ def _rows(trace: ExitTrace, tasks: Collection[str] | None) -> slice | NDArray[np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JointExits:
-    """How the exits of two models fall together on the same text, lined up by characters."""
+    """Joint distribution of the exits of two models on the same text, lined up by characters."""
 
     models: tuple[str, str]
     exits: tuple[tuple[int, ...], tuple[int, ...]]
-    share: NDArray[np.float64]  # (E of the first, E of the second) of the characters; sums to 1
+    share: NDArray[np.float64]  # (E of the first, E of the second) share of the characters; sums to 1
 
     @property
     def early_in_either(self) -> float:
-        """Share that leaves at the first exit of at least one of the two."""
+        """Share of the text that leaves at the first exit of at least one of the two models."""
         return float(1 - self.share[1:, 1:].sum())
 
     @property
     def late_helped(self) -> float | None:
-        """Share that leaves at the second model's first exit, of what does not at the first's; None where all does."""
+        """Share of the text past the first model's first exit that leaves at the second's first exit; None if none is
+        past it."""
         late = self.share[1:]
         return float(late[:, 0].sum() / late.sum()) if late.sum() else None
 
 
 def joint_exits(first: ExitTrace, first_rule: ExitRule, second: ExitTrace, second_rule: ExitRule) -> JointExits:
-    """The exits at which each character's token leaves in either model, both loaded completely.
+    """Joint exits of two models, both loaded completely, over the characters of the same texts.
 
     UserError unless the traces cover the same texts: the same tasks, each with the same number of characters.
     """
@@ -262,7 +267,7 @@ def joint_exits(first: ExitTrace, first_rule: ExitRule, second: ExitTrace, secon
             "take traces of the same prompts",
         )
     ends = [t.char_start[1:] for t in (first, second)]
-    cuts = np.union1d(*ends)  # between two cuts lies one token of each
+    cuts = np.union1d(*ends)  # between two neighbouring cuts lies one token of each model
     chars = np.diff(cuts, prepend=0)
     rows, columns = (
         replay(trace, rule, trace.n_layers).exit_index[np.searchsorted(end, cuts)]

@@ -1,7 +1,8 @@
-"""Which exits look at a token where each is looked at alone (`rule.PerToken.looks`), as bits of a number.
+"""The exits that check a token if each token is checked alone (`rule.PerToken.looks`), as a bit mask.
 
-One definition for the loop (`core/depths.py:look`) and for live serving: exits that always look, those near where a
-request's latest tokens left, and how these are remembered. Exit e is bit e; the last exit looks at nothing.
+This is the one definition for the loop (`core/depths.py:look`) and for live serving: which exits always check, which
+check since a request's latest tokens left near them, and how the latest exits are remembered. Exit e is bit e; the last
+exit never checks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from helios_sim.exits.rule import MEASURES, PerToken
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """Of a rule and a model's exits."""
+    """The checking exits of one rule on one model, as bit masks."""
 
-    always: int  # exits that look at every token
-    recent_mask: int  # of what is remembered of a request's latest tokens; 0: nothing is
-    near: NDArray[np.int64]  # (E,) exits that look where one of the latest tokens left at exit e
+    always: int  # exits that check every token
+    recent_mask: int  # bits that remember the exits of a request's latest tokens; 0 if none are remembered
+    near: NDArray[np.int64]  # (E,) exits that check if one of the latest tokens left at exit e
 
     def looking(self, recent: int) -> int:
-        """The exits that look at a request's next token; `recent` is what is remembered of its latest."""
+        """The exits that check a request's next token; `recent` holds the exits of its latest tokens."""
         return int(looking(self.always, recent, self.near))
 
     def remembered(self, recent: int, leaf: int) -> int:
-        """What is remembered of them once a token has left at exit number `leaf`."""
+        """The exits of the latest tokens, as `recent` above, after another token has left at exit number `leaf`."""
         return int(remembered(recent, leaf, self.recent_mask))
 
 
@@ -46,5 +47,5 @@ def _schedule(exits: tuple[int, ...], rule: PerToken) -> Schedule:
 
 
 def schedule_of(exits: Sequence[int], rule: PerToken) -> Schedule:
-    """That of a rule which looks at each token alone; `exits` are depths in layers, the last the whole model."""
+    """The schedule of a rule that checks each token alone; `exits` are depths in layers, the last the whole model."""
     return _schedule(tuple(exits), rule)

@@ -1,4 +1,4 @@
-"""Reads and writes exit traces, and finds one by its name.
+"""Files of exit traces: reading and writing them, and finding one by its name.
 
 A trace is a folder, shipped ones at data/exits/<model>@<source>/:
 
@@ -8,14 +8,14 @@ A trace is a folder, shipped ones at data/exits/<model>@<source>/:
   whether people wrote the text, "sha256": of the table's file, "provenance": class, source, command, ...}
 - tokens.parquet, one row a token in reading order, sorted by task: task (index into tasks), prompt (an id that is
   unique in the file), chars (characters covered, at least 0), and for each exit depth D a column <column>_D:
-  agree_D (bool, always there), and as listed in "columns": one for each confidence that was recorded
-  (`confidence.MEASURES` names them), bits_D (-log2 of the probability of the text's own token), or confident_D (bool,
-  published traces). For each model among the header's "drafters", where it has them, drafted_by_<model>: whether that
-  model predicts what the whole model does (bool). For each among "drafters_sure", sure_of_draft_<model>: how sure of it
-  that model was (float, 0 to 1).
+  agree_D (bool, always there), and as listed in "columns": one for each recorded confidence (`rule.MEASURES` names
+  them), bits_D (-log2 of the probability of the text's own token), or confident_D (bool, published traces). Each model
+  among the header's "drafters", if it has any, has a column drafted_by_<model>: whether that model predicts the whole
+  model's token (bool). Each model among "drafters_sure" has a column sure_of_draft_<model>: how sure that model was of
+  its draft (float, 0 to 1).
 
-The texts of a task, one after the other, have the same total of characters in every model's trace: that is what
-lines models up.
+The texts of a task, one after the other, have the same total of characters in every model's trace, so that traces of
+different models line up.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parents[1] / "data" / "exits"
 HEADER, TABLE = "trace.json", "tokens.parquet"
 _PER_TOKEN = {"task": "whole", "prompt": "whole", "chars": "whole"}
-_KINDS = {"agree": "flag", "confident": "flag"}  # the others are numbers
+_KINDS = {"agree": "flag", "confident": "flag"}  # all other columns are numbers
 _DRAFTER, _SURE = "drafted_by_", "sure_of_draft_"
 _MOST_BYTES = 256 * MIB
 _PER_EXIT = ("agree", *BY_COLUMN, "confident", "bits")
@@ -49,10 +49,10 @@ _FIX = "write the trace anew, or fetch the file again"
 
 
 def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
-    """The trace of a model from `source`: "published", a shipped source's name, the path of a trace's folder, or that
-    of a table of one's own (`table`).
+    """Loads the trace of a model from `source`: "published", the name of a shipped source, or the path of a trace's
+    folder or of the user's own table (`table`).
 
-    `parameters` are those of `published.PublishedParameters`; a measured trace has none. UserError where there is no
+    `parameters` are the fields of `published.PublishedParameters`; a measured trace has none. UserError if there is no
     such trace, the folder holds another model, or it is damaged.
     """
     if source == "published":
@@ -91,20 +91,20 @@ def load_trace(model: str, source: str, **parameters: Any) -> ExitTrace:
 
 
 def folder_of(model: str, source: str) -> Path:
-    """Where a recorded trace would lie: that of a shipped source's name, or the path itself."""
+    """The folder of a recorded trace, which may not exist: the shipped one of that name, or the path itself."""
     shipped = SHIPPED / f"{model}@{source}"
     return shipped if (shipped / HEADER).is_file() else Path(source).expanduser()
 
 
 def _sources_of(model: str) -> str:
-    """In words, where exits of a model without published ones come from."""
+    """The possible sources of a model's exits, in words, for a model without published ones."""
     shipped = sorted(folder.name.partition("@")[2] for folder in SHIPPED.glob(f"{model}@*"))
     own = "a table or a trace of your own (python -m calibrate model=... measures one)"
     return ", ".join((*shipped, own))
 
 
 def write_trace(trace: ExitTrace, folder: Path) -> None:
-    """Writes the trace's folder, all of its files or none. UserError where it cannot be written."""
+    """Writes the trace's folder, all of its files or none. UserError if it cannot be written."""
     import pyarrow as pa
 
     columns: dict[str, Any] = {name: getattr(trace, name) for name in _PER_TOKEN}
@@ -128,7 +128,7 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
         "published_threshold": trace.published_threshold,
         "published_confidence": trace.published_confidence,
         "human_text": trace.human_text,
-        **({"drafters": list(trace.drafters)} if trace.drafters else {}),  # added later, as the next
+        **({"drafters": list(trace.drafters)} if trace.drafters else {}),  # this key and the next came later
         **({"drafters_sure": list(trace.drafters_sure)} if trace.drafters_sure else {}),
         "sha256": hashlib.sha256(table).hexdigest(),
         "provenance": trace.provenance.to_json(),
@@ -137,9 +137,9 @@ def write_trace(trace: ExitTrace, folder: Path) -> None:
 
 
 def read_trace(folder: Path) -> ExitTrace:
-    """The trace in a folder; UserError when a file is missing, damaged, or of another schema version.
+    """Reads the trace in a folder; UserError if a file is missing, damaged, or of another schema version.
 
-    It is read once for all arms, seeds and designs of a process, unless it was written since.
+    It is read once for all arms, seeds and designs of a process, and again only if it was written since.
     """
     return _read_trace(folder, tuple(stamp(path) for path in (folder / HEADER, folder / TABLE) if path.is_file()))
 

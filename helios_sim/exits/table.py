@@ -37,7 +37,7 @@ from helios_sim.untrusted import MIB, check_quotes, read_bytes, read_parquet, re
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 MOST_TOKENS, MOST_EXITS, _MOST_BYTES = 20_000_000, 127, 256 * MIB
-_ROUNDED = 0.01  # figures of one token, of few digits, may contradict each other by so much
+_ROUNDED = 0.01  # rounded figures of one token may contradict each other by this much
 _PER_EXIT = ("agree", *BY_COLUMN, "log_prob")
 _DEPTH = re.compile(rf"({'|'.join(_PER_EXIT)})_([1-9]\d{{0,4}})")
 _LONG = ("token", "layer")
@@ -49,24 +49,24 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a table cannot say of itself."""
+    """Facts that a table does not hold, told by the user."""
 
-    chars_per_token: float | None = None  # of all tokens; None: by the column chars
-    human_text: bool | None = None  # people wrote the text; must be said where there are log-probabilities
+    chars_per_token: float | None = None  # of all tokens; None if the column chars gives it
+    human_text: bool | None = None  # whether people wrote the text; required with log-probabilities
     source: str | None = None  # on what and how it was recorded
 
 
 def is_table(source: str | Path) -> bool:
-    """By its name alone."""
+    """Whether the name is one of a table; the file is not opened."""
     return str(source).endswith(SUFFIXES)
 
 
 def read_table(
     path: Path, model: str, told: Told | None = None, is_named: bool = True
 ) -> tuple[ExitTrace, list[str]]:
-    """The trace, and the names of columns that were not read. UserError for a table that is none of a trace.
+    """Reads the trace, with the names of unread columns. UserError if the table does not hold a trace.
 
-    `is_named`: the user says of which model it is, so that a column that names another one is refused.
+    With `is_named` the user has named the model, and a column that names another model is refused.
     """
     told = Told() if told is None else told
     content = _as_parquet(path)
@@ -126,7 +126,7 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
         per_exit = name if is_long and name in _PER_EXIT else _depth(name)[0] if not is_long else ""
         whole = "flag" if kind is not None and pa.types.is_boolean(kind) else "whole"
         if kind is not None and pa.types.is_floating(kind):
-            whole = "number"  # 1.0 and 0.0, as pandas writes them beside gaps; others are told with their values
+            whole = "number"  # pandas writes 1.0 and 0.0 in columns with gaps; other values are refused later
         if per_exit:
             kinds[name] = whole if per_exit == "agree" else "number"
         elif name in ("task", "prompt"):
@@ -142,9 +142,9 @@ def _kinds(path: Path, content: bytes) -> dict[str, str]:
 
 
 def _check_one_model(path: Path, content: bytes, ignored: list[str], model: str | None) -> None:
-    """UserError where the rows are of several models, whose tokens would be mixed in one trace, or of another one.
+    """Raises UserError if the rows are of several models, or of another model than `model`.
 
-    Columns that say that they are of this `model` are not `ignored` any more.
+    Removes columns that name this `model` from `ignored`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -163,18 +163,18 @@ def _check_one_model(path: Path, content: bytes, ignored: list[str], model: str 
 
 
 def _plain(model: str) -> str:
-    """facebook/opt-1.3b and OPT_1.3B are opt-1.3b."""
+    """The name of a model in a form to compare: facebook/opt-1.3b and OPT_1.3B are opt-1.3b."""
     return model.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
 
 
 def _depth(name: str) -> tuple[str, int]:
-    """("agree", 6) of "agree_6"; ("", 0) of what is none of an exit's columns."""
+    """Splits the name of an exit's column: "agree_6" gives ("agree", 6), any other name ("", 0)."""
     found = _DEPTH.fullmatch(name)
     return (found[1], int(found[2])) if found else ("", 0)
 
 
 def _wide(path: Path, found: Mapping[str, Array]) -> dict[str, Array]:
-    """One row a token, from one row a token and exit."""
+    """Turns a table with one row per token and exit into one with one row per token."""
     layers = np.unique(found["layer"])
     if len(layers) > MOST_EXITS or layers[0] < 1:
         raise UserError(f"{path}: layer", layers.tolist()[:5], f"1 to {MOST_EXITS} depths, each at least 1", _FIX)
@@ -216,7 +216,7 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignor
     filled: list[str] = []
 
     def column(name: str, at_the_end: float | None) -> Array | None:
-        """(T, E) of all exits; the deepest may be missing where its value is known."""
+        """The values (T, E) at all exits; None if there are none. `at_the_end` stands for a missing deepest column."""
         held = [found.get(f"{name}_{depth}") for depth in exits]
         if all(values is None for values in held):
             return None
@@ -261,7 +261,7 @@ def _trace(path: Path, model: str, found: Mapping[str, Array], told: Told, ignor
 
 
 def _check_order(path: Path, found: Mapping[str, Array]) -> None:
-    """UserError where tokens are numbered otherwise than they stand."""
+    """Raises UserError if the numbers of tokens do not rise in the order of rows."""
     if "token" not in found:
         return
     keys = [np.unique(found[name], return_inverse=True)[1].ravel() for name in ("prompt", "task") if name in found]
@@ -278,9 +278,9 @@ def _check_order(path: Path, found: Mapping[str, Array]) -> None:
 
 
 def _check_shares(path: Path, exits: tuple[int, ...], order: Array, found: Mapping[str, Array | None]) -> None:
-    """UserError where a token is said to be likelier than the likeliest one, or ahead of others by more than it has."""
+    """Raises UserError if a token's own probability, or the margin, exceeds the largest probability."""
     largest, own = found.get("confidence"), found.get("log_prob")
-    if largest is None or (own is not None and own.max() > 0.1):  # which is no logarithm, and said elsewhere
+    if largest is None or (own is not None and own.max() > 0.1):  # not a logarithm: `_bits` refuses it
         return
     shares = {"margin": found.get("margin"), "log_prob": None if own is None else np.exp(np.minimum(own, 0.0))}
     for name, values in shares.items():

@@ -1,7 +1,7 @@
-"""Exit traces: what was recorded at every exit for every token of a model.
+"""Exit traces: records of every token of a model at every exit.
 
-One record serves every policy: thresholds and caps are applied afterwards (`replay`). A trace that was fitted to
-published exits has no confidences, only which tokens were confident at the one threshold of the publication; it
+One trace serves every policy: thresholds and caps are applied afterwards (`replay`). A trace that was fitted to
+published exits has no confidences. It only holds which tokens were confident at the publication's one threshold, and
 refuses every other threshold.
 """
 
@@ -19,10 +19,10 @@ from helios_sim.exits.rule import MEASURES, Confidence, listed
 from helios_sim.provenance import Provenance
 
 MICROBITS = 1_000_000  # in a bit
-MOST_BITS = 10_000  # of one token, more than float32 has of a probability
-_ROUNDING = 1e-3  # by which a stored confidence may leave its range
-ANY_DRAFTER = "*"
-FUSED = "+"  # between the names of drafters whose drafts are fused
+MOST_BITS = 10_000  # of one token; no float32 probability needs as many
+_ROUNDING = 1e-3  # tolerance by which a stored confidence may leave its range
+ANY_DRAFTER = "*"  # the drafter's name if drafts are recorded for any drafter
+FUSED = "+"  # joins the names of drafters with fused drafts
 ANY_TASK = "*"  # a trace with this single task serves every workload task
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -30,7 +30,7 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """Tokens first + (start + j) % length of a trace, for j = 0 .. n_tokens - 1."""
+    """The tokens of an answer in a trace: rows first + (start + j) % length, for j = 0 .. n_tokens - 1."""
 
     first: int  # where the task's text begins in the trace
     start: int  # where the answer begins in the task's text, in tokens
@@ -42,7 +42,7 @@ class TokenSpan:
         return self.first + (self.start + np.arange(self.n_tokens, dtype=np.int64)) % self.length
 
     def rows(self, n_tokens: int) -> slice | NDArray[np.int64]:
-        """Those of the first so many of them, as a slice where the text does not begin anew among them."""
+        """Rows of the first `n_tokens` tokens, as a slice unless the circular text wraps around among them."""
         start, n = self.start % self.length, min(n_tokens, self.n_tokens)
         if start + n <= self.length:
             return slice(self.first + start, self.first + start + n)
@@ -51,35 +51,35 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExitTrace:
-    """T tokens and E exits of one model on one set of texts.
+    """The exit trace of one model on one set of texts: T tokens and E exits.
 
     Tokens are in reading order and sorted by task, so a task's text is one contiguous range. Traces of different
     models cover the same texts: per task the same number of characters, cut into different tokens. The columns are
-    made read-only. Raises UserError where they do not fit together.
+    made read-only. Raises UserError if they do not fit together.
     """
 
     model: str
     exits: tuple[int, ...]  # depths in layers, ascending; the last is the whole model
     tasks: tuple[str, ...]
     task: NDArray[np.int32]  # (T,) index into tasks, non-decreasing, every task present
-    prompt: NDArray[np.int32]  # (T,) which prompt's text a token belongs to; ids are unique across tasks
+    prompt: NDArray[np.int32]  # (T,) id of the token's prompt; ids are unique across tasks
     chars: NDArray[np.int32]  # (T,) characters that the token covers, 0 allowed (a part of a character)
-    agree: NDArray[np.bool_]  # (T, E) the exit predicts what the last layer predicts; last column true
+    agree: NDArray[np.bool_]  # (T, E) whether the exit predicts the last layer's token; the last column is true
     provenance: Provenance
-    # What was recorded, (T, E) each; values from 0 to 1 (a classifier's can lie below 0)
+    # Recorded confidences, (T, E) each; values from 0 to 1 (a classifier's can lie below 0)
     confidences: Mapping[Confidence, NDArray[np.float32]] = field(default_factory=dict)
-    confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, where no confidence was recorded
+    confident: NDArray[np.bool_] | None = None  # (T, E) at published_threshold, if no confidence was recorded
     published_threshold: float | None = None
     published_confidence: Confidence | None = None
     bits: NDArray[np.float32] | None = None  # (T, E) -log2 of the probability of the text's own token
-    human_text: bool = False  # the text was written by people: only then do bits per character rank models
-    # By model: (T,) whether it predicts what this one's last layer does. `ANY_DRAFTER`: whichever model it is
+    human_text: bool = False  # whether people wrote the text: only then do bits per character rank models
+    # By drafter: (T,) whether it predicts this model's last layer's token. The key `ANY_DRAFTER` stands for any drafter
     drafters: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    # By model: (T,) how sure it was of what it predicted there, from 0 to 1. All of them read the true text before it
+    # By drafter: (T,) how sure it was of its prediction, from 0 to 1. Every drafter read the true text up to the token
     drafters_sure: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     task_first: NDArray[np.int64] = field(init=False, repr=False)  # (len(tasks) + 1,) rows at which texts begin
     char_start: NDArray[np.int64] = field(init=False, repr=False)  # (T + 1,) characters before each token
-    # (T, E) millionths of a bit, of human text only: whole numbers, so that sums do not depend on the order
+    # (T, E) `bits` in millionths, for human text only: whole numbers, so that sums do not depend on the order
     microbits: NDArray[np.int64] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -134,9 +134,9 @@ class ExitTrace:
     def confident_at(
         self, threshold: float, confidence: Confidence, rows: slice | NDArray[Any] = slice(None)
     ) -> NDArray[np.bool_]:
-        """True where the confidence reaches the threshold, (T, E) or those rows of it; compared in float32.
+        """Whether the confidence reaches the threshold, (T, E), or `rows` of this table; compared in float32.
 
-        UserError when this trace has no such record: another measure, or a published trace and another threshold.
+        UserError if the trace lacks the record: another measure, or, in a published trace, another threshold.
         """
         if self.confident is None:
             return self.recorded(confidence)[rows] >= np.float32(threshold)
@@ -152,7 +152,7 @@ class ExitTrace:
         return self.confident[rows]
 
     def recorded(self, confidence: Confidence) -> NDArray[np.float32]:
-        """The recorded values (T, E) of a measure. UserError where the trace does not hold it."""
+        """The recorded values (T, E) of a measure. UserError if the trace does not hold it."""
         if confidence not in self.confidences:
             self._fail(
                 "exits.confidence", confidence.value, f"measures recorded: {listed(self.confidences)}",
@@ -161,7 +161,7 @@ class ExitTrace:
         return self.confidences[confidence]
 
     def drafted_by(self, model: str) -> NDArray[np.bool_]:
-        """(T,) whether that model predicts what this one does. UserError where it was not recorded."""
+        """Whether the drafter `model` predicts this model's token, (T,). UserError if that was not recorded."""
         found = self.drafters.get(model, self.drafters.get(ANY_DRAFTER))
         if found is None:
             self._fail(
@@ -171,11 +171,11 @@ class ExitTrace:
         return found
 
     def drafted_by_all(self, models: Sequence[str]) -> NDArray[np.bool_]:
-        """(T,) the same of drafts that several models fuse: of each token that of the model that is surest of its own
-        counts, of equally sure ones that of the first named.
+        """Whether the fused draft of several drafters is this model's token, (T,).
 
-        Exact where drafts are verified greedily: up to the first that is refused, all of them have read the true text.
-        It takes a joint trace, with how sure each model was, or what is stated of all together. UserError without.
+        The fused draft of a token is that of the surest drafter, or of the first named among equally sure ones. This is
+        exact if drafts are verified greedily: up to the first refused draft, all drafters have read the true text. It
+        needs a joint trace, which holds how sure each drafter was, or a share stated for all together; else UserError.
         """
         if len(models) == 1:
             return self.drafted_by(models[0])
@@ -195,7 +195,7 @@ class ExitTrace:
         return right
 
     def bind(self, task_names: Sequence[str]) -> BoundTrace:
-        """The trace as a workload with these task names reads it; UserError when a task is missing."""
+        """The trace as read by a workload with these task names; UserError if a task is missing."""
         if self.tasks == (ANY_TASK,):
             return BoundTrace(self, (0,) * len(task_names))
         missing = [name for name in task_names if name not in self.tasks]
@@ -259,17 +259,17 @@ class ExitTrace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundTrace:
-    """A trace seen through a workload's task numbers."""
+    """A trace as read by a workload, with the workload's task numbers."""
 
     trace: ExitTrace
-    task_index: tuple[int, ...]  # the trace's task for each of the workload's
+    task_index: tuple[int, ...]  # number in the trace, for each task of the workload
 
     def locate(self, task: int, text_start: int, output_chars: int) -> TokenSpan:
-        """The tokens of an answer: those that begin within its characters, on the task's circular text.
+        """The tokens of an answer: all tokens that begin within its characters, on the task's circular text.
 
-        `task` is the workload's number. Characters are taken modulo the text's, so every model's trace gives the
-        same text. Neighbouring answers share no token, and answers have output_chars / mean(chars) tokens on
-        average. An answer within one token is that token.
+        `task` is the workload's number. Characters count modulo the length of the text, so every model's trace gives
+        the same text. Neighbouring answers share no token, and answers have output_chars / mean(chars) tokens on
+        average. An answer that lies within one token is that token.
         """
         trace = self.trace
         k = self.task_index[task]
@@ -288,7 +288,7 @@ class BoundTrace:
     def locate_many(
         self, task: NDArray[np.int64], text_start: NDArray[np.int64], output_chars: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """`locate` of n answers: first, start, length and number of tokens of each, shape (n, 4)."""
+        """Like `locate`, for n answers: first, start, length and number of tokens of each, shape (n, 4)."""
         trace = self.trace
         found = np.zeros((len(task), 4), np.int64)
         for k in set(self.task_index):
@@ -302,7 +302,7 @@ class BoundTrace:
             start = begins.searchsorted(origin + begin)
             n_tokens = loops * length + begins.searchsorted(origin + tail) - start
             start %= length
-            within = np.flatnonzero(n_tokens < 1)  # one token
+            within = np.flatnonzero(n_tokens < 1)  # answers within one token
             start[within] = begins.searchsorted(origin + begin[within], "right") - 1
             n_tokens[within] = 1
             found[rows] = np.stack(np.broadcast_arrays(first, start, length, n_tokens), axis=1)
