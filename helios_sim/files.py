@@ -143,11 +143,13 @@ def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
 
     with replacing(path) as file:
         parts = iter(tables)
-        first = next(parts)
-        with parquet.ParquetWriter(file, first.schema, **_compact(first.schema)) as writer:
-            writer.write_table(first)
+        table = next(parts)
+        with parquet.ParquetWriter(file, table.schema, **_compact(table.schema)) as writer:
+            writer.write_table(table)
+            del table  # before the next is made
             for table in parts:
                 writer.write_table(table)
+                del table
 
 
 def _compact(schema: pyarrow.Schema) -> dict[str, Any]:

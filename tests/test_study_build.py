@@ -147,7 +147,7 @@ def test_every_arm_says_what_the_text_cost_it_in_all_and_by_task(tmp_path: Path)
         for task in (0, 1):  # 40 characters are exactly ten tokens, wherever they begin in a text of whole ones
             rows = records.task == task
             share = by_task[("prose", "code")[task]].bits_per_char
-            assert share == pytest.approx(records.bits_per_char(rows))
+            assert share == pytest.approx(records.part(rows).bits_per_char())
             bits += share * int(records.output_chars[rows].sum())
         assert result.arms[name].metrics["bits_per_char"] == pytest.approx(bits / (24 * 40))
         assert 0.5 < result.arms[name].metrics["bits_per_char"] / (trace.bits[:, -1].mean() / 4) < 2

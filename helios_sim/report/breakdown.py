@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.report.metrics import Metrics
-from helios_sim.report.records import BoolColumn, Records
+from helios_sim.report.records import BoolColumn, Chosen, Records
+from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats
 from helios_sim.workload.faults import Struck
+
+_SUMS = ("output_chars", "output_tokens", "layers_run", "early_tokens", "agreed_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +38,35 @@ def by_task(replicates: Sequence[Records], tasks: Sequence[str]) -> dict[str, Ta
     """Figures by task name, in the order of `tasks`, without tasks that have no completed request."""
     found = {}
     for number, name in enumerate(tasks):
-        chosen = [(records, records.completed & (records.task == number)) for records in replicates]
-        requests = sum(int(rows.sum()) for _, rows in chosen)
+        of_task = partial(_of_task, number)
+        served: Counter[str | None] = Counter()
+        for records in replicates:
+            served.update(records.counts("model", partial(Records.done, chosen=of_task)))
+        requests = served.total()
         if not requests:
             continue
-        bits = [(records.bits_per_char(rows), int(records.output_chars[rows].sum())) for records, rows in chosen]
-        tokens = _sum(chosen, "output_tokens")
-        served: Counter[str | None] = Counter()
-        for records, rows in chosen:
-            served.update(records.model.counts(rows))
-        waited_ns = sum(int((r.last_token_ns.values - r.arrival_ns)[rows].sum()) for r, rows in chosen)
+        sums = [records.sums(_SUMS, of_task) for records in replicates]
+        _, tokens, layers, early, agreed = map(sum, zip(*sums, strict=True))
+        bits = [(records.bits_per_char(of_task), own[0]) for records, own in zip(replicates, sums, strict=True)]
+        waited_ns = sum(_e2e_ns(records, of_task).total() for records in replicates)
         found[name] = TaskFigures(
             requests=requests,
             bits_per_char=_weighted(bits),
-            layers_per_token=_sum(chosen, "layers_run") / tokens,
-            early_exit_fraction=_sum(chosen, "early_tokens") / tokens,
-            agreement=_sum(chosen, "agreed_tokens") / tokens,
+            layers_per_token=layers / tokens,
+            early_exit_fraction=early / tokens,
+            agreement=agreed / tokens,
             e2e_s_mean=waited_ns / NS_PER_S / requests,
             models={str(model): served[model] / requests for model in sorted(served, key=str)},
         )
     return found
 
 
-def _sum(chosen: Sequence[tuple[Records, NDArray[np.bool_]]], column: str) -> int:
-    return sum(int(getattr(records, column)[rows].sum()) for records, rows in chosen)
+def _of_task(number: int, records: Records) -> BoolColumn:
+    return np.asarray(records.task == number)
+
+
+def _e2e_ns(records: Records, chosen: Chosen) -> Series:
+    return records.series(lambda part: (part.last_token_ns.values - part.arrival_ns)[part.done(chosen)])
 
 
 def _weighted(bits: Sequence[tuple[float | None, int]]) -> float | None:
@@ -128,9 +137,12 @@ def replica_figures(
     `records` are of the run, `stats` of the replica. `presence_ns`: requests in the replica, integrated over time.
     """
     span_ns = records.span_ns()
-    own = records.completed & (records.replica == replica)
-    e2e_ns = records.last_token_ns.values[own] - records.arrival_ns[own]
-    tokens = int(records.output_tokens[own].sum())
+
+    def own(part: Records) -> BoolColumn:
+        return np.asarray(part.replica == replica)
+
+    e2e_ns = _e2e_ns(records, own)
+    (tokens,) = records.sums(["output_tokens"], own)
     return ReplicaFigures(
         replica=replica,
         kind=kind,
@@ -140,8 +152,8 @@ def replica_figures(
         requests_in_it_mean=None if span_ns is None else presence_ns / span_ns,
         busy_fraction=None if span_ns is None else stats.busy_ns / span_ns,
         throughput_tokens_per_s=None if span_ns is None else tokens * NS_PER_S / span_ns,
-        e2e_s_mean=float(e2e_ns.mean()) / NS_PER_S if len(e2e_ns) else None,
-        e2e_s_p99=float(np.percentile(e2e_ns, 99)) / NS_PER_S if len(e2e_ns) else None,
+        e2e_s_mean=e2e_ns.mean() / NS_PER_S if len(e2e_ns) else None,
+        e2e_s_p99=e2e_ns.percentiles([99])[0] / NS_PER_S if len(e2e_ns) else None,
         switches=stats.switches,
         loads=stats.loads,
         hbm_peak_bytes=stats.hbm_peak_bytes,

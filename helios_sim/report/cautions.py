@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.exits.artificial import STATED
 from helios_sim.profile.runtimes import HOST_TIME
@@ -105,7 +106,7 @@ def lost_share(arm: ArmResult) -> float:
 
 def completed(arm: ArmResult) -> int:
     """Requests that the arm completed, all seeds together."""
-    return sum(int(replicate.records.completed.sum()) for replicate in arm.replicates)
+    return sum(replicate.records.n_completed for replicate in arm.replicates)
 
 
 def _named(arms: list[str], result: ExperimentResult) -> str:
@@ -115,14 +116,14 @@ def _named(arms: list[str], result: ExperimentResult) -> str:
 def _lost(arm: ArmResult) -> list[str]:
     requests = sum(len(replicate.records) for replicate in arm.replicates)
     dropped, unfinished = (
-        sum(int(replicate.records.has_status(status).sum()) for replicate in arm.replicates)
+        sum(replicate.records.counts("status").get(status, 0) for replicate in arm.replicates)
         for status in (Status.DROPPED, Status.UNFINISHED)
     )
     found = []
     if dropped:
         reasons: Counter[str | None] = Counter()
         for replicate in arm.replicates:
-            reasons.update(replicate.records.drop_reason.counts())
+            reasons.update(replicate.records.counts("drop_reason"))
         reasons.pop(None, None)
         text = f"{_of_all(dropped, requests)} dropped"
         text += f", most often: {reasons.most_common(1)[0][0]}" if reasons else ""
@@ -183,7 +184,7 @@ def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, flo
     """Requests/s that the arm served and that it took in, first seed, where it could not keep up; else None."""
     records = arm.replicates[0].records
     served = served_per_s(records)
-    taken_per_s = None if offered_per_s is None else offered_per_s * float(records.completed.mean())
+    taken_per_s = None if offered_per_s is None else offered_per_s * records.n_completed / max(len(records), 1)
     if not taken_per_s or served is None or served >= NEAR_SATURATION * taken_per_s:
         return None
     return (served, taken_per_s) if served < FAR_BEHIND * taken_per_s or slows_down(records) else None
@@ -194,13 +195,17 @@ def slows_down(records: Records) -> bool:
 
     A short run serves less than comes because a long request came last; one that cannot keep up slows down.
     """
-    done = records.completed
-    pace_s = records.e2e_ns() / np.maximum(records.output_tokens[done], 1)
-    third = len(pace_s) // 3
+    pace_s, arrival_ns = records.series(_pace_ns), records.series(lambda part: part.arrival_ns[part.completed])
+    n, third = len(pace_s), len(pace_s) // 3
     if not third:
         return False
-    order = np.argsort(records.arrival_ns[done], kind="stable")
-    return float(np.median(pace_s[order[-third:]])) >= SLOWER * float(np.median(pace_s[order[:third]]))
+    if not arrival_ns.ascends():
+        pace_s = pace_s.in_order_of(arrival_ns)
+    return pace_s.between(n - third, n).median() >= SLOWER * pace_s.between(0, third).median()
+
+
+def _pace_ns(records: Records) -> NDArray[np.float64]:
+    return np.asarray(records.e2e_ns() / np.maximum(records.output_tokens[records.completed], 1))
 
 
 def served_per_s(records: Records) -> float | None:
@@ -212,5 +217,6 @@ def served_per_s(records: Records) -> float | None:
     span_ns = records.span_ns()
     if span_ns is None:
         return None
-    serving_ns = span_ns - float(np.median(records.e2e_ns()))
-    return int(records.completed.sum()) * NS_PER_S / serving_ns if serving_ns > 0 else None
+    e2e_ns = records.series(Records.e2e_ns)
+    serving_ns = span_ns - e2e_ns.median()
+    return len(e2e_ns) * NS_PER_S / serving_ns if serving_ns > 0 else None

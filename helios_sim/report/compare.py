@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim import on_disk
 from helios_sim.report.intervals import (
     LEVEL,
     FloatArray,
@@ -20,8 +21,9 @@ from helios_sim.report.intervals import (
     stretches,
 )
 from helios_sim.report.metrics import COUNTS, DEFINITIONS, Band, Metrics, MetricValue, meets
-from helios_sim.report.percentiles import Ranked
+from helios_sim.report.percentiles import Percentiles, Ranked, Sifted
 from helios_sim.report.records import Records
+from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S, Slo, Status
 
 Run = tuple[Records, Metrics]
@@ -92,14 +94,19 @@ def intervals_of(runs: Sequence[Run], names: Collection[str] | None = None) -> d
 
 def attainment_of(records: Records, slo: Slo) -> Interval:
     """The interval, within one run, of the share of requests that meet every SLO, of completed and dropped ones."""
-    counted = records.completed | records.has_status(Status.DROPPED)
-    met = np.zeros(len(records), np.int64)
-    met[records.completed] = meets(records, slo)
-    found = _of_sums(met[counted], np.ones(int(counted.sum()), np.int64))
+
+    def met(part: Records) -> IntArray:
+        counted = part.completed | part.has_status(Status.DROPPED)
+        good = np.zeros(len(part), np.int64)
+        good[part.completed] = meets(part, slo)
+        return good[counted]
+
+    series = records.series(met)
+    found = _of_sums(series, Series(lambda: (np.ones_like(block) for block in series)))
     if found is None or found.without is None:
         return Interval(None, None, Method.NONE, 1)
     low, high = bounds(found.whole, found.without, share=True, in_order=True)
-    return _interval(low, high, Method.WITHIN_RUN, int(counted.sum()))
+    return _interval(low, high, Method.WITHIN_RUN, len(series))
 
 
 def interval_of(name: str, values: Sequence[MetricValue]) -> Interval:
@@ -187,48 +194,93 @@ def _mean_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     return sum(ours) / base if base > 0 else None
 
 
+Rows = NDArray[np.bool_]
+
+
 @dataclass(frozen=True, slots=True)
 class _Requests:
     """Completed requests in their order; a column is made when it is asked for, since runs may be long."""
 
     records: Records
-    rows: NDArray[np.bool_]
+    other: Records | None  # only those that it completed too
+    rows: Rows | None  # which they are; None: the records are on disk, and so it is found out again and again
     n: int
-    latest: dict[str, Ranked] = field(default_factory=dict)  # of one time, whose percentiles are asked for in a row
+    latest: dict[str, Percentiles] = field(default_factory=dict)  # of one time, asked for in a row
 
     @classmethod
     def of(cls, records: Records, other: Records | None = None) -> _Requests:
         """The completed ones of `records`, or those that `other` completed too."""
-        rows = records.completed
-        if other is not None:
-            rows = rows & np.isin(records.request_id, other.request_id[other.completed], assume_unique=True)
-        return cls(records, rows, int(rows.sum()))
+        rows = None if records.on_disk else next(_shared(records, other))[1]
+        n = sum(int(np.count_nonzero(each)) for _, each in _shared(records, other)) if rows is None else int(rows.sum())
+        return cls(records, other, rows, n)
 
-    def time_ns(self, name: str) -> tuple[FloatArray | IntArray, NDArray[np.bool_] | None]:
-        """(n,) the time of each request, and where it is defined; None: for all."""
-        r, rows = self.records, self.rows
-        if name == "tpot_s":
-            gaps = (r.output_tokens - 1)[rows]
-            decode_ns = (r.last_token_ns.values - r.first_token_ns.values)[rows]
-            return np.where(gaps > 0, decode_ns / np.maximum(gaps, 1), 0.0), gaps > 0
-        until = {"queue_s": r.scheduled_ns, "ttft_s": r.first_token_ns, "e2e_s": r.last_token_ns}[name]
-        return (until.values - r.arrival_ns)[rows], None
+    def parts(self) -> Iterator[tuple[Records, Rows]]:
+        """Records, and which of them are meant."""
+        return _shared(self.records, self.other) if self.rows is None else iter([(self.records, self.rows)])
 
-    def ranked(self, name: str) -> Ranked | None:
+    def times(self, name: str) -> Iterator[tuple[FloatArray | IntArray, Rows]]:
+        """The time of each request, and where it is defined, part by part."""
+        return (_time_ns(name, part, rows) for part, rows in self.parts())
+
+    def ranked(self, name: str) -> Percentiles | None:
         """A time where it is defined; None: nowhere."""
         if name not in self.latest:
             self.latest.clear()
-            values, defined = self.time_ns(name)
-            counted = np.ones(self.n, np.bool_) if defined is None else defined
+            if self.rows is None and self.n > on_disk.SPAN_ROWS:
+                sifted = Sifted(lambda: self.times(name), self.n, list(_QUANTILES.values()))
+                if not sifted.counted:
+                    return None
+                self.latest[name] = sifted
+                return sifted
+            parts = list(self.times(name))
+            values, counted = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
             if not counted.any():
                 return None
             self.latest[name] = Ranked(values, counted)
         return self.latest[name]
 
-    def count(self, name: str) -> IntArray:
-        """(n,) whole numbers; of bits that are not known 0: then no figure is."""
-        column = self.records.microbits.values if name == "microbits" else getattr(self.records, name)
-        return column[self.rows].astype(np.int64)
+    def mean(self, name: str) -> _Statistic | None:
+        """Of a time where it is defined."""
+        if self.rows is not None:
+            values, counted = next(self.times(name))
+            return _of_sums(Series(lambda: [values]), Series(lambda: [counted]))
+        return _of_sums(
+            Series(lambda: (values for values, _ in self.times(name))),
+            Series(lambda: (counted for _, counted in self.times(name))),
+        )
+
+    def counts(self, name: str) -> Series:
+        """Whole numbers; of bits that are not known 0: then no figure is."""
+        return Series(lambda: (_count(name, part, rows) for part, rows in self.parts()))
+
+
+def _shared(records: Records, other: Records | None) -> Iterator[tuple[Records, Rows]]:
+    """Records part by part, and which of them were completed, by `other` too."""
+    if other is None:
+        yield from ((part, part.completed) for part in records.parts())
+    elif records.on_disk and other.on_disk and len(records) == len(other):  # row for row the same requests
+        for ours, theirs in zip(records.parts(), other.parts(), strict=True):
+            yield ours, ours.completed & theirs.completed
+    else:
+        ids = np.concatenate([part.request_id[part.completed] for part in other.parts()])
+        for part in records.parts():
+            yield part, part.completed & np.isin(part.request_id, ids, assume_unique=True)
+
+
+def _time_ns(name: str, r: Records, rows: Rows) -> tuple[FloatArray | IntArray, Rows]:
+    """(n,) the time of each request, and where it is defined."""
+    if name == "tpot_s":
+        gaps = (r.output_tokens - 1)[rows]
+        decode_ns = (r.last_token_ns.values - r.first_token_ns.values)[rows]
+        return np.where(gaps > 0, decode_ns / np.maximum(gaps, 1), 0.0), gaps > 0
+    until = {"queue_s": r.scheduled_ns, "ttft_s": r.first_token_ns, "e2e_s": r.last_token_ns}[name]
+    times_ns = (until.values - r.arrival_ns)[rows]
+    return times_ns, np.ones(len(times_ns), np.bool_)
+
+
+def _count(name: str, r: Records, rows: Rows) -> IntArray:
+    column = r.microbits.values if name == "microbits" else getattr(r, name)
+    return np.asarray(column[rows], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,27 +306,26 @@ def _within_run(name: str, requests: _Requests) -> Interval | None:
 def _statistic(name: str, requests: _Requests) -> _Statistic | None:
     """Of requests alone: times in ns, bits in millionths. None for other metrics, and where it is not defined."""
     if name in _QUOTIENTS:
-        above, below = (requests.count(column) for column in _QUOTIENTS[name])
-        return _of_sums(above, below)
+        above, below = _QUOTIENTS[name]
+        return _of_sums(requests.counts(above), requests.counts(below))
     time, _, statistic = name.rpartition("_")
     if time not in _TIMES or statistic not in ("mean", *_QUANTILES):
         return None
     if statistic != "mean":
         ranked = requests.ranked(time)
         return None if ranked is None else _Statistic(*ranked.percentile_and_without(_QUANTILES[statistic]))
-    values, defined = requests.time_ns(time)
-    counted = np.ones(requests.n, np.bool_) if defined is None else defined
-    return _of_sums(values, counted) if counted.any() else None
+    return requests.mean(time)
 
 
-def _of_sums(above: FloatArray | IntArray, below: IntArray | NDArray[np.bool_]) -> _Statistic | None:
-    """The sum of one column over that of another."""
-    over = int(below.sum())
+def _of_sums(above: Series, below: Series) -> _Statistic | None:
+    """The sum of one column over that of another, both of shape (n,)."""
+    over = below.total()
     if not over:
         return None
-    whole, starts = np.array(above.sum() / over), stretches(len(above))[:-1]
-    if len(starts) < 2:
+    whole = np.array(float(above.total()) / over)
+    ends = stretches(len(above))
+    if len(ends) < 3:
         return _Statistic(whole, None)
-    (_, top), (_, bottom) = (left_out(np.add.reduceat(column, starts, dtype=above.dtype)) for column in (above, below))
+    (_, top), (_, bottom) = (left_out(column.by_stretch(ends)) for column in (above, below))
     with np.errstate(divide="ignore", invalid="ignore"):
         return _Statistic(whole, top / bottom)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.report.records import Records
+from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S, Slo, Status
 from helios_sim.serving.autoscale import Scaled
 from helios_sim.serving.stats import GapHistogram, RunStats
@@ -238,6 +239,9 @@ class Cards:
 
 
 _QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
+_SUMS = (
+    "output_tokens", "output_chars", "prompt_tokens", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
+)  # fmt: skip
 
 
 def compute_metrics(
@@ -270,35 +274,32 @@ def compute_metrics(
             costs = replace(costs, usd_per_hour=costs.usd_per_hour * on / replicas)
         replicas = on
     slo = slo or Slo()
-    done = records.completed
-    span_ns = records.span_ns()
+    span_ns = None if ends is None else ends[1] - ends[0] or None
     span_s = None if span_ns is None else span_ns / NS_PER_S
-    n_done = int(done.sum())
-    tokens = int(records.output_tokens[done].sum())
-    chars = int(records.output_chars[done].sum())
-    tpot_ns, tpot_defined = records.tpot_ns()
-    good = meets(records, slo)
-    n_dropped = int(records.has_status(Status.DROPPED).sum())
+    statuses = records.counts("status")
+    n_done, n_dropped = statuses.get(Status.COMPLETED, 0), statuses.get(Status.DROPPED, 0)
+    tokens, chars, prompt_tokens, layers, early, breaches, agreed = records.sums(_SUMS)
+    good = sum(int(meets(part, slo).sum()) for part in records.parts()) if slo.any else None
 
     metrics: dict[str, MetricValue] = {}
-    metrics |= summarise("queue_s", records.queue_ns())
-    metrics |= summarise("ttft_s", records.ttft_ns())
-    metrics |= summarise("tpot_s", tpot_ns[tpot_defined])
+    metrics |= summarise("queue_s", records.series(Records.queue_ns))
+    metrics |= summarise("ttft_s", records.series(Records.ttft_ns))
+    metrics |= summarise("tpot_s", records.series(Records.defined_tpot_ns))
     metrics |= _summarise_gaps(stats.itl)
-    metrics |= summarise("e2e_s", records.e2e_ns())
+    metrics |= summarise("e2e_s", records.series(Records.e2e_ns))
     metrics |= _near_transitions(records, stats.transitions_ns, transitions)
     metrics["throughput_requests_per_s"] = _over(n_done, span_s)
     metrics["throughput_tokens_per_s"] = _over(tokens, span_s)
     metrics["throughput_chars_per_s"] = _over(chars, span_s)
-    metrics["goodput_requests_per_s"] = _over(int(good.sum()), span_s) if slo.any else None
-    metrics["slo_attainment"] = _over(int(good.sum()), n_done + n_dropped) if slo.any else None
+    metrics["goodput_requests_per_s"] = None if good is None else _over(good, span_s)
+    metrics["slo_attainment"] = None if good is None else _over(good, n_done + n_dropped)
     metrics["batch_mean"] = _over(stats.decode_batch_ns, stats.decode_ns)
-    metrics["batch_capacity"] = _capacity(records, stats)
-    metrics["layers_per_token"] = _over(int(records.layers_run[done].sum()), tokens)
-    metrics["early_exit_fraction"] = _over(int(records.early_tokens[done].sum()), tokens)
-    metrics["breach_fraction"] = _over(int(records.breach_tokens[done].sum()), tokens)
-    metrics["agreement"] = _over(int(records.agreed_tokens[done].sum()), tokens)
-    metrics["bits_per_char"] = records.bits_per_char(done)
+    metrics["batch_capacity"] = _capacity(n_done, prompt_tokens + tokens, stats)
+    metrics["layers_per_token"] = _over(layers, tokens)
+    metrics["early_exit_fraction"] = _over(early, tokens)
+    metrics["breach_fraction"] = _over(breaches, tokens)
+    metrics["agreement"] = _over(agreed, tokens)
+    metrics["bits_per_char"] = records.bits_per_char()
     energy_j = None if span_s is None else energy_band_j(cards, span_s)
     metrics |= energy_metrics(energy_j, n_done, chars)
     metrics |= _cost_metrics(costs, span_s, energy_j, tokens)
@@ -394,13 +395,13 @@ def _of_faults(records: Records, faults: Sequence[Struck] | None, replicas: floa
     return dict(zip(names, (up, *sums), strict=True))
 
 
-def summarise(name: str, times_ns: NDArray[np.int64] | NDArray[np.float64]) -> dict[str, MetricValue]:
+def summarise(name: str, times_ns: Series) -> dict[str, MetricValue]:
     """Mean and percentiles in seconds under `name`_mean, `name`_p50, ...; None without values."""
-    if times_ns.size == 0:
+    if not len(times_ns):
         return {f"{name}_{s}": None for s in ("mean", *_QUANTILES)}
-    percentiles = np.percentile(times_ns, list(_QUANTILES.values())) / NS_PER_S
-    found: dict[str, MetricValue] = {f"{name}_mean": float(np.mean(times_ns)) / NS_PER_S}
-    return found | {f"{name}_{s}": float(p) for s, p in zip(_QUANTILES, percentiles, strict=True)}
+    percentiles = times_ns.percentiles(list(_QUANTILES.values()))
+    found: dict[str, MetricValue] = {f"{name}_mean": times_ns.mean() / NS_PER_S}
+    return found | {f"{name}_{s}": p / NS_PER_S for s, p in zip(_QUANTILES, percentiles, strict=True)}
 
 
 def meets(records: Records, slo: Slo) -> NDArray[np.bool_]:
@@ -489,22 +490,31 @@ def _near_transitions(
     records: Records, of_all_ns: Sequence[int], by_replica: Mapping[int, Sequence[int]] | None
 ) -> dict[str, MetricValue]:
     """p99 of requests that were in the system within NEAR_TRANSITION_S of a transition of their replica."""
-    done = records.completed
-    if by_replica is None:
-        near = _near(records, done, of_all_ns)
-    else:
-        near = np.zeros(int(done.sum()), np.bool_)
+    moments = [of_all_ns] if by_replica is None else list(by_replica.values())
+    if not any(map(len, moments)):
+        return {f"{name}_p99_near_transition": None for name in ("ttft_s", "tpot_s", "e2e_s")}
+
+    def near(part: Records) -> NDArray[np.bool_]:
+        done = part.completed
+        if by_replica is None:
+            return _near(part, done, of_all_ns)
+        found = np.zeros(int(done.sum()), np.bool_)
         for replica, moments_ns in by_replica.items():
             if moments_ns:
-                near |= _near(records, done, moments_ns) & (records.replica[done] == replica)
-    tpot_ns, defined = records.tpot_ns()
+                found |= _near(part, done, moments_ns) & (part.replica[done] == replica)
+        return found
+
+    def tpot_ns(part: Records) -> NDArray[np.float64]:
+        of_each_ns, defined = part.tpot_ns()
+        return of_each_ns[near(part) & defined]
+
     chosen = {
-        "ttft_s": records.ttft_ns()[near].astype(np.float64),
-        "tpot_s": tpot_ns[near & defined],
-        "e2e_s": records.e2e_ns()[near].astype(np.float64),
+        "ttft_s": records.series(lambda part: part.ttft_ns()[near(part)].astype(np.float64)),
+        "tpot_s": records.series(tpot_ns),
+        "e2e_s": records.series(lambda part: part.e2e_ns()[near(part)].astype(np.float64)),
     }
     return {
-        f"{name}_p99_near_transition": float(np.percentile(ns, 99)) / NS_PER_S if ns.size else None
+        f"{name}_p99_near_transition": ns.percentiles([99])[0] / NS_PER_S if len(ns) else None
         for name, ns in chosen.items()
     }
 
@@ -517,13 +527,12 @@ def _near(records: Records, done: NDArray[np.bool_], moments_ns: Sequence[int]) 
     return np.asarray(behind_last > first)
 
 
-def _capacity(records: Records, stats: RunStats) -> int | None:
-    """Requests of mean length that fit into the pool: whole blocks each, rounded down."""
-    done = records.completed
-    if not done.any() or stats.batch_capacity_blocks == 0:
+def _capacity(n_done: int, tokens: int, stats: RunStats) -> int | None:
+    """Requests of mean length, of those with so many tokens in all, that fit into the pool: whole blocks each, rounded
+    down."""
+    if not n_done or stats.batch_capacity_blocks == 0:
         return None
-    mean_tokens = float(np.mean((records.prompt_tokens + records.output_tokens)[done]))
-    return int(stats.batch_capacity_blocks // np.ceil(mean_tokens / stats.block_tokens))
+    return int(stats.batch_capacity_blocks // np.ceil(tokens / n_done / stats.block_tokens))
 
 
 def _over(amount: float, by: float | None) -> float | None:

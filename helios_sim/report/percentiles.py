@@ -1,19 +1,34 @@
 """A percentile, and the same without each stretch of the requests, from values that are sorted once.
 
-`numpy.percentile` would be asked ten times for each figure, and for short runs that is most of a report's time.
+`numpy.percentile` would be asked ten times for each figure, and for short runs that is most of a report's time. Values
+that do not fit into memory are not sorted, but sifted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.report.intervals import FloatArray, stretches
+from helios_sim.report.sieve import Block, Sieve
 
 FEWEST_BEYOND = 3  # requests beyond a percentile, from which its interval within a run covers about what it says
 
 Values = NDArray[np.float64] | NDArray[np.int64]
 IntArray = NDArray[np.intp]
+
+
+class Percentiles(Protocol):
+    def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
+        """The q-th percentile as `numpy.percentile` defines it.
+
+        And (stretches,) the same without the values in each stretch of all, NaN where none is left; None: too few of
+        them for that.
+        """
+        ...
 
 
 class Ranked:
@@ -23,30 +38,67 @@ class Ranked:
         places = np.flatnonzero(counted)
         self._by_rank = places[np.argsort(values[places], kind="stable")]
         self._ranked, self._ends = values[self._by_rank], stretches(len(values))
-        self._ranks: list[IntArray] | None = None  # of the values in each stretch
+        self._below: list[IntArray] | None = None  # of each value in a stretch, how many others are below it
 
     def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
-        """The q-th percentile as `numpy.percentile` defines it.
-
-        And (stretches,) the same without the values in each stretch of all, NaN where none is left; None: too few of
-        them for that.
-        """
         ranked, n, ends = self._ranked, len(self._ranked), self._ends
         whole = np.array(_percentile(ranked, np.zeros(0, np.intp), q))
-        if len(ends) < 3 or n * min(q, 100 - q) < 100 * FEWEST_BEYOND:
+        if len(ends) < 3 or _too_few_beyond(n, q):
             return whole, None
-        if self._ranks is None:
+        if self._below is None:
             stretch = np.searchsorted(ends, self._by_rank, "right") - 1
-            self._ranks = [np.flatnonzero(stretch == each) for each in range(len(ends) - 1)]
-        return whole, np.array([_percentile(ranked, own, q) if len(own) < n else np.nan for own in self._ranks])
+            ranks = [np.flatnonzero(stretch == each) for each in range(len(ends) - 1)]
+            self._below = [own - np.arange(len(own)) for own in ranks]
+        return whole, np.array([_percentile(ranked, own, q) if len(own) < n else np.nan for own in self._below])
 
 
-def _percentile(ranked: Values, out: IntArray, q: int) -> float:
-    """Of the values without those at the ranks `out`, ascending, which leave at least one."""
-    last = len(ranked) - len(out) - 1
-    at = last * (q / 100)
-    ranks = np.array([int(at), min(int(at) + 1, last)])
-    left_below = out - np.arange(len(out))  # of each that is out, how many that stay are below it
-    low, high = ranked[ranks + np.searchsorted(left_below, ranks, "right")]
-    share = at - int(at)
+class Sifted:
+    """The same of values that are made in blocks; `quantiles` are all that will be asked for."""
+
+    def __init__(self, blocks: Callable[[], Iterable[Block]], n: int, quantiles: Sequence[int]) -> None:
+        """`n`: how many there are, counted or not: some for each stretch."""
+        sieve = Sieve(blocks, stretches(n).tolist())
+        self.counted = total = int(sieve.counted.sum())
+        without = [*enumerate((sieve.counted.sum() - sieve.counted).tolist())]
+        asked = {q: [(None, total)] + ([] if _too_few_beyond(total, q) else without) for q in quantiles}
+        wanted = [(group, left, q) for q, groups in asked.items() for group, left in groups if left]
+        found = zip(wanted, interpolated(sieve, wanted), strict=True)
+        values = {(group, q): value for (group, _, q), value in found}
+        self._found = {
+            q: [values.get((group, q), np.nan) for group, _ in groups] for q, groups in asked.items()
+        }  # fmt: skip
+
+    def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
+        whole, *without = self._found[q]
+        return np.array(whole), np.array(without) if without else None
+
+
+def interpolated(sieve: Sieve, wanted: Sequence[tuple[int | None, int, float]]) -> list[float]:
+    """Percentiles as `numpy.percentile` defines them: without which group, of how many values, which one."""
+    places = [_place(left, q) for _, left, q in wanted]
+    groups = [group for group, _, _ in wanted]
+    values = sieve.at([(group, rank) for group, (ranks, _) in zip(groups, places, strict=True) for rank in ranks])
+    ends = zip(values[::2], values[1::2], places, strict=True)
+    return [_between(low, high, share) for low, high, (_, share) in ends]
+
+
+def _too_few_beyond(n: int, q: int) -> bool:
+    return n * min(q, 100 - q) < 100 * FEWEST_BEYOND
+
+
+def _percentile(ranked: Values, left_below: IntArray, q: int) -> float:
+    """Of the values without some, which leave at least one: how many that stay are below each of those, ascending."""
+    places, share = _place(len(ranked) - len(left_below), q)
+    ranks = np.array(places)
+    low, high = ranked[ranks + left_below.searchsorted(ranks, "right")]
+    return _between(low, high, share)
+
+
+def _place(n: int, q: float) -> tuple[tuple[int, int], float]:
+    """Between which two ranks of n values the q-th percentile lies, and how far towards the second."""
+    at = (n - 1) * (q / 100)
+    return (int(at), min(int(at) + 1, n - 1)), at - int(at)
+
+
+def _between(low: float, high: float, share: float) -> float:
     return float(high - (high - low) * (1 - share) if share >= 0.5 else low + (high - low) * share)

@@ -1,8 +1,14 @@
-"""Records of requests as columns: collected while they leave, read by metrics, written as a table."""
+"""Records of requests as columns: collected while they leave, read by metrics, written as a table.
+
+Those of a long run lie on disk (`on_disk`). Whoever goes over all requests takes `parts`, of which there is only one
+where they fit into memory, or what is made of parts: `sums`, `counts`, `series`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -10,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim import on_disk
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.files import numbers, texts
+from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 
 if TYPE_CHECKING:
@@ -41,7 +49,7 @@ INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
 MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
 LABELS = ("model", "status", "drop_reason")
 DERIVED = ("queue_s", "ttft_s", "tpot_s", "e2e_s", "task_name")  # of a table, from its other columns
-BLOCK_ROWS = 65_536  # of a table that is written in parts
+BLOCK_ROWS = on_disk.SPAN_ROWS  # of a table that is written in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +132,54 @@ class Records:
     def part(self, rows: slice | NDArray[Any]) -> Records:
         return Records(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def parts(self) -> Iterator[Records]:
+        """All of them in order, with few enough in memory at once."""
+        if not self.on_disk:
+            yield self
+            return
+        for rows in on_disk.spans(self.request_id):
+            yield self.part(rows)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether they are too many for memory; then ids are rows."""
+        return on_disk.is_on_disk(self.request_id)
+
+    def sums(self, columns: Sequence[str], chosen: Chosen | None = None) -> list[int]:
+        """The sum of each of these columns of whole numbers over the completed requests, those that are chosen."""
+        found = [0] * len(columns)
+        for part in self.parts():
+            rows = part.done(chosen)
+            for place, name in enumerate(columns):
+                found[place] += int(getattr(part, name)[rows].sum())
+        return found
+
+    @property
+    def n_completed(self) -> int:
+        return self.counts("status").get(Status.COMPLETED, 0)
+
+    def counts(self, label: str, chosen: Chosen | None = None) -> dict[str | None, int]:
+        """How often each text of a column occurs among the chosen requests, without those that do not."""
+        found: Counter[str | None] = Counter()
+        for part in self.parts():
+            labels: Labels = getattr(part, label)
+            found.update(labels.counts() if chosen is None else labels.counts(chosen(part)))
+        return dict(found)
+
+    def series(self, of: Callable[[Records], NDArray[Any]]) -> Series:
+        """What `of` makes of each part, one after the other."""
+        return series_of_all([self], of)
+
     def has_status(self, status: Status) -> BoolColumn:
         return self.status.equals(status)
 
     @property
     def completed(self) -> BoolColumn:
         return self.has_status(Status.COMPLETED)
+
+    def done(self, chosen: Chosen | None = None) -> BoolColumn:
+        """Which of the chosen requests were completed."""
+        return self.completed if chosen is None else self.completed & chosen(self)
 
     def queue_ns(self) -> TimeColumn:
         """First scheduled - arrival, of completed requests."""
@@ -149,13 +199,22 @@ class Records:
         decode_ns = (self.last_token_ns.values - self.first_token_ns.values)[self.completed]
         return decode_ns / np.maximum(gaps, 1), gaps > 0
 
-    def bits_per_char(self, rows: BoolColumn) -> float | None:
-        """Bits per character of the completed requests among `rows`; None without any, or where any has no bits."""
-        rows = rows & self.completed
-        chars = int(self.output_chars[rows].sum())
-        if not chars or not self.microbits.present[rows].all():
-            return None
-        return int(self.microbits.values[rows].sum()) / MICROBITS / chars
+    def defined_tpot_ns(self) -> NDArray[np.float64]:
+        """Time per output token of the completed requests that have one."""
+        times_ns, defined = self.tpot_ns()
+        return times_ns[defined]
+
+    def bits_per_char(self, chosen: Chosen | None = None) -> float | None:
+        """Bits per character of the completed requests, those that are chosen; None without any, or where any has no
+        bits."""
+        chars = microbits = 0
+        for part in self.parts():
+            rows = part.done(chosen)
+            if not part.microbits.present[rows].all():
+                return None
+            chars += int(part.output_chars[rows].sum())
+            microbits += int(part.microbits.values[rows].sum())
+        return microbits / MICROBITS / chars if chars else None
 
     def span_ns(self) -> int | None:
         """First arrival to last completion; None when nothing was completed or all happened at once."""
@@ -164,17 +223,21 @@ class Records:
 
     def ends_ns(self) -> tuple[int, int] | None:
         """First arrival and last completion; None when nothing was completed."""
-        done = self.completed
-        if not done.any():
-            return None
-        return int(self.arrival_ns.min()), int(self.last_token_ns.values[done].max())
+        first_ns: list[int] = []
+        last_ns: list[int] = []
+        for part in self.parts() if len(self) else ():
+            ended_ns = part.last_token_ns.values[part.completed]
+            first_ns.append(int(part.arrival_ns.min()))
+            last_ns += [int(ended_ns.max())] if len(ended_ns) else []
+        return (min(first_ns), max(last_ns)) if last_ns else None
 
     def tables(
         self, arm: str, seed: int, tasks: Sequence[str] = (), cached: bool = False
     ) -> Iterator[pyarrow.Table]:  # fmt: skip
         """The tables of `to_table` for parts of at most BLOCK_ROWS rows."""
-        for first in range(0, max(len(self), 1), BLOCK_ROWS):
-            yield self.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks, cached)
+        for part in self.parts():
+            for first in range(0, max(len(part), 1), BLOCK_ROWS):
+                yield part.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks, cached)
 
     def to_table(self, arm: str, seed: int, tasks: Sequence[str] = (), cached: bool = False) -> pyarrow.Table:
         """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
@@ -207,6 +270,15 @@ class Records:
         return pa.table(columns)
 
 
+def series_of_all(runs: Sequence[Records], of: Callable[[Records], NDArray[Any]]) -> Series:
+    """What `of` makes of the requests of at least one run, one run after the other."""
+    return Series(lambda: (of(part) for records in runs for part in records.parts()))
+
+
+Chosen = Callable[[Records], BoolColumn]
+"""Tells of some requests which are meant, true or false for each of them, (n,). Where it is None, all are."""
+
+
 def _texts(labels: Labels) -> pyarrow.Array:
     import pyarrow as pa
 
@@ -223,19 +295,26 @@ _MAYBE = (*MOMENTS, "microbits", "cached_tokens")
 _NAMES = (*INTEGERS, *_MAYBE, *LABELS)
 _KINDS = INTEGERS | dict.fromkeys(_MAYBE, np.int64) | dict.fromkeys(LABELS, np.int16)
 _row = attrgetter(*_NAMES)
+_PRESENT, _NO_ID = "present ", -1  # on disk: before the name of a column that may lack numbers; no record yet
 
 
 class RecordLog:
     """Collects records as requests leave; `records` ends it.
 
     An object for each record takes several times the memory of its row, so objects are kept only until a block is
-    full. Columns grow in place: an array for each block would fragment the memory of the process.
+    full. Columns in memory grow in place: an array for each block would fragment the memory of the process. Those of
+    many requests are on disk, where each record is put into the row of its id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int | None = None) -> None:
+        """`requests`: how many there will be, with ids from 0; None: that is not known."""
         self._waiting: list[RequestRecord] = []
-        self._columns: dict[str, NDArray[Any]] = {name: np.zeros(0, _KINDS[name]) for name in _NAMES}
-        self._present: dict[str, NDArray[np.bool_]] = {name: np.zeros(0, np.bool_) for name in _MAYBE}
+        columns = None if requests is None or requests < on_disk.WORTH_A_FILE else _on_disk(requests)
+        self._on_disk, self._at_home = columns is not None, 0  # how many rows may be in memory all the same
+        self._columns: dict[str, NDArray[Any]] = columns or {name: np.zeros(0, _KINDS[name]) for name in _NAMES}
+        self._present: dict[str, NDArray[np.bool_]] = {
+            name: self._columns.pop(_PRESENT + name, np.zeros(0, np.bool_)) for name in _MAYBE
+        }
         self._missing = {*_MAYBE}  # of which no number has come yet: they have no columns
         self._codes: dict[str, dict[str | None, int]] = {name: {} for name in LABELS}
         self._rows = 0  # of the columns that are filled
@@ -248,8 +327,7 @@ class RecordLog:
     def add_block(self, block: RecordBlock) -> None:
         """Records after all that were added so far. OverflowError where a number does not fit its column."""
         self._flush()
-        rows = slice(self._rows, self._rows + len(block))
-        self._make_room(rows.stop)
+        rows = self._rows_of(block.numbers["request_id"])
         for name, values in block.numbers.items():
             self._columns[name][rows] = _narrow(values, _KINDS[name])
         for name, (values, present) in block.maybe.items():
@@ -261,16 +339,21 @@ class RecordLog:
                 own.setdefault(names[code], len(own))
             code_of = np.array([own.get(text, 0) for text in names], np.int16)
             self._columns[name][rows] = code_of[codes]
-        self._rows = rows.stop
 
     def records(self) -> Records:
         """All added records in order of request id. They take over the memory of the log, which ends it."""
         self._flush()
-        order = np.argsort(self._columns["request_id"][: self._rows], kind="stable")
+        ids = self._columns["request_id"]
+        if not self._on_disk:
+            order: Any = np.argsort(ids[: self._rows], kind="stable")
+        else:
+            on_disk.let_go(ids)
+            on_disk.expect_reading(ids)
+            order = slice(None) if self._rows == len(ids) else np.flatnonzero(ids != _NO_ID)
         found: dict[str, Any] = {}
         for name in _NAMES:  # one after the other, so that only one column exists twice at any time
             if name in self._missing:
-                none = np.broadcast_to(np.int64(0), len(order)), np.broadcast_to(np.bool_(False), len(order))
+                none = np.broadcast_to(np.int64(0), self._rows), np.broadcast_to(np.bool_(False), self._rows)
                 found[name] = Maybe(*none)
                 continue
             column = self._columns.pop(name)[order]
@@ -285,8 +368,7 @@ class RecordLog:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        rows = slice(self._rows, self._rows + len(self._waiting))
-        self._make_room(rows.stop)
+        rows = self._rows_of(np.array([record.request_id for record in self._waiting], np.int64))
         for name, values in zip(_NAMES, zip(*map(_row, self._waiting), strict=True), strict=True):
             if name in LABELS:
                 codes = self._codes[name]
@@ -297,16 +379,30 @@ class RecordLog:
             else:
                 column = np.array(values, _KINDS[name])  # raises where one does not fit
             self._columns[name][rows] = column
-        self._rows = rows.stop
         self._waiting.clear()
 
-    def _put_maybe(self, name: str, rows: slice, values: NDArray[np.int64], present: NDArray[np.bool_]) -> None:
+    def _rows_of(self, ids: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+        """Where the next records go, those with these ids."""
+        self._rows += len(ids)
+        if not self._on_disk:
+            self._make_room(self._rows)
+            return slice(self._rows - len(ids), self._rows)
+        self._at_home += len(ids)
+        if self._at_home >= on_disk.SPAN_ROWS:
+            on_disk.let_go(self._columns["request_id"])
+            self._at_home = len(ids)
+        return ids
+
+    def _put_maybe(
+        self, name: str, rows: slice | NDArray[np.int64], values: NDArray[np.int64], present: BoolColumn
+    ) -> None:
         if name in self._missing:
             if not present.any():
                 return
             self._missing.remove(name)
-            for column in (self._columns[name], self._present[name]):
-                column.resize(len(self._columns["request_id"]), refcheck=False)
+            if not self._on_disk:
+                for column in (self._columns[name], self._present[name]):
+                    column.resize(len(self._columns["request_id"]), refcheck=False)
         self._columns[name][rows] = np.where(present, values, 0)
         self._present[name][rows] = present
 
@@ -315,6 +411,19 @@ class RecordLog:
             for columns in (self._columns, self._present):
                 for name in columns.keys() - self._missing:
                     columns[name].resize(rows + rows // 8, refcheck=False)  # no view of it exists outside
+
+
+def _on_disk(requests: int) -> dict[str, NDArray[Any]] | None:
+    """All columns, in which no request has a record yet; None where there is no room for them."""
+    try:
+        columns = on_disk.zeros(_KINDS | {_PRESENT + name: np.bool_ for name in _MAYBE}, requests)
+    except OSError as error:
+        told = f"records of {requests:,} requests stay in memory, for want of room in {on_disk.temporary_folder()}"
+        print(f"helios_sim: {told} ({error.strerror or error}); TMPDIR names another folder", file=sys.stderr)
+        return None
+    for rows in on_disk.spans(columns["request_id"]):
+        columns["request_id"][rows] = _NO_ID
+    return columns
 
 
 def _maybe(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

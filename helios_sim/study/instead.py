@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.policy.deployment import Cause, Deployment, Faulted, Judged, LoadFailed
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
@@ -145,15 +146,18 @@ def _instead(branch: Branch, records: Records, other: Records) -> Instead:
 
 def over(records: Records, from_ns: int, until_ns: int) -> Over:
     """What was completed in (from, until], and how many requests were there and not done at its end."""
-    done_ns, done = records.last_token_ns.values, records.completed
-    here = done & (done_ns > from_ns) & (done_ns <= until_ns)
-    gone = (done & (done_ns <= until_ns)) | ~done  # what was dropped has left nobody waiting
-    e2e_s = (done_ns - records.arrival_ns)[here] / NS_PER_S
-    return Over(
-        completed=int(here.sum()),
-        e2e_s_mean=float(np.mean(e2e_s)) if len(e2e_s) else None,
-        unfinished=int(((records.arrival_ns <= until_ns) & ~gone).sum()),
-    )
+
+    def e2e_s(part: Records) -> NDArray[np.float64]:
+        done_ns = part.last_token_ns.values
+        here = part.completed & (done_ns > from_ns) & (done_ns <= until_ns)
+        return np.asarray((done_ns - part.arrival_ns)[here] / NS_PER_S)
+
+    def unfinished(part: Records) -> int:  # what was dropped has left nobody waiting
+        left = part.completed & (part.last_token_ns.values > until_ns)
+        return int((left & (part.arrival_ns <= until_ns)).sum())
+
+    served = records.series(e2e_s)
+    return Over(len(served), served.mean() if len(served) else None, sum(map(unfinished, records.parts())))
 
 
 def _ends_ns(records: Records) -> int:

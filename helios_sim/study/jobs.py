@@ -113,7 +113,7 @@ def run_job(job: Job) -> JobResult:
     config = job.config
     fleet = shared_fleet(config, job.seed)
     live = None if config.mode == SIMULATE else open_live(config, fleet, job.seed)
-    log = RecordLog()
+    log = RecordLog(fleet.parts.workload.requests)
     try:
         run = serve(job, fleet, log.add, live, block_sink=log.add_block)
         notes = None if live is None else live.end()

@@ -133,4 +133,5 @@ def _narrow(config: Config, found: Ratio) -> str | None:
 
 
 def _lossy(run: Replicate) -> bool:
-    return float((~run.records.completed).mean()) > MOST_LOST if len(run.records) else False
+    n = len(run.records)
+    return (n - run.records.n_completed) / n > MOST_LOST if n else False

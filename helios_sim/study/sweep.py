@@ -198,7 +198,7 @@ def _shown(config: Config) -> Sequence[str]:
 def figures_of(job: Job) -> tuple[Records, dict[str, MetricValue]]:
     """The requests of a run and its metrics, without pictures."""
     fleet = shared_fleet(job.config, job.seed)
-    log = RecordLog()
+    log = RecordLog(fleet.parts.workload.requests)
     run = serve(job, fleet, log.add, pictures=False, block_sink=log.add_block)
     records = log.records()
     return records, measure(job, fleet, records, run)

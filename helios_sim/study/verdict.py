@@ -313,12 +313,13 @@ def offered_requests_per_s(config: Config) -> float | None:
 def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], ...]:
     """Lengths and mix as they were served."""
     facts = []
-    done = records.completed
-    answered = "" if done.all() else f" of the {int(done.sum()):,} completed"
+    n_done = records.n_completed
+    answered = "" if n_done == len(records) else f" of the {n_done:,} completed"
     for label, tokens in (
-        ("prompt tokens", records.prompt_tokens), (f"output tokens{answered}", records.output_tokens[done])
-    ):  # fmt: skip
-        p50, p95, p99 = np.percentile(tokens, (50, 95, 99)) if len(tokens) else (0, 0, 0)
+        ("prompt tokens", records.series(lambda part: part.prompt_tokens)),
+        (f"output tokens{answered}", records.series(lambda part: part.output_tokens[part.completed])),
+    ):
+        p50, p95, p99 = tokens.percentiles((50, 95, 99)) if len(tokens) else (0, 0, 0)
         told = f"mean {tokens.mean():.0f}, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}" if len(tokens) else "none"
         facts.append((label, told))
     shares = ", ".join(f"{task} {share:g}" for task, share in config.workload.mix.tasks.items())

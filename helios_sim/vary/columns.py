@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from helios_sim import on_disk
 
 _Kind = TypeVar("_Kind")
 _PLAIN = (str, int, float, bool, types.NoneType)
@@ -39,11 +41,17 @@ def in_parts(value: Any) -> Iterator[Any]:
     head = json.dumps([[array.dtype.str, array.shape] for array in arrays])
     about = f"{head}\n{text}\n".encode()
     checksum: Any = hashlib.sha256(about)
-    for array in arrays:
-        checksum.update(np.ascontiguousarray(array))
+    for piece in _pieces(arrays):
+        checksum.update(piece)
     yield checksum.hexdigest().encode() + b"\n"
     yield about
-    yield from map(np.ascontiguousarray, arrays)
+    yield from _pieces(arrays)
+
+
+def _pieces(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    for array in map(np.atleast_1d, arrays):
+        for rows in on_disk.spans(array):
+            yield np.ascontiguousarray(array[rows])
 
 
 def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ from helios_sim.report.figures.style import (
 )
 from helios_sim.report.intervals import Interval
 from helios_sim.report.metrics import DEFINITIONS, Metrics
-from helios_sim.report.records import Records
+from helios_sim.report.records import Records, series_of_all
 from helios_sim.report.result import (
     ArmResult,
     ArmsFigure,
@@ -125,17 +126,12 @@ def latency_figure(result: ExperimentResult, styles: dict[str, ArmStyle]) -> Dra
     figure, axes = new_figure(1, 3, 3.6, sharey=True)
     for name, arm in result.arms.items():
         records = [replicate.records for replicate in arm.replicates]
-        tpots = [r.tpot_ns() for r in records]
-        columns = (
-            np.concatenate([r.ttft_ns() for r in records]).astype(np.float64),
-            np.concatenate([ns[defined] for ns, defined in tpots]),
-            np.concatenate([r.e2e_ns() for r in records]).astype(np.float64),
-        )
         style = styles[name]
-        for ax, column in zip(axes, columns, strict=True):
-            if column.size:
-                share = np.linspace(0, 100, min(_CDF_POINTS, max(2, column.size)))
-                values = np.percentile(column, share) / NS_PER_S
+        for ax, of in zip(axes, (Records.ttft_ns, Records.defined_tpot_ns, Records.e2e_ns), strict=True):
+            times_ns = series_of_all(records, of)
+            if len(times_ns):
+                share = np.linspace(0, 100, min(_CDF_POINTS, max(2, len(times_ns))))
+                values = np.array(times_ns.percentiles(share.tolist())) / NS_PER_S
                 ax.plot(values, share, color=style.color, linestyle=style.linestyle, label=name)
     if not any(ax.lines for ax in axes):
         return None
@@ -294,8 +290,8 @@ def quality_figure(name: str, spec: QualityFigure, result: ExperimentResult) -> 
 
 def bits_over_run(records: Records, parts: int) -> list[float | None]:
     """Bits per character of each of `parts` equal shares of the requests, in order of arrival."""
-    part = np.arange(len(records)) * parts // max(len(records), 1)
-    return [records.bits_per_char(part == number) for number in range(parts)]
+    ends = [-(-len(records) * number // parts) for number in range(parts + 1)]
+    return [records.part(slice(*rows)).bits_per_char() for rows in pairwise(ends)]
 
 
 def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, float, float]]:

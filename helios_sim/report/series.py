@@ -1,0 +1,168 @@
+"""Numbers of many requests in their order: means, sums and percentiles, without all of them in memory.
+
+Where they fit into memory they are an array, and NumPy does it. Where they do not, they are made anew, block by block,
+each time that they are gone over, and the same comes out to the bit: floats are added in NumPy's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim import on_disk
+from helios_sim.report.percentiles import interpolated
+from helios_sim.report.sieve import Sieve
+
+Values = NDArray[Any]
+
+_BUFFER = 8192  # whole numbers that NumPy makes floats of at once, to add them up
+_AT_ONCE = 65_536  # floats whose sum is left to NumPy
+
+
+class Series:
+    """Numbers (n,) in order, none of them negative where percentiles are asked for."""
+
+    def __init__(self, blocks: Callable[[], Iterable[Values]]) -> None:
+        """`blocks` makes them, from the first to the last, at least one block."""
+        self._blocks = blocks
+        self._all, kind = _if_few(blocks())
+        self._whole = kind != "f"
+        self._n = None if self._all is None else len(self._all)
+
+    def __iter__(self) -> Iterator[Values]:
+        yield from self._blocks() if self._all is None else [self._all]
+
+    def __len__(self) -> int:
+        if self._n is None:
+            self._n = sum(len(block) for block in self)
+        return self._n
+
+    def total(self) -> float:
+        """As `numpy.sum`; whole numbers, and how often it is true, as a whole number."""
+        if self._all is not None:
+            return float(self._all.sum()) if not self._whole else int(self._all.sum())
+        if self._whole:
+            return whole_sum(Ahead(self), len(self))
+        return pairwise_sum(Ahead(self), len(self))
+
+    def by_stretch(self, ends: NDArray[np.int64]) -> NDArray[Any]:
+        """(stretches,) sums of each stretch of them, as `numpy.add.reduceat` adds up, with at least one number in each.
+
+        `ends`: where each stretch begins, and the end of the last.
+        """
+        if self._all is not None:
+            return np.add.reduceat(self._all, ends[:-1], dtype=np.int64 if self._whole else None)
+        ahead, lengths = Ahead(self), np.diff(ends).tolist()
+        if self._whole:
+            return np.array([whole_sum(ahead, length) for length in lengths])
+        return np.array([float(ahead.take(1)[0]) + pairwise_sum(ahead, length - 1) for length in lengths])
+
+    def mean(self) -> float:
+        """As `numpy.mean`. At least one number."""
+        if self._all is not None:
+            return float(np.mean(self._all))
+        return (buffered_sum if self._whole else pairwise_sum)(Ahead(self), len(self)) / len(self)
+
+    def percentiles(self, quantiles: Sequence[float]) -> list[float]:
+        """As `numpy.percentile`. At least one number."""
+        if self._all is not None:
+            return [float(value) for value in np.percentile(self._all, list(quantiles))]
+        sieve = self._sieve()
+        return interpolated(sieve, [(None, len(self), q) for q in quantiles])
+
+    def median(self) -> float:
+        """As `numpy.median`. At least one number."""
+        if self._all is not None:
+            return float(np.median(self._all))
+        low, high = self._sieve().at([(None, (len(self) - 1) // 2), (None, len(self) // 2)])
+        return (float(low) + float(high)) / 2
+
+    def between(self, first: int, end: int) -> Series:
+        """Those from place `first` to before `end`."""
+        return Series(lambda: _between(self, first, end))
+
+    def ascends(self) -> bool:
+        """Whether none is smaller than the one before."""
+        last = None
+        for block in self:
+            if len(block):
+                if (last is not None and block[0] < last) or (block[1:] < block[:-1]).any():
+                    return False
+                last = block[-1]
+        return True
+
+    def in_order_of(self, keys: Series) -> Series:
+        """Those with the smallest keys first, in this order where keys are equal. All of them will be in memory."""
+        values = np.concatenate(list(self))[np.argsort(np.concatenate(list(keys)), kind="stable")]
+        return Series(lambda: [values])
+
+    def _sieve(self) -> Sieve:
+        sieve = Sieve(lambda: ((block, None) for block in self))
+        self._n = int(sieve.counted.sum())
+        return sieve
+
+
+def whole_sum(ahead: Ahead, n: int) -> int:
+    """The sum of the next n whole numbers."""
+    return sum(int(ahead.take(min(left, _AT_ONCE)).sum()) for left in range(n, 0, -_AT_ONCE))
+
+
+def buffered_sum(ahead: Ahead, n: int) -> float:
+    """The sum of the next n whole numbers as floats, as NumPy adds them up."""
+    total = 0.0
+    for left in range(n, 0, -_BUFFER):
+        total += float(np.add.reduce(ahead.take(min(left, _BUFFER)), dtype=np.float64))
+    return total
+
+
+def pairwise_sum(ahead: Ahead, n: int) -> float:
+    """The sum of the next n floats, halves first, as NumPy splits them."""
+    if n <= _AT_ONCE:
+        return float(np.add.reduce(ahead.take(n)))
+    half = n // 2
+    half -= half % 8
+    return pairwise_sum(ahead, half) + pairwise_sum(ahead, n - half)
+
+
+class Ahead:
+    """Takes numbers from the front, wherever a block ends."""
+
+    def __init__(self, blocks: Iterable[Values]) -> None:
+        self._blocks = iter(blocks)
+        self._front = next(self._blocks)
+
+    def take(self, n: int) -> Values:
+        """The next n, which there are."""
+        parts, missing = [self._front[:n]], n - len(self._front[:n])
+        self._front = self._front[n:]
+        while missing:
+            block = next(self._blocks)
+            parts.append(block[:missing])
+            self._front = block[missing:]
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _if_few(blocks: Iterable[Values]) -> tuple[Values | None, str]:
+    """All numbers where they are in one block or few in all, None where there are too many; and of what kind."""
+    found, n = [], 0
+    iterator = iter(blocks)
+    for block in iterator:
+        found.append(block)
+        n += len(block)
+        if n > on_disk.SPAN_ROWS and len(found) > 1:
+            return None, block.dtype.kind
+    return found[0] if len(found) == 1 else np.concatenate(found), found[0].dtype.kind
+
+
+def _between(blocks: Iterable[Values], first: int, end: int) -> Iterator[Values]:
+    at = 0
+    for block in blocks:
+        if at + len(block) > first:
+            yield block[max(first - at, 0) : end - at]
+        at += len(block)
+        if at >= end:
+            return
