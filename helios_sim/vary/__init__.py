@@ -1,1 +1,1 @@
-"""Ways to vary a setting, and one runner for what comes of them: axes, settings by path, tasks that resume."""
+"""Ways to vary settings, and the runner of the tasks that follow: axes, settings by path, tasks that resume."""

@@ -1,4 +1,4 @@
-"""What varies: an axis is some settings that move together and the values that they take; a grid combines axes."""
+"""Axes of variation: an axis is some settings that move together and the values they take; a grid combines axes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Shown = float | int | str | bool | None  # a value as tables and figures name it
 class AxisConfig:
     """One thing that varies: `values` to choose from, or a range from `low` to `high`."""
 
-    name: str = ""  # the key in points and figures; an axis in a mapping is called by its key there
+    name: str = ""  # the key in points and figures; in a mapping of axes the mapping's key is the name
     settings: list[str] = field(default_factory=list)  # dotted paths of the study's settings; all take the value
     values: list[Any] | None = None  # with several settings a value may be a list, one entry for each of them
-    labels: list[Any] | None = None  # how values are named in tables and figures; null: as they are
+    labels: list[Any] | None = None  # names of the values in tables and figures; null: the values themselves
     low: float | None = None
     high: float | None = None
     step: float | None = None  # null: any value of the range; a grid needs one
@@ -39,37 +39,37 @@ class Range:
     whole: bool
 
     def at(self, value: float) -> float | int:
-        """A value as the settings get it: a point of the grid without what sums leave in its last digits."""
+        """Return a value as the settings get it: a point of the grid is rid of rounding errors in its last digits."""
         if self.whole:
             return round(value)
         return float(value) if self.step is None else round(float(value), 12)
 
     @property
     def count(self) -> float:
-        """How many points its grid has, if it has a step; beyond what can be counted it is infinite."""
+        """Number of points of the grid, 1 without a step; not rounded above MOST_CHOICES, and possibly infinite."""
         if self.step is None:
             return 1
         steps = (self.high - self.low) / self.step + 1e-9
         return int(steps) + 1 if steps < MOST_CHOICES else steps
 
     def points(self) -> tuple[float | int, ...]:
-        """The grid: low, low + step, ... up to high. Each is its own product, so that no error adds up."""
+        """Return the grid: low, low + step, ... up to high. Each is its own product, so that no error adds up."""
         assert self.step is not None
         return tuple(self.at(self.low + i * self.step) for i in range(int(self.count)))
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """An axis that was found to be complete."""
+    """An axis that was checked to be complete."""
 
-    key: str  # of its settings, for messages
+    key: str  # where the axis itself is set, for messages
     name: str
     settings: tuple[str, ...]
     values: tuple[Any, ...] | Range
     labels: tuple[Shown, ...] | None = None  # of the values
 
     def changes(self, value: Any) -> dict[str, Any]:
-        """The study's settings by path."""
+        """Return the study's settings that a value sets, by path."""
         if len(self.settings) > 1 and isinstance(value, list):
             return dict(zip(self.settings, value, strict=True))
         return dict.fromkeys(self.settings, value)
@@ -77,14 +77,14 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A value of every axis: as it is shown, and what it sets."""
+    """One value of every axis: how it is shown, and which settings it sets."""
 
     shown: Mapping[str, Shown]
     changes: Mapping[str, Any]
 
 
 def axes_of(key: str, configs: Sequence[AxisConfig] | Mapping[str, AxisConfig]) -> tuple[Axis, ...]:
-    """`key` is theirs in the study's settings. UserError where an axis is incomplete, or two of them set the same."""
+    """Check axes that the study sets under `key`. UserError if one is incomplete, or two set the same setting."""
     named = configs.items() if isinstance(configs, Mapping) else [(config.name, config) for config in configs]
     found = tuple(_axis(f"{key}.{name}", name, config) for name, config in named)
     owner: dict[str, str] = {}
@@ -100,7 +100,7 @@ def axes_of(key: str, configs: Sequence[AxisConfig] | Mapping[str, AxisConfig]) 
 
 
 def choose(axes: Sequence[Axis], choice: Sequence[Any]) -> Choice:
-    """`choice`: for each axis a number of its range, or which of its values (an index)."""
+    """Return the choice at which each axis has a number of its range, or one of its values (by index)."""
     shown: dict[str, Shown] = {}
     changes: dict[str, Any] = {}
     for axis, chosen in zip(axes, choice, strict=True):
@@ -112,7 +112,7 @@ def choose(axes: Sequence[Axis], choice: Sequence[Any]) -> Choice:
 
 
 def grid(axes: Sequence[Axis]) -> list[Choice]:
-    """Every combination, the last axis changing fastest. UserError for a range without a step, and for too many."""
+    """Return every combination, the last axis changing fastest. UserError for a range without a step, or too many."""
     choices: list[Sequence[Any]] = []
     total = 1.0
     for axis in axes:

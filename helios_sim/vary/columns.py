@@ -1,7 +1,7 @@
 """Values of known types as bytes and back: JSON and columns under a checksum, and nothing that could run code.
 
-The types say what is read: a dataclass by its fields, one of several by its name among them. What is not of the type
-that it should have is a ValueError, like a checksum that does not match.
+Types decide what is read: a dataclass by its fields, one of a union by its name. A value of the wrong type is a
+ValueError, like a checksum that does not match.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SEQUENCES: tuple[tuple[Any, Callable[[list[Any]], Any]], ...] = (
 
 
 def to_bytes(value: Any) -> bytes:
-    """A line with the checksum of the rest, a line of JSON, then the arrays' contents one after the other."""
+    """Return a line with the checksum of the rest, two lines of JSON (arrays' types, the value), then the arrays."""
     return b"".join(in_parts(value))
 
 
 def in_parts(value: Any) -> Iterator[Any]:
-    """The same piece by piece, without a second copy of what is in the arrays."""
+    """Yield what `to_bytes` returns piece by piece, without a second copy of the arrays."""
     arrays: list[NDArray[Any]] = []
     text = json.dumps(to_plain(value, arrays), separators=(",", ":"))
     head = json.dumps([[array.dtype.str, array.shape] for array in arrays])
@@ -55,7 +55,7 @@ def _pieces(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 
 
 def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
-    """What `to_bytes` was given. ValueError where the content is damaged, or of another type."""
+    """Return the value that `to_bytes` was given. ValueError if the content is damaged, or of another type."""
     checksum, _, rest = content.partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != checksum:
         raise ValueError("the checksum does not match")
@@ -71,7 +71,7 @@ def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
 
 
 def to_plain(value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
-    """JSON values. Arrays are put into `arrays`; without it they are a TypeError, as is any type without fields."""
+    """Return JSON values. Arrays go into `arrays`; without it an array is a TypeError, as is a type without fields."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Enum):
@@ -85,20 +85,20 @@ def to_plain(value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
         return len(arrays) - 1
     if isinstance(value, Mapping):
         return [[to_plain(key, arrays), to_plain(item, arrays)] for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):  # mostly of numbers
+    if isinstance(value, list | tuple | set | frozenset):  # items are mostly numbers, which need no call
         return [item if type(item) in _PLAIN else to_plain(item, arrays) for item in value]
     return {"": type(value).__name__, **{name: to_plain(getattr(value, name), arrays) for name in _names(type(value))}}
 
 
 def from_plain(hint: Any, value: Any, arrays: list[NDArray[Any]] | None = None) -> Any:
-    """The value of this type that `to_plain` made plain. ValueError where it is none."""
+    """Return the value of type `hint` that `to_plain` made plain. ValueError if it is of another type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(parts, value, arrays)
     if hint is Any:
         return _untyped(value)
     if hint in _PLAIN:
-        if type(value) is hint or (hint is float and type(value) is int):  # as it was: tables show 200, not 200.0
+        if type(value) is hint or (hint is float and type(value) is int):  # tables show 200, not 200.0
             return value
         raise ValueError(f"{value!r} is no {hint.__name__}")
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -146,7 +146,7 @@ def _with_fields(kind: Any, value: Any, arrays: list[NDArray[Any]] | None) -> An
 
 
 def _untyped(value: Any) -> Any:
-    """Values of free settings; a list of pairs, each with a text before it, is a mapping."""
+    """Return the value of a free setting; a list of pairs that each begin with a text is a mapping."""
     if isinstance(value, list):
         pairs = value and all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in value)
         return {key: _untyped(item) for key, item in value} if pairs else [_untyped(item) for item in value]
@@ -163,7 +163,7 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Types by field, of a dataclass or of a class that declares them."""
+    """Return types by field, of a dataclass or of a class that declares them."""
     try:
         hints = typing.get_type_hints(kind)
     except NameError as error:

@@ -1,4 +1,4 @@
-"""A few short tasks in processes that are forked from this one: they have all that it has, and work at once.
+"""A few short tasks in processes that are forked from this one: they have everything it has loaded, and start at once.
 
 joblib's processes load and build everything again, which takes longer than such tasks.
 """
@@ -24,22 +24,22 @@ class ForkEnded(Exception):
 
 
 def can_fork() -> bool:
-    """A copy of a process has one thread: where there are others it lacks them, and what they hold stays held."""
+    """Whether this process can fork safely: a fork lacks all other threads, and locks that they hold stay held."""
     return sys.platform == "linux" and threading.active_count() == 1
 
 
 class Forks(Generic[_In, _Out]):
-    """So many processes that work on these values. Each calls `begin` with the number of this process first."""
+    """Processes that work on these values. Each first calls `begin` with the process id of this one."""
 
     def __init__(
         self, function: Callable[[_In], _Out], values: Sequence[_In], workers: int, begin: Callable[[int], None]
     ) -> None:
         context: Any = get_context("fork")
         self._values = len(values)
-        self._forks: list[tuple[Any, Any]] = []  # each with our end of what connects us
+        self._forks: list[tuple[Any, Any]] = []  # each with our end of its pipe
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # or what waits in it would be written more than once
-        with warnings.catch_warnings():  # libraries see to their own threads
+            stream.flush()  # or each fork would write the buffered text again
+        with warnings.catch_warnings():  # it warns of libraries' threads, which handle forks by themselves
             warnings.simplefilter("ignore", DeprecationWarning)
             for _ in range(min(workers, len(values))):
                 ours, theirs = context.Pipe()
@@ -49,7 +49,7 @@ class Forks(Generic[_In, _Out]):
                 self._forks.append((fork, ours))
 
     def results(self) -> Iterator[_Out]:
-        """In the order of the values. Raises the first error among them, or ForkEnded."""
+        """Yield results in the order of the values. Raises the first error among them, or ForkEnded."""
         busy: dict[Any, int] = {}
         found: dict[int, tuple[bool, Any]] = {}
         places = iter(range(self._values))
@@ -77,7 +77,7 @@ class Forks(Generic[_In, _Out]):
             yield result
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """End the processes, whatever they do."""
         for fork, ours in self._forks:
             ours.close()
             fork.kill()
@@ -93,6 +93,6 @@ def _work(
         place = theirs.recv()
         try:
             sent = True, function(values[place])
-        except Exception as error:  # which `results` raises in the process that asked
+        except Exception as error:  # `results` raises it in the parent process
             sent = False, error
         theirs.send(sent)

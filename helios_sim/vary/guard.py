@@ -1,7 +1,7 @@
 """`python -m helios_sim.vary.guard MARK`: waits until its standard input closes, then ends every process with the mark.
 
 The process that holds the other end of standard input closes it by ending, however that happens. The mark is the value
-of an environment variable, which processes hand on to those that they start.
+of an environment variable, which child processes inherit.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from time import sleep
 
 VARIABLE = "HELIOS_STARTED_BY"
-ROUNDS = 20  # looks for processes, since one that is ended may just have started another
+ROUNDS = 20  # searches for processes, since one that is killed may just have started another
 PAUSE_S = 0.1
-NOTHING = 3  # looks in a row that find none: a process that is just being replaced shows no environment
+NOTHING = 3  # searches in a row that find none before it stops: a process shows no environment during exec
 
 
 def marked(mark: str) -> list[int]:
-    """Process ids, none where the system has no /proc."""
+    """Return the ids of processes with the mark; none if the system has no /proc."""
     wanted, found = f"{VARIABLE}={mark}\0".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""The least number from which on something holds, where a try is dear and answers need not be in order.
+"""Search for the least number from which on a condition holds, if each try is expensive and answers are not monotonic.
 
-A search asks for numbers and is told the answers: a truth value for each of several series, such as one a seed. It runs
-nothing itself, so that many searches can be asked at the same time.
+A search asks for numbers and is told the answers: a truth value for each of several series, such as one per seed. It
+runs nothing itself, so that many searches can be asked at the same time.
 
 It doubles its steps until one number fails and another holds, and halves what lies between. Bisection alone would be
 wrong where a number holds by chance below others that fail. So the answer of a series is defined as one more than the
@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-Answers = tuple[bool, ...]  # of each series
+Answers = tuple[bool, ...]  # one per series
 Search = Generator[tuple[int, ...], Mapping[int, Answers], "Found"]
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -23,14 +23,14 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The least number of each series; None where even the largest that may be tried fails."""
+    """The least number of each series; None if even the largest that may be tried fails."""
 
     least: tuple[int | None, ...]
     tried: Mapping[int, Answers]
 
 
 def least(most: int, *, start: int = 1, beyond: int = 2, every: bool = False) -> Search:
-    """A search among 1 to `most` for each series, from `start` on. `every`: it tries all numbers, for comparison."""
+    """Search 1 to `most` for each series, beginning at `start`. `every`: try all numbers, for comparison."""
     known: dict[int, Answers] = {}
     wanted = set(range(1, most + 1)) if every else {min(max(start, 1), most)}
     while wanted:
@@ -46,7 +46,7 @@ def _after_failures(known: Mapping[int, bool]) -> int:
 
 
 def _next(known: Mapping[int, bool], most: int, start: int, beyond: int) -> range | tuple[int, ...]:
-    """Numbers to try next for one series; all of them are known at its end."""
+    """Return the numbers to try next for one series; its search has ended if all of them are known."""
     first = _after_failures(known)
     above = min((n for n in known if n >= first), default=most + 1)  # the smallest that holds, none fails above it
     if above > most:  # nothing holds yet, at least not above all that fails
@@ -62,7 +62,7 @@ def together(
     searches: Mapping[_Key, Search],
     answer: Callable[[Mapping[_Key, Sequence[int]]], Mapping[_Key, Mapping[int, Answers]]],
 ) -> dict[_Key, Found]:
-    """What each search finds. `answer` is asked by all that are not at their end, again and again, at the same time."""
+    """Return what each search finds. Each call of `answer` gets the questions of all searches that have not ended."""
     found: dict[_Key, Found] = {}
     told: Mapping[_Key, Mapping[int, Answers] | None] = dict.fromkeys(searches)
     while told:

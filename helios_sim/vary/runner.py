@@ -1,6 +1,6 @@
-"""The one runner: each task once, wherever it runs, and what is finished is kept for a command that starts again.
+"""Runs each task once, wherever tasks run, and keeps finished results for a command that is started again.
 
-It tells how far it is on stderr: by a bar on a terminal, by the caller's lines elsewhere.
+Progress is shown on stderr: by a bar on a terminal, by the caller's lines elsewhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from helios_sim.untrusted import parse_json
 from helios_sim.vary.workers import Workers
 
 JOURNAL = "finished.jsonl"
-CHECKSUM = "sha256"  # of a journal's line, its last entry
-READ = "read"  # of a journal's line: digests by path of what the user's own code read
+CHECKSUM = "sha256"  # last entry of a journal's line
+READ = "read"  # entry of a journal's line: digests by path of files that the user's own code read
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -34,20 +34,20 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[_In]):
-    """`key` is the same for the same result; `about` says to people what it is."""
+    """A task to run. Tasks with equal keys have equal results; `about` describes the task to people."""
 
     key: str
     about: Mapping[str, Any]
     input: _In
-    settings: str = ""  # the same for the same settings, whatever `made_of` says
+    settings: str = ""  # a key of the settings alone, whatever `made_of` says
     made_now: Callable[[], Mapping[str, str]] = dict  # digests by name of the code and files that it depends on
-    made_of: Mapping[str, str] = field(init=False)  # the same when the task was planned
+    made_of: Mapping[str, str] = field(init=False)  # what `made_now` returned when the task was planned
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "made_of", self.made_now())
 
     def changed(self, before: Mapping[str, str]) -> list[str]:
-        """Names of what is not as it was in `before`."""
+        """Return the names of inputs with other digests than in `before`."""
         return sorted(n for n in {*before, *self.made_of} if before.get(n) != self.made_of.get(n))
 
 
@@ -58,20 +58,20 @@ class Store(Protocol[_Out]):
     """How results are kept in a folder: in their lines of the journal, or in files beside it."""
 
     def save(self, folder: Path, key: str, result: _Out) -> Mapping[str, Any] | None:
-        """Keeps a result. Returns what its line says of it; None: it is not to be kept."""
+        """Keep a result. Returns further entries of its journal line; None if the result is not to be kept."""
 
     def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> _Out | None:
-        """The result, None where it is not there. ValueError where it is damaged."""
+        """Return the result; None if it is not there. ValueError if it is damaged."""
 
 
 class Journal(Generic[_Out]):
-    """What is finished, a line each, so that a command that was killed goes on where it was. No folder: no file.
+    """Finished results, one line each, so that a command that was killed goes on from there. No folder: no file.
 
-    What is damaged, or was made of other code or files, is not kept; a line on stderr says so.
+    A result that is damaged, or was made with other code or files, is not used; a line on stderr says so.
     """
 
     def __init__(self, folder: Path | None, store: Store[_Out]) -> None:
-        """UserError where the folder's journal cannot be read."""
+        """Open the folder's journal. Raises UserError if it cannot be read."""
         self._folder, self._store = folder, store
         self._lines: dict[str, Mapping[str, Any]] = {}  # by key
         self._made_of: dict[str, Mapping[str, str]] = {}  # by settings, what their last result was made of
@@ -80,7 +80,7 @@ class Journal(Generic[_Out]):
             self._read(folder / JOURNAL)
 
     def get(self, task: Task[Any]) -> _Out | None:
-        """The task's result; None where there is none that is whole and made of the same."""
+        """Return the task's kept result; None if there is none, it is damaged, or a file that it read has changed."""
         line = self._lines.get(task.key)
         if self._folder is None or line is None:
             self._say_why_not(task)
@@ -98,18 +98,18 @@ class Journal(Generic[_Out]):
             return None
 
     def read_by(self, task: Task[Any]) -> Mapping[str, str]:
-        """Digests by path of what the user's own code read for the task's result."""
+        """Return digests by path of the files that the user's own code read for the task's result."""
         read = self._lines.get(task.key, {}).get(READ)
         return {str(path): str(digest) for path, digest in read.items()} if isinstance(read, Mapping) else {}
 
     @property
     def read(self) -> dict[str, str]:
-        """The same of all tasks."""
+        """Digests by path of the files that the user's own code read, over all tasks."""
         found = [line[READ] for line in self._lines.values() if isinstance(line.get(READ), Mapping)]
         return {path: digest for read in found for path, digest in read.items()}
 
     def add(self, task: Task[Any], result: _Out, read: Mapping[str, str] | None = None) -> None:
-        """Keeps a result, with what was `read` for it. UserError where the folder cannot be written to."""
+        """Keep a result, with digests of the files `read` for it. UserError if the folder cannot be written to."""
         if self._folder is None:
             return
         said = self._store.save(self._folder, task.key, result)
@@ -124,7 +124,7 @@ class Journal(Generic[_Out]):
             os.fsync(journal.fileno())
 
     def _read(self, path: Path) -> None:
-        """Lines that are damaged are cut out of the file, and so is half a line at its end that a kill has left."""
+        """Read all lines. Damaged ones, and half a line that a kill has left at the end, are cut out of the file."""
         with _writing(path):
             content = path.read_bytes()
         texts = content.split(b"\n")
@@ -145,7 +145,7 @@ class Journal(Generic[_Out]):
             files.write_bytes(path, b"".join(text + b"\n" for text in whole))
 
     def _say_why_not(self, task: Task[Any]) -> None:
-        """Where the same settings were run with other code or files."""
+        """Say so on stderr if the same settings were run with other code or files."""
         before = self._made_of.get(task.settings)
         changed = [] if before is None else task.changed(before)
         if changed:
@@ -181,10 +181,10 @@ def _writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def at_work_in(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
-    """Makes the folder and locks it against a second process, without a file. A process that ends unlocks it.
+    """Make the folder and lock it against a second process, without a lock file. The lock ends with the process.
 
-    UserError, under the setting that names the folder, where another process is at work in it, it cannot be made, or it
-    is another one in the end: what was written before is then not in it.
+    UserError, under the setting that names the folder, if another process is at work in it, if it cannot be made, or if
+    it was replaced meanwhile: what was written before is then not in it.
     """
     files.make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -218,7 +218,7 @@ def run_tasks(
     workers: Workers,
     on_done: OnDone[_In, _Out],
 ) -> dict[str, _Out]:
-    """Results by key. What the journal holds is read, not run, and `on_done` is told so.
+    """Return results by key. A task in the journal is read, not run, and `on_done` is told so.
 
     Raises the first error that `function` raises; what was finished before stays in the journal.
     """
@@ -243,9 +243,9 @@ def run_tasks(
 
 
 def _check_unchanged(task: Task[Any], reread: list[str]) -> None:
-    """UserError where a file has changed since the task was planned, or another task read it otherwise.
+    """Raise UserError if a file has changed since the task was planned, or since another task read it.
 
-    Results of both would be mixed.
+    Results from both contents would be mixed.
     """
     changed = [*task.changed(task.made_now()), *sorted(reread)]
     if changed:
@@ -255,9 +255,9 @@ def _check_unchanged(task: Task[Any], reread: list[str]) -> None:
 
 @contextmanager
 def progress(name: str, total: int | None, line: OnDone[_In, _Out]) -> Iterator[OnDone[_In, _Out]]:
-    """What a runner calls when a task is done. `line` prints lines, where there is no terminal for a bar.
+    """Yield the function that a runner calls when a task is done: it moves a bar on a terminal, else it is `line`.
 
-    `total`: None where it is not known beforehand.
+    `total`: number of tasks; None if it is not known beforehand.
     """
     if not sys.stderr.isatty():
         yield line

@@ -1,4 +1,4 @@
-"""The one way to change settings by path: a copy of a configuration with some of them set anew.
+"""Changes settings by path: returns a copy of a configuration with some of them set anew.
 
 The command line composes a configuration with Hydra; whatever varies it afterwards (sweeps, designs, overrides of an
 arm, scripts) goes through `with_settings`, which checks types and ranges as Hydra does.
@@ -27,15 +27,15 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
-    """A copy of a dataclass of settings with these dotted paths set; groups off these paths are shared, not copied.
+    """Return a copy of a dataclass of settings with these dotted paths set; groups off these paths are shared.
 
-    A mapping changes the entries that it names and leaves the others, as on the command line; where a field is marked
-    `whole`, as shares of a mix are, it takes the place of what was there. Ranges are checked once,
-    when all changes are made. UserError where a path leads nowhere or a value has the wrong type or is out of range.
-    Keys of a mapping, such as those of a policy, are free: what is wrong there is found by those who read them.
+    A mapping changes the entries that it names and leaves the others, as on the command line; if a field is marked
+    `whole`, as shares of a mix are, the mapping replaces the old one. Ranges are checked once, when all changes are
+    made. UserError if a path leads nowhere, or a value has the wrong type or is out of range. Keys of a mapping, such
+    as a policy's settings, are free: code that reads them finds mistakes in them.
     """
     own: dict[_Names, Any] = {(): copy.copy(config)}  # groups that this copy does not share
-    in_full = getattr(config, "in_full", dict)  # of words that stand for settings
+    in_full = getattr(config, "in_full", dict)  # spells out words that stand for settings
     for path, value in in_full(changes).items():
         _set(own, _names_in(config, path), _plain(value))
     for group in reversed(own.values()):  # a group comes after the one that holds it
@@ -46,7 +46,7 @@ def with_settings(config: _Config, changes: Mapping[str, Any]) -> _Config:
 
 
 def _names_in(config: Any, path: str) -> _Names:
-    """The names in a dotted path. An entry of a mapping may have dots in its own name, as arms of a model's name do."""
+    """Return the names in a dotted path. An entry of a mapping may have dots in its name, as arm opt-1.3b does."""
     if not path:
         raise UserError("setting", path, "the dotted name of a setting, such as server.replicas", "name one")
     place, left, names = config, path, []
@@ -59,7 +59,7 @@ def _names_in(config: Any, path: str) -> _Names:
 
 
 def known_settings(schema: type) -> dict[str, Any]:
-    """All settings of a dataclass by dotted path, with their types; groups of settings too."""
+    """Return all settings of a dataclass by dotted path, with their types; groups of settings too."""
     found: dict[str, Any] = {}
     for name, hint in _hints(schema).items():
         found[name] = hint
@@ -69,7 +69,7 @@ def known_settings(schema: type) -> dict[str, Any]:
 
 
 def unknown_setting(schema: Any, values: Any, path: str = "") -> str | None:
-    """The path of the first key of these plain values that the schema does not have; None where it has all."""
+    """Return the path of the first key of these plain values that the schema does not have; None if it has all."""
     if is_dataclass(schema) and isinstance(values, Mapping):
         hints = _hints(typing.cast(Any, schema))
         for key, value in values.items():
@@ -85,12 +85,12 @@ def unknown_setting(schema: Any, values: Any, path: str = "") -> str | None:
 
 
 def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The path of the first of these plain values that has another type than the schema says, the value and the type.
+    """Return path, value and expected type of the first of these plain values that has a wrong type; None if none has.
 
-    A setting that is copied from another one, ${other}, is not checked before.
+    A setting that copies another one, ${other}, counts as a text until it is resolved.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or value == "???":  # which stands for a value that is still to be given
+    if hint is Any or value == "???":  # "???" stands for a value that is still to be given
         return None
     below: Iterable[tuple[Any, Any, Any]] = ()
     if origin in (typing.Union, types.UnionType):
@@ -120,7 +120,7 @@ def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | 
 
 
 def kind_in_words(hint: Any) -> str:
-    """A type as messages name it."""
+    """Return a type in the words of messages."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(kind_in_words(part) for part in parts)
@@ -134,13 +134,13 @@ def kind_in_words(hint: Any) -> str:
 
 
 def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """A fix that names the one that was probably meant; empty where none is near."""
+    """Return a fix with the name that was probably meant; empty if no name is near."""
     matches = get_close_matches(name, list(names), n=1, cutoff=0.7)
     return f"you may have meant {prefix}{matches[0]}" if matches else ""
 
 
 def _plain(value: Any) -> Any:
-    """A value of a script in the types of settings: NumPy's numbers and arrays, paths and tuples as what they hold."""
+    """Turn a script's value into types of settings: NumPy values become plain ones, tuples lists, and paths texts."""
     if isinstance(value, Mapping):
         return {key: _plain(below) for key, below in value.items()}
     if isinstance(value, tuple | list):
@@ -165,7 +165,7 @@ def _set(own: dict[_Names, Any], names: _Names, value: Any) -> None:
 
 
 def _own_group(own: dict[_Names, Any], group: _Names, names: _Names, value: Any) -> Any:
-    """The group at this path, copied if it is still shared. `names` and `value` are for messages."""
+    """Return the group at this path, copied if it is still shared. `names` and `value` are for messages."""
     if group not in own:
         above = _own_group(own, group[:-1], names, value)
         there = _there(above, group[-1])
@@ -188,7 +188,7 @@ def _put(place: Any, name: str, value: Any) -> None:
 
 
 def _hint_at(schema: Any, names: _Names) -> Any:
-    """The type of the setting at this path; None where there is none."""
+    """Return the type of the setting at this path; None if there is no such setting."""
     kind: Any = schema
     for name in names:
         if is_dataclass(kind):
@@ -204,7 +204,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def _as(hint: Any, value: Any, path: str) -> Any:
-    """The value in the setting's type: a whole number will do for a number."""
+    """Return the value in the setting's type; a whole number will do for a number. UserError for a wrong type."""
     for kind in _parts(hint):
         plain, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
         if plain is list and isinstance(value, list | tuple):
@@ -214,7 +214,7 @@ def _as(hint: Any, value: Any, path: str) -> Any:
         if plain is float and type(value) is int:
             return float(value)
         if plain is str and isinstance(value, str):
-            return str(value)  # without the class of a name
+            return str(value)  # a plain text, not a StrEnum
         if plain is Any or type(value) is plain:
             return value
     raise UserError(path, value, f"must be {kind_in_words(hint)}", f"set {path} to such a value")

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, in several here, or on a Ray cluster. Many go through joblib, a few to forks.
+"""Workers run tasks: in this process, in several local ones (by joblib, or as forks), or on a Ray cluster.
 
 Whatever runs them, each task is computed by the same function from the same input, so the results are the same.
 """
@@ -27,17 +27,17 @@ from helios_sim.vary import guard
 from helios_sim.vary.forks import ForkEnded, Forks
 
 BACKENDS = ("serial", "processes", "ray")
-FORKS = "forks"  # of a study alone, whose settings do not name it
-# Workers that ask for no processor at all are put on one node; those that ask for half of one still find room when a
-# part of the cluster is gone before Ray has noticed.
+FORKS = "forks"  # used by studies alone; no setting names it
+# Workers that ask for no processor at all are put on one node. Workers that ask for half of one still find room when
+# a part of the cluster is gone before Ray has noticed.
 SPREAD = {"num_cpus": 0.5, "scheduling_strategy": "SPREAD"}
-FEEDER_S = 2.0  # that a thread with nothing left to do has for its end
-# How Ray is told to listen on 127.0.0.1 alone, which it does by itself on some systems: read when it is imported.
+FEEDER_S = 2.0  # longest wait for a thread that has nothing left to do
+# Makes Ray listen on 127.0.0.1 alone, as it does by default on some systems; Ray reads it when it is imported.
 ON_THIS_MACHINE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # Ray's agents write their titles over their environments, where the guard looks for its mark, unless this is set.
 MARK_STAYS = ("SPT_NOENV", "1")
-START_S = 60.0  # that workers of a cluster have to start, before it is looked at whether any machine is left
-MOST_IN_VAIN = 5  # times that a cluster may fail, one after the other, without a task in between
+START_S = 60.0  # time for workers of a cluster to start, before a check whether any machine is left
+MOST_IN_VAIN = 5  # times in a row that a cluster may fail without finishing a task
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -45,7 +45,7 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where tasks run. `setting` is the one that says on how many workers, for messages."""
+    """A place for tasks to run. `setting` names the number of workers in messages."""
 
     backend: str = "serial"
     workers: int | None = None  # None: one for each core, of this machine or of the cluster
@@ -54,7 +54,7 @@ class Place:
 
 
 def need(name: str, key: str, value: object) -> ModuleType:
-    """The library, or a UserError that names the extra."""
+    """Import and return the library. Raises a UserError that names the extra if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -69,13 +69,13 @@ class _NotStarted(Exception):
 
 
 class Workers:
-    """Runs tasks at a place. Processes stay between calls, with what they keep."""
+    """Runs tasks at a place. Processes stay between calls, with their caches."""
 
     def __init__(self, place: Place) -> None:
-        """UserError where the backend's libraries are missing or its cluster cannot be reached."""
+        """Connect to the place. UserError if the backend's libraries are missing or its cluster cannot be reached."""
         self._place = place
         self._connected: Any = None
-        self._guard: Popen[bytes] | None = None  # of processes of an own cluster
+        self._guard: Popen[bytes] | None = None  # ends the processes of a cluster that was started here
         if place.backend == "ray":
             self._own = place.address in (None, "local") and "RAY_ADDRESS" not in os.environ
             if self._own:
@@ -85,7 +85,7 @@ class Workers:
             self._connect()
 
     def __call__(self, function: Callable[[_In], _Out], inputs: Mapping[str, _In]) -> Generator[tuple[str, _Out]]:
-        """Results by key, in the order in which they come. Raises the first error of a task and ends the others."""
+        """Yield keys and results as they come. Raises the first error of a task and ends the other tasks."""
         wanted = min(self._place.workers or os.cpu_count() or 1, len(inputs))
         if self._place.backend == "ray":
             yield from self._cluster(function, inputs)
@@ -98,7 +98,7 @@ class Workers:
                 yield key, function(value)
 
     def close(self) -> None:
-        """Leaves the Ray cluster, which ends it if it was started for these tasks."""
+        """Leave the Ray cluster, which ends it if it was started for these tasks."""
         if self._connected is not None:
             self._connected.shutdown()
             self._connected = None
@@ -139,7 +139,7 @@ class Workers:
         return UserError(setting, workers, allowed, fix)
 
     def _cluster(self, function: Callable[[_In], _Out], inputs: Mapping[str, _In]) -> Iterator[tuple[str, _Out]]:
-        """What was lost with a node runs again on those that are left."""
+        """Run tasks on the cluster; tasks that were lost with a node run again on the nodes that are left."""
         from joblib import parallel_config
         from ray.exceptions import RayError
 
@@ -157,7 +157,7 @@ class Workers:
                     for key, result in self._started(function, missing, workers):
                         del missing[key]
                         yield key, result
-            except _NotStarted:  # other work has all processors, and is waited for, or machines were lost just now
+            except _NotStarted:  # wait for other work that has all processors, or machines were just lost
                 continue
             except RayError as error:
                 in_vain = in_vain + 1 if len(missing) == before else 0
@@ -169,7 +169,7 @@ class Workers:
     def _started(
         self, function: Callable[[_In], _Out], inputs: Mapping[str, _In], workers: int
     ) -> Iterator[tuple[str, _Out]]:
-        """Results as they come. _NotStarted where workers found no room, or fewer processors than there were before."""
+        """Return results as they come. _NotStarted if workers found no room, or fewer processors than before."""
         try:
             with at_most(START_S):
                 return _parallel(function, inputs, workers)
@@ -184,7 +184,7 @@ class Workers:
         from joblib import register_parallel_backend
 
         ray_backend = import_module("ray.util.joblib.ray_backend").RayBackend
-        # Results as they come: Ray hands them over as joblib's other pools do, which joblib does not know of it.
+        # Results as they come: Ray hands them over like joblib's other pools, but does not declare it to joblib.
         streaming = type("RayBackend", (ray_backend,), {"supports_return_generator": True})
         register_parallel_backend("ray", streaming)
         if self._ray.is_initialized():
@@ -194,10 +194,10 @@ class Workers:
         try:
             _knock(address)
             with self._guarded(), handlers_kept():
-                # Without an address Ray would join whatever cluster of this machine somebody started last.
+                # Without an address Ray would join the cluster that was started last on this machine.
                 at = "local" if self._own else address
                 self._ray.init(address=at, log_to_driver=False, logging_level="error", **of_own)
-        except Exception as error:  # Ray raises plain exceptions too, as where a node does not start in its time
+        except Exception as error:  # Ray raises plain exceptions too, as when a node does not start in time
             reason = f"no Ray cluster can be reached there: {in_short(error)}"
             fix = "correct it, or leave it out to start one here"
             raise UserError("sweep.address", address, reason, fix) from error
@@ -205,7 +205,7 @@ class Workers:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """A cluster that is started inside does not outlive this process, even if that is killed outright."""
+        """Make sure that a cluster started inside does not outlive this process, even if the process is killed."""
         if not self._own:
             yield
             return
@@ -228,7 +228,7 @@ def _parallel(
     workers: int,
     **options: Any,
 ) -> Iterator[tuple[str, _Out]]:
-    """Results as they come, of workers that have started when this returns."""
+    """Return an iterator of results as they come; the workers have started when this returns."""
     from joblib import Parallel, delayed
 
     parallel = Parallel(workers, batch_size=1, return_as="generator_unordered", **options)
@@ -241,7 +241,7 @@ def _parallel(
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside do not get the terminal's Ctrl-C, which their parent handles afterwards."""
+    """Keep the terminal's Ctrl-C from processes that are started inside; their parent handles it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -254,15 +254,16 @@ def _one(function: Callable[[_In], _Out], key: str, value: _In) -> tuple[str, _O
 
 
 def _knock(address: str | None) -> None:
-    """OSError where nothing listens at HOST:PORT, which Ray would wait minutes for."""
+    """Raise OSError if nothing listens at HOST:PORT; Ray would wait for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _join_feeders() -> None:
-    """joblib waits for its processes when it stops half-way, but not for the thread that feeds their queue. That one
-    gives semaphores back as it ends; an interpreter that ends earlier complains that they leak.
+    """Wait for the thread that feeds the queue of joblib's processes, which joblib does not when it stops half-way.
+
+    The thread gives semaphores back as it ends; an interpreter that ends earlier complains that they leak.
     """
     for thread in threading.enumerate():
         if thread.name == "QueueFeederThread":
@@ -270,8 +271,9 @@ def _join_feeders() -> None:
 
 
 def _follow(parent: int) -> None:
-    """What a process of ours begins with. It leaves interrupts to its parent, and does not outlive it, however that
-    ends: joblib's own processes would wait for minutes.
+    """Let a worker process leave interrupts to its parent and end with it, however the parent ends.
+
+    joblib's own processes would wait for minutes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
