@@ -11,19 +11,19 @@ from contextlib import suppress
 
 from helios_sim.entry import answers, run
 
-_statuses: list[int] = []  # with which this process is to end, once that is known
+_statuses: list[int] = []  # the exit status of this process, once it is known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: a mistake of the user, in one message, or stopped; 2: a gate failed."""
+    """Run a command. Returns 0 if done, 1 after a mistake of the user (one message) or a stop, 2 if a gate failed."""
     status = run("helios_sim", _run, arguments)
-    if arguments is None:  # the process was started for this, and ends by it
+    if arguments is None:  # the process was started for this command, and ends with it
         _statuses.append(status)
     return status
 
 
 def _run(command: list[str]) -> int:
-    """Imports are here, so that a signal that comes while they load is handled too."""
+    """Run the command. Imports are inside, so that a signal that comes while they load is handled too."""
     from helios_sim.interrupt import remembered
 
     with remembered():
@@ -32,19 +32,19 @@ def _run(command: list[str]) -> int:
         if sys.stderr.isatty():
             print("Reading programs, settings and inputs ...", file=sys.stderr)
         collect_rarely()
-        from helios_sim.cli import repeat_study, run_command  # Hydra and what it needs, which neither of these does
+        from helios_sim.cli import repeat_study, run_command  # imports Hydra, which help and version do not need
 
         return repeat_study(command[1:]) if command[:1] == ["repro"] else run_command(command)
 
 
 def collect_rarely() -> None:
-    """To look often through all that was imported for cycles takes a tenth of a run, and at its end a tenth more."""
+    """Collect garbage rarely: searching all that was imported takes a tenth of a run, and another tenth at its end."""
     gc.set_threshold(300_000, 20, 20)
-    atexit.register(_leave)  # before anything that is imported registers its own end, so it is called after those
+    atexit.register(_leave)  # before imported modules register theirs, so it is called after them
 
 
 def _leave() -> None:
-    """End a process whose work is done without taking apart, module by module, what goes with it anyway."""
+    """End a process that has done its work at once, without tearing down its modules one by one."""
     gc.freeze()
     if _statuses:
         with suppress(OSError, ValueError):  # a stream that cannot be written: Python says so in its own way

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def simulate(
     study: Config | str = "quickstart", *words: str, settings: Mapping[str, Any] | None = None
 ) -> ExperimentResult:
-    """Runs every arm of a study under every seed, and its sweeps, one after the other.
+    """Run every arm of a study under every seed, and its sweeps, one after the other.
 
     `study` is the name of an experiment, with further words of the command line (`"policy=helios"`,
     `"workload.n_requests=100"`), or a `Config`. `settings` are set on top of it, by dotted path:
@@ -31,7 +31,7 @@ def simulate(
     `python -m helios_sim` computes for the same settings and seeds; nothing is written or printed (`print_table` and
     `write_result` do that).
 
-    Raises UserError where settings cannot be run, or where they ask for something else than a study: designs
+    Raises UserError if settings cannot be run, or if they ask for something else than a study: designs
     (`simulate_designs`) or a comparison with a real run, which only the command line makes.
     """
     from helios_sim.study.command import run
@@ -42,9 +42,9 @@ def simulate(
 def simulate_designs(
     study: Config | str = "sweep_helios", *words: str, settings: Mapping[str, Any] | None = None
 ) -> DesignsResult:
-    """Runs the designs of a study with `sweep.parameters`, all under the same requests; arguments as in `simulate`.
+    """Run the designs of a study with `sweep.parameters`, all under the same requests; arguments as in `simulate`.
 
-    Raises UserError where settings cannot be run, where there is nothing to vary, or where every design fails.
+    Raises UserError if settings cannot be run, there is nothing to vary, or every design fails.
     """
     from helios_sim.study.sweep import sweep
 
@@ -52,7 +52,9 @@ def simulate_designs(
 
 
 def study_config(experiment: str = "quickstart", *words: str, config_dir: str | Path | None = None) -> Config:
-    """The settings of `python -m helios_sim +experiment=NAME WORDS`; `config_dir`: a folder of your own config groups.
+    """Return the settings of `python -m helios_sim +experiment=NAME WORDS`.
+
+    `config_dir`: a folder of your own config groups.
 
     Raises UserError for a name, a key or a value that does not exist.
     """
@@ -87,7 +89,7 @@ def _settings_of(study: Config | str, words: tuple[str, ...], settings: Mapping[
 
 
 def _as_words(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """The settings as the command line has them."""
+    """Yield the settings as words of the command line."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _as_words(value, f"{above}{key}.")

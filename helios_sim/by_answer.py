@@ -3,8 +3,8 @@
 A cascade asks the first of its kinds. When the answer has ended, a confidence that is too low sends the request, with
 its whole prompt, to the next kind; both answers take time and memory. The user sees one answer, the one that counts: it
 comes whole if it might have been replaced, and token by token from the last kind. A bandit learns from the answers that
-have ended which kind serves a task best. `mixed` looks at nothing and `best_answer` at what nobody knows beforehand:
-they are what routers have to beat, and the bound of all of them.
+have ended which kind serves a task best. `mixed` looks at nothing: it is the control that a router has to beat.
+`best_answer` looks at the recorded text, which no real router knows beforehand: it is the bound of all routers.
 
 Among the replicas of a kind a request goes to the one with the fewest requests, the first of equals.
 """
@@ -30,21 +30,21 @@ BitsOf = Callable[[int, Request], int]
 
 @dataclass(frozen=True, slots=True)
 class Favoured:
-    """From then on the bandit holds this kind for the best one of a task."""
+    """A time from which on the bandit takes this kind for the best one of a task."""
 
     time_ns: int
-    task: int | None  # None: of all tasks, which it does not tell apart
+    task: int | None  # None if the bandit does not tell tasks apart
     kind: int
-    verdicts: Mapping[str, Mapping[str, float]]  # of each kind: answers judged, and their mean bits per character
+    verdicts: Mapping[str, Mapping[str, float]]  # by kind: answers judged, and their mean bits per character
 
 
 @dataclass(slots=True)
 class Answered:
-    """What a router has done in one run, besides sending each request somewhere."""
+    """Counts of one run of a router, besides where it sent each request."""
 
     cascades: bool = False
     escalations: int = 0  # times that a request went on to the next kind
-    escalated: int = 0  # requests that did
+    escalated: int = 0  # requests that went on at least once
     refused: int = 0  # requests that the last kind could not run, so that an earlier answer counts
     replaced_tokens: int = 0  # output tokens of answers that do not count
     favoured: list[Favoured] = field(default_factory=list)
@@ -56,17 +56,17 @@ class Judging(Protocol):
     @property
     def answered(self) -> Answered: ...
     def choose(self, request: Request) -> int:
-        """The replica that the request goes to, which arrives now."""
+        """Return the number of the replica for a request that arrives now."""
 
     def judge(self, record: RequestRecord, left_ns: int) -> RequestRecord | Request:
-        """A request has left its replica: its record, or the request again where another kind is to answer it."""
+        """Judge a request that left its replica: return its record, or the request if another kind is to answer it."""
 
 
 class ByAnswer(Protocol):
-    """The settings of a router, of which each run makes its own."""
+    """Settings of a router that goes by answers; each run makes its own router from them."""
 
     def begin(self, requests_in: Sequence[int], seed: int) -> Judging:
-        """`requests_in` holds the number of requests in each replica, at any moment the present one."""
+        """Return the router of one run. `requests_in`: requests in each replica now, kept up to date by the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +81,17 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class Bandit:
-    """Thompson's sampling for means: of each kind (by task) a normal distribution around the mean of its answers.
+    """Thompson sampling of means: for each kind (and task) a normal distribution around the mean of its answers.
 
-    An answer's worth is minus its bits per character. With n answers of mean m, whose squared distances from m sum to
-    S, the draw is m + z sqrt((spread^2 + S) / n^2), z standard normal, less the kind's cost. A kind of which no answer
-    has ended is tried first, the one that was sent the fewest requests.
+    An answer's worth is minus its bits per character. With n answers of mean m and squared distances from m that sum
+    to S, the draw is m + z sqrt((spread^2 + S) / n^2), z standard normal, less the kind's cost. Kinds without a judged
+    answer come first; of several such kinds, the one that was sent the fewest requests.
     """
 
     kinds: Mapping[str, tuple[int, ...]]  # replicas of each
-    by_task: bool  # it learns for each task of its own
+    by_task: bool  # learn each task separately
     spread: float  # bits per character by which answers of one kind are assumed to differ before any is known
-    costs: Mapping[str, float]  # bits per character that a kind has to be better, for what it costs
+    costs: Mapping[str, float]  # by kind: bits per character by which it has to be better, because of its price
 
     def begin(self, requests_in: Sequence[int], seed: int) -> Judging:
         return _Sampling(self, requests_in, seed)
@@ -142,12 +142,12 @@ class _Sending:
 
 @dataclass(slots=True)
 class _Asked:
-    """A request of a cascade that has no answer that counts."""
+    """A request of a cascade that has no final answer yet."""
 
     request: Request  # as it first arrived
     stage: int = 0  # the kind that answers now
-    first: RequestRecord | None = None  # of the first time that it left a replica
-    answer: RequestRecord | None = None  # the latest that has ended, in case that no better one comes
+    first: RequestRecord | None = None  # record of the first time that it left a replica
+    answer: RequestRecord | None = None  # latest completed answer, which counts if no later kind completes one
 
 
 class _Escalating:
@@ -184,7 +184,7 @@ class _Escalating:
         self.answered.replaced_tokens += 0 if answer is None else answer.output_tokens
 
     def _seen(self, asked: _Asked, record: RequestRecord, left_ns: int) -> RequestRecord:
-        """What the user sees: `record` is that of the last time that the request left a replica."""
+        """Return the record as the user sees it; `record` is from the last time that the request left a replica."""
         last_stage = len(self._cascade.stages) - 1
         if record.status is Status.DROPPED and asked.answer is not None:
             record = replace(asked.answer, first_token_ns=left_ns, last_token_ns=left_ns)
@@ -200,7 +200,7 @@ class _Escalating:
 
 @dataclass(slots=True)
 class _Known:
-    """Answers of one kind, of one task where tasks are told apart: their worth is minus their bits per character."""
+    """Statistics of one kind's answers, of one task if tasks are told apart. Worth is minus bits per character."""
 
     sent: int = 0
     judged: int = 0
@@ -223,7 +223,7 @@ class _Sampling:
         self._costs = [bandit.costs.get(name, 0.0) for name in self._names]
         self._known: dict[int | None, list[_Known]] = {}
         self._favoured: dict[int | None, int] = {}
-        self._worst = inf  # worth of any answer so far; inf: none has ended
+        self._worst = inf  # lowest worth of any answer so far; inf if none has ended
         self._rng = _draws(seed, "bandit")
 
     def choose(self, request: Request) -> int:
@@ -241,7 +241,7 @@ class _Sampling:
         return known.mean + z * sqrt(self._bandit.spread**2 + known.squares) / known.judged
 
     def judge(self, record: RequestRecord, left_ns: int) -> RequestRecord | Request:
-        """A request that its replica refused counts as the worst answer so far."""
+        """Learn from an answer. A request that its replica refused counts as the worst answer so far."""
         if record.status is Status.UNFINISHED:
             return record
         worth = self._worst
@@ -263,7 +263,7 @@ class _Sampling:
         return self._known.setdefault(task, [_Known() for _ in self._names])
 
     def _note(self, task: int | None, known: Sequence[_Known], now_ns: int) -> None:
-        """Whether another kind is held for the best now, once each has been tried."""
+        """Note if another kind is taken for the best now, once each kind has been tried."""
         if not all(it.judged for it in known):
             return
         best = max(range(len(known)), key=lambda kind: known[kind].mean - self._costs[kind])

@@ -43,17 +43,19 @@ from helios_sim.study.schema import Config
 from helios_sim.words import MOST_BYTES
 from helios_sim.wrong_settings import in_a_circle, in_words
 
-MOST_LOOKED_AT = 300  # files and folders of the user's, before all settings are rather composed once more
+MOST_LOOKED_AT = 300  # files and folders of the user's; with more of them, composing all settings once more is quicker
 
 
 def run_command(command: list[str]) -> int:
-    """0: done; 1: a mistake of the user, in one message; 2: a gate failed."""
+    """Run studies from the command line. Returns 0 if done, 1 after a mistake of the user (one message), 2 if a gate
+    failed.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     status = 0
     started = False
     folders: list[tuple[Path, bool]] = []  # of studies that began, each with whether it is one of several
     refused: list[Path] = []  # output folders of studies that could not start
-    swept: list[Path] = []  # those of several studies, in which Hydra writes before it looks at their settings
+    swept: list[Path] = []  # output folders of multiruns, in which Hydra writes before it looks at the settings
 
     def study(settings: DictConfig) -> None:
         nonlocal status, started
@@ -71,7 +73,7 @@ def run_command(command: list[str]) -> int:
             status = max(status, runner_of(config)(config, folder))
         except (UserError, OmegaConfBaseException) as error:
             stop_if_asked()
-            # Here, since Hydra would announce it in words of its own
+            # Handled here, since Hydra would print it in words of its own
             mistake = error if isinstance(error, UserError) else in_words(error, command)
             status = _fail(mistake, run.job.override_dirname if run.mode is RunMode.MULTIRUN else "")
             refused.append(folder)
@@ -81,7 +83,7 @@ def run_command(command: list[str]) -> int:
         command = in_full(in_order(without_json(command)))
         check_flags(command)
         command = whole_mixes(by_arm(command))
-        logging.raiseExceptions = False  # Hydra logs its pages, and their reader may leave
+        logging.raiseExceptions = False  # Hydra logs its help pages, and their reader may close the pipe
         GlobalHydra.instance().clear()
         sys.argv[1:] = command
         with _composed_once(command), _noting(swept):
@@ -118,7 +120,7 @@ def run_command(command: list[str]) -> int:
 
 
 def runner_of(config: Config) -> Callable[[Config, Path], int]:
-    """What runs these settings into a folder and returns the exit status."""
+    """Return the function that runs these settings into a folder and returns the exit status."""
     from helios_sim.study.command import run_study as run_it
 
     kind = kind_of(config)
@@ -138,7 +140,7 @@ def runner_of(config: Config) -> Callable[[Config, Path], int]:
 
 
 def repeat_study(arguments: list[str]) -> int:
-    """`repro`, with the messages and exit codes of a study. 2: what it gives is not the same."""
+    """Run `repro`, with the messages and exit codes of a study; 2 if the results are not the same."""
     from helios_sim.repro import main
 
     try:
@@ -151,7 +153,7 @@ def repeat_study(arguments: list[str]) -> int:
 def _composed_once(command: Sequence[str]) -> Iterator[None]:
     """Keep Hydra from composing all settings once more, only to read `hydra.mode`.
 
-    Files of the user and the command line may set it; where they do not, -m alone says what it is.
+    The user's files and the command line may set it; if they do not, -m alone decides.
     """
     read = Hydra.get_mode
     by_word = any(word.lstrip("+").startswith(("hydra.mode", "hydra.searchpath")) for word in command)
@@ -164,7 +166,7 @@ def _composed_once(command: Sequence[str]) -> Iterator[None]:
 
 
 def _may_set_hydra(folder: str) -> bool:
-    """Whether a file of settings in it names Hydra, or lies among Hydra's own; or to look at all would take long."""
+    """Whether a file of settings in the folder may set Hydra's own; True too if a full search would take long."""
     seen = 0
     for place, folders, files in os.walk(folder):
         seen += len(folders) + len(files)
@@ -181,7 +183,7 @@ def _may_set_hydra(folder: str) -> bool:
 
 @contextmanager
 def _noting(folders: list[Path]) -> Iterator[None]:
-    """Add the folders in which Hydra writes multirun.yaml, which nothing else tells where no study begins."""
+    """Add the folders in which Hydra writes multirun.yaml: if no study begins, nothing else names them."""
     save = OmegaConf.save
 
     def noted(config: object, f: str | Path, resolve: bool = False) -> None:
@@ -197,7 +199,10 @@ def _noting(folders: list[Path]) -> Iterator[None]:
 
 
 def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
-    """What Hydra raised while it read flags, made the output folder, or set a key under one that is null."""
+    """Return as one message what Hydra raised while it read flags, made the output folder, or set a key below null.
+
+    Other errors are raised again.
+    """
     if isinstance(error, OSError):
         try:
             Path.cwd()
@@ -212,7 +217,7 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
         name = key.lstrip("+~").partition(f".{found[1]}")[0]
         fix = f"write {name}.0.{found[1]}={value}"
         return UserError(key, value, f"{name} is a list, whose entries have numbers", fix)
-    if isinstance(error, ValueError):  # of flags that exclude each other
+    if isinstance(error, ValueError):  # flags that exclude each other
         return UserError("command line", " ".join(arguments), str(error), "see python -m helios_sim --help")
     if "Unexpected type for root" not in str(error):
         raise error
@@ -226,7 +231,7 @@ def _before_start(error: Exception, arguments: Sequence[str]) -> UserError:
 
 
 def _stopped(command: Sequence[str], folders: Sequence[tuple[Path, bool]]) -> int:
-    """Says where what was finished lies, and the command that goes on with it. Returns the exit status."""
+    """Say where finished results are, and which command goes on from them. Returns the exit status."""
     leave_by_status()  # Ray, while it starts, ends the program on SIGTERM
     if not folders:
         say("helios_sim: stopped before anything was run", sys.stderr)
@@ -241,7 +246,7 @@ def _stopped(command: Sequence[str], folders: Sequence[tuple[Path, bool]]) -> in
 
 
 def _fail(error: UserError, study: str = "") -> int:
-    """`study` says which of several it was."""
+    """Print the error and return the exit status; `study` names the failed one of several studies."""
     where = f"{study}: " if study else ""
     say(f"helios_sim: {where}{error}", sys.stderr)
     return 1

@@ -1,4 +1,4 @@
-"""The command line as Hydra reads it: short words in full, in order, and flags and words that it would take amiss."""
+"""Turns a command line into one that Hydra reads: short words in full, in order, and wrong flags and words refused."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from helios_sim.study.schema import Config
 from helios_sim.vary.settings import closest, known_settings
 from helios_sim.words import readable
 
-MIXES = ("workload.mix.tasks", "workload.mix.after")  # given whole, they take the place of the experiment's
+MIXES = ("workload.mix.tasks", "workload.mix.after")  # if given whole, they take the place of the experiment's
 DEFAULT = "+experiment=quickstart"
 PRESET, ENGINE = "server.preset", "engine"  # the word, and the group of files that it chooses from
 PRINT_JOB = "--cfg job prints all of them"
-BY_HYDRA = {".hydra", "multirun.yaml"}  # what lies in an output folder before anything else was written
+BY_HYDRA = {".hydra", "multirun.yaml"}  # files of an output folder before anything else is written
 
 
 def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str]:
-    """The command line as Hydra reads it: `model=X` names the only candidate, for short too, `device=X` what serves.
+    """Return the command line with short words in full: `model=X` names the only candidate, by a short name too,
+    `device=X` the serving device, and `log=X` the log of `from_log`.
 
-    `server.preset=X` adds a file of conf/engine, above what an experiment says.
-
-    UserError for words that would run code.
+    `server.preset=X` adds a file of conf/engine, which overrides an experiment. Raises UserError for words that would
+    run code, and for a group set to null.
     """
     found = []
     for argument in arguments:
@@ -54,7 +54,7 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
             raise UserError(key.lstrip("+"), value, "one of its files: every study has one", fix)
         elif equals and key == PRESET:
             if value in ("null", ""):
-                continue  # as it is without the word
+                continue  # the default without this word
             argument = f"+{ENGINE}={value}"
         elif key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~/"):  # which shells leave as it is
             argument = f"{key}={Path(value).expanduser()}"
@@ -63,7 +63,7 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """Overrides first and together, as Hydra's parser wants them, with an experiment among them."""
+    """Put overrides first and together, as Hydra's parser wants them, with an experiment among them."""
     overrides = [a for a in arguments if is_override(a)]
     flags = [a for a in arguments if a not in overrides]
     for place, override in enumerate(overrides):
@@ -79,10 +79,10 @@ def is_override(word: str) -> bool:
 
 
 def whole_mixes(command: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """The command line, where a whole mix of tasks takes the place of the experiment's.
+    """Return the command line in which a whole mix of tasks takes the place of the experiment's.
 
-    Hydra would join the two. What the experiment names and the word does not is taken out by words of its own, so that
-    the settings that Hydra prints and keeps are those that run.
+    Hydra would merge the two. Tasks that only the experiment names are deleted by further words, so that the settings
+    that Hydra prints and keeps are the settings that run.
     """
     mixes = {word: word.partition("=") for word in command if word.partition("=")[0] in MIXES}
     whole = {word: key for word, (key, _, value) in mixes.items() if value.lstrip().startswith("{")}
@@ -98,10 +98,10 @@ def whole_mixes(command: Sequence[str], config_dir: str | Path | None = None) ->
 
 
 def by_arm(command: Sequence[str], config_dir: str | Path | None = None) -> list[str]:
-    """The command line, where words about arms that Hydra cannot read by name are words about all arms.
+    """Return the command line with words about arms with names that Hydra cannot read turned into words about `arms`.
 
-    `arms.full_depth_opt-1.3b.model=X` becomes `arms={full_depth_opt-1.3b: {model: X}}`, which Hydra joins with what is
-    there; `~arms.NAME` sets the arm to null, which leaves it out. UserError where there is no such arm.
+    `arms.full_depth_opt-1.3b.model=X` becomes `arms={full_depth_opt-1.3b: {model: X}}`, which Hydra merges with the
+    arms; `~arms.NAME` sets the arm to null, which leaves it out. Raises UserError if there is no such arm.
     """
     about = [word for word in command if is_override(word) and _names_arm(word)]
     if not about:
@@ -131,10 +131,10 @@ def _of_arms(word: str, names: Sequence[str]) -> str:
 
 
 def composed(command: Sequence[str], left_out: Collection[str], config_dir: str | Path | None) -> DictConfig:
-    """The settings without these words, to see what an experiment names. Their schema is the one registered last."""
+    """Compose the settings without these words, to see what an experiment names, by the schema registered last."""
     others = [word for word in command if is_override(word) and word not in left_out and not _names_arm(word)]
     several = any(word in ("-m", "--multirun") for word in command)
-    kept = [word for word in others if not (several and "," in word)]  # values of a sweep name nothing
+    kept = [word for word in others if not (several and "," in word)]  # without the settings that a sweep varies
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_folder(), version_base=None):
         return compose("config", [*kept, *searched(next(reversed(config_dirs(command)), config_dir))])
@@ -145,7 +145,7 @@ def searched(config_dir: str | Path | None) -> list[str]:
 
 
 def given(key: str, arguments: Sequence[str]) -> str | None:
-    """What the command line sets a key to."""
+    """Return what the command line sets a key to; None if it does not set it."""
     for argument in reversed(arguments):
         name, equals, value = argument.partition("=")
         if equals and name.lstrip("+~").split("@")[0] == key:
@@ -154,7 +154,10 @@ def given(key: str, arguments: Sequence[str]) -> str | None:
 
 
 def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
-    """UserError for what argparse would refuse with a page of usage and status 2. Hydra's parser is not public."""
+    """Raise UserError for what argparse would refuse with a page of usage, and for words that Hydra would misread.
+
+    Hydra's parser is not public.
+    """
     said = io.StringIO()
     see = f"see python -m {program} --help"
     dashed = next((word for word in arguments if word.startswith("--exp")), "--experimental-rerun")
@@ -216,7 +219,7 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
 
 
 def _check_beginning(folder: Path) -> None:
-    """UserError for a user's config.yaml with settings of a study, which Hydra would not read."""
+    """Raise UserError for a user's config.yaml with settings of a study, which Hydra would not read."""
     for file in (folder / "config.yaml", folder / "config.yml"):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -230,7 +233,7 @@ def _check_beginning(folder: Path) -> None:
 
 
 def leave_no_trace(folder: Path, worthless: Collection[str] = ()) -> None:
-    """Remove a folder in which nothing but Hydra's own files and `worthless` ones lie, and empty ones above it here."""
+    """Remove a folder that holds only Hydra's own files and `worthless` ones, and empty ones above it up to here."""
     here = Path.cwd()
     folder = folder.resolve()
     above = [parent for parent in folder.parents if here in parent.parents]

@@ -1,4 +1,4 @@
-"""What Hydra would read, copy or parse once more for each composition of settings in one process, and need not.
+"""Caches for Hydra, which otherwise reads, copies and parses everything again for each composition of settings.
 
 A sweep composes its settings for each of its jobs, a notebook for each study.
 """
@@ -17,22 +17,22 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.grammar_parser import parse
 
-_PARSED = 4096  # texts with ${...}
+_PARSED = 4096  # texts with ${...} that are kept parsed
 
 
 @cache
 def keep_what_is_read() -> None:
-    """From now on, in this process.
+    """Keep registered schemas and parsed texts instead of copying and parsing them again, from now on.
 
-    Hydra copies its search path for each composition, and by it all schemas that are registered; what it loads from
-    the store is a copy anyway. What OmegaConf parses of a text goes by that text alone, and is only looked at.
+    Hydra copies its search path for each composition, and with it all registered schemas; what it loads from the store
+    is a copy anyway. OmegaConf's parse of a text depends on the text alone, and is never changed.
     """
     setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010
     setattr(omegaconf.base, "parse", lru_cache(_PARSED)(parse))  # noqa: B010
 
 
 def loaded(source: ConfigSource, file: Path) -> ConfigResult:
-    """A file as its source loads it, read once while it stays as it is."""
+    """Return a file as its source loads it; the file is read again only if it has changed."""
     found = file.stat()
     header, values = _read(file, found.st_mtime_ns, found.st_size)
     path = f"{source.scheme()}://{source.path}"
@@ -41,7 +41,7 @@ def loaded(source: ConfigSource, file: Path) -> ConfigResult:
 
 @cache
 def _read(file: Path, mtime_ns: int, size_bytes: int) -> tuple[dict[str, Any], Any]:
-    """What its first lines tell Hydra, and its values."""
+    """Return what the file's first lines tell Hydra, and its values."""
     text = file.read_text(encoding="utf-8")
     values = yaml.load(text, Loader=_loader())  # noqa: S506 - a safe one
     if values is not None and not isinstance(values, dict):
@@ -51,6 +51,6 @@ def _read(file: Path, mtime_ns: int, size_bytes: int) -> tuple[dict[str, Any], A
 
 @cache
 def _loader() -> Any:
-    """OmegaConf's, which reads these files twenty times as quickly where PyYAML has libyaml to parse them with."""
+    """Return OmegaConf's loader, by libyaml if PyYAML has it, which reads these files twenty times as quickly."""
     own = get_yaml_loader()
     return type("Loader", (yaml.CSafeLoader, own), {}) if yaml.__with_libyaml__ else own

@@ -1,6 +1,6 @@
 """Settings as a typed `Config`: the schemas that Hydra reads, composed from conf/ and the words of a command line.
 
-What is about Hydra alone serves every command line of the project: such functions take the schema of its settings.
+Functions about Hydra alone serve every command line of the project; they take the schema of its settings.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _registered: dict[str, type] = {}
 
 
 def register(name: str = "config_schema", schema: type = Config) -> None:
-    """Gives Hydra the schema that conf/ calls `name`. A schema is read once, which takes some 0.05 s."""
+    """Give Hydra the schema that conf/ calls `name`. A schema is read once, which takes some 0.05 s."""
     look_at_files()
     if _registered.get(name) is not schema:
         ConfigStore.instance().store(name=name, node=schema)
@@ -50,10 +50,10 @@ def compose_config(
     config_dir: str | Path | None = None,
     schema: type[Config] = Config,
 ) -> Config:
-    """The settings of an experiment and further words of the command line, without running Hydra's own main.
+    """Return the settings of an experiment and further words of the command line, without running Hydra's own main.
 
-    `schema`: of a command with further settings of its own. Raises UserError for a name, a key or a value that does
-    not exist.
+    `schema` belongs to a command with further settings of its own. Raises UserError for a name, a key or a value that
+    does not exist.
     """
     folder = [] if config_dir is None else ["--config-dir", str(config_dir)]
     command = in_full(in_order([f"+experiment={experiment}", *words]), schema)
@@ -85,7 +85,7 @@ def compose_config(
 
 
 def kind_of(settings: DictConfig | Config) -> str:
-    """What the settings ask for: a study, designs of one arm, a capacity plan, or a comparison."""
+    """Return what the settings ask for: a study, designs of one arm, a capacity plan, or a comparison."""
     if settings.fidelity.silicon:
         return FIDELITY_SILICON
     if settings.fidelity.compare or settings.fidelity.folder is not None:
@@ -100,7 +100,7 @@ def kind_of(settings: DictConfig | Config) -> str:
 
 
 def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: Sequence[str]) -> None:
-    """UserError where an experiment's own value hides a choice from the command line."""
+    """Raise UserError if an experiment's own value overrides a choice of the command line, or an empty group is set."""
     from helios_sim.policy.telemetry import Goal
     from helios_sim.profile.runtimes import PRESETS
 
@@ -121,16 +121,16 @@ def check_choices(settings: DictConfig, choices: Mapping[str, str], arguments: S
 
 
 def check_own_files(config: Config, choices: Mapping[str, str | None], arguments: Sequence[str]) -> None:
-    """UserError for what the user's own files, of which a study is made, set in vain.
+    """Raise UserError for settings in the user's own files that have no effect.
 
-    What a file sets may be undone by those that come after it, and by the command line.
+    What a file sets may be overwritten by later files, and by the command line.
     """
     after = [word.partition("=")[0].lstrip("+~") for word in arguments if is_override(word)]
     for own in reversed(own_files(choices, arguments)):
         is_last = own.group == EXPERIMENT
         changed = after if is_last else [path for path in (*after, *shipped_paths(choices)) if path != own.group]
         check_written(config, own.values, changed, own.path.name, is_last)
-        # that there are arms is no reason for which a setting does not count
+        # arms and their settings never are the reason why another setting has no effect
         after = [*after, *(path for path, _ in leaves(own.values) if not path.startswith(("arms.", "policy.")))]
 
 
@@ -139,7 +139,7 @@ def to_config(settings: DictConfig, arguments: Sequence[str] = ()) -> Config:
 
 
 def typed(settings: DictConfig, schema: type[_Schema], arguments: Sequence[str]) -> _Schema:
-    """The settings as the schema's dataclass. UserError for a name, a type or a value that cannot be."""
+    """Return the settings as the schema's dataclass. UserError for a name, a type or a value that cannot be."""
     try:
         name = unknown_setting(schema, OmegaConf.to_container(settings))
         if name is not None:
@@ -156,12 +156,12 @@ def typed(settings: DictConfig, schema: type[_Schema], arguments: Sequence[str])
 
 
 def settings_page(config: Config) -> str:
-    """All settings as YAML."""
+    """Return all settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def saved_config(settings: object, where: str) -> Config:
-    """The settings that `asdict` made of a Config. UserError, about the file `where`, if they are none."""
+    """Restore a Config from what `asdict` made of it. UserError, about the file `where`, if it is no Config."""
     allowed, fix = "the settings of a study, under configuration", "name the output folder of a study of this version"
     if not isinstance(settings, Mapping):
         raise UserError(where, settings, allowed, fix)

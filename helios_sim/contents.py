@@ -1,7 +1,7 @@
-"""What files hold, as digests: a result is known by the contents of what it was made of, never by a name or a time.
+"""Digests of files: a result is identified by the contents of its inputs, never by a name or a time.
 
-A file that was read is not read again as long as the system says that it was not written since, which is only a
-shortcut: a new process reads it anew.
+A file is read again only if the system says that it was written since. This is only a shortcut: a new process reads
+every file anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Stamp = tuple[int, ...]
 
 
 def stamp(path: Path) -> Stamp:
-    """Changes when the file is written, or when another takes its place. `ctime` cannot be set back by a program."""
+    """Return a value that changes when the file is written or replaced. `ctime` cannot be set back by a program."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -32,7 +32,7 @@ def _sha256_of(path: Path, written: Stamp) -> str:
 
 
 def digest_of(*paths: Path) -> str:
-    """A digest of files, and of all files of folders and their names in them."""
+    """Return one digest of files, and of all files in folders with their names."""
     parts = []
     for path in paths:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -41,8 +41,8 @@ def digest_of(*paths: Path) -> str:
 
 
 def code_of(folder: Path, *parts: str) -> str:
-    """A digest of the Python sources in a folder and their names; `parts`: of these files and folders in it alone."""
-    found: dict[tuple[str, ...], Path | str] = {}  # by the parts of their paths, in whose order they are read
+    """Return one digest of the Python sources in a folder and their names; `parts`: only these files and folders."""
+    found: dict[tuple[str, ...], Path | str] = {}  # by the parts of their paths, which give the order of reading
     for place in [folder / part for part in parts] or [folder]:
         if place.is_file():
             found[place.relative_to(folder).parts] = place
@@ -51,7 +51,7 @@ def code_of(folder: Path, *parts: str) -> str:
             found |= {(*inside, name): f"{above}{os.sep}{name}" for name in names if name.endswith(".py")}
     content = []
     for path in sorted(found):
-        with open(found[path], "rb", buffering=0) as file:  # in one piece, which is twice as quick
+        with open(found[path], "rb", buffering=0) as file:  # unbuffered, in one read: twice as quick
             content += [os.sep.join(path).encode(), file.read()]
     return digest(b"".join(content))
 

@@ -1,4 +1,4 @@
-"""The list `defaults` at the beginning of a user's experiment file, looked at before Hydra reads it."""
+"""Checks of the list `defaults` at the beginning of a user's experiment file, before Hydra reads it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from helios_sim.untrusted import shortened
 from helios_sim.vary.settings import closest
 
 CHOSEN = ("workload", "policy", "objective", "runtime")  # groups of which every study has one file
-ENGINE = "engine"  # the group of which none has, until one is named
+ENGINE = "engine"  # the group of which a study has no file until one is named
 _EXAMPLE = "write each in a line of its own, such as - override /objective: energy"
 
 
 def check_defaults(file: Path) -> None:
-    """UserError for a list that Hydra would refuse in words of its own, or of which it would take but a part.
+    """Raise UserError for a list that Hydra would refuse in words of its own, or would read only in part.
 
-    A file that is no YAML, or has no such list, is left to the readers after this one.
+    A file that is no YAML, or has no such list, is left to later readers.
     """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -44,13 +44,13 @@ def check_defaults(file: Path) -> None:
 
 
 def _check_order(place: str, file: Path, values: dict[str, Any], after: list[Any]) -> None:
-    """UserError where a file that comes after `_self_` sets what this one sets too, which is then in vain."""
+    """Raise UserError if a file that is listed after `_self_` overwrites a setting of this file."""
     own = dict(leaves(placed(values, "")))
     for entry in after:
         (key, value), = entry.items() if isinstance(entry, dict) else [("", entry)]
         words = key.split()
         if "override" in words or not isinstance(value, str):
-            continue  # it takes the place of another file, which came before
+            continue  # it replaces a file that came earlier
         group = words[-1].strip("/") if words else ""
         name = f"{value.removesuffix('.yaml')}.yaml"
         places = [folder / group / name for folder in (file.parent.parent, Path(conf_folder()))] if group else [
@@ -66,7 +66,7 @@ def _check_order(place: str, file: Path, values: dict[str, Any], after: list[Any
 
 
 def _checked(place: str, own: str, entry: Any) -> str:
-    """What the entry chooses: a group, or a file beside this one."""
+    """Return what the entry chooses: a group, or a file beside this one. Raises UserError for a wrong entry."""
     if isinstance(entry, str):
         name = entry.removesuffix(".yaml")
         if name in (own, f"/experiment/{own}"):

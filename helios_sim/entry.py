@@ -1,4 +1,4 @@
-"""How a command of this project begins and ends: a status, and one message for whatever stopped it.
+"""Start and end of every command of this project: an exit status, and one message for an error that stopped it.
 
 Nothing heavy is imported here: help and the version are answered before anything else is loaded.
 """
@@ -16,9 +16,9 @@ from helios_sim.streams import open_streams
 
 
 def run(name: str, work: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
-    """The status of `work` with the words of the command line; 1 after a mistake of the user, or when stopped.
+    """Run `work` with the words of the command line and return its status; 1 after a mistake of the user, or a stop.
 
-    A reader that leaves early, as `head` does, is no error.
+    A reader that closes the pipe early, as `head` does, is no error.
     """
     open_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -48,7 +48,7 @@ def run(name: str, work: Callable[[list[str]], int], arguments: Sequence[str] | 
 
 
 def script(file: str, work: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a script as commands are run. A file that it needs and that is not there is a message too."""
+    """Run a script as commands are run. A missing input file gives a message too."""
 
     def told(words: list[str]) -> int:
         try:
@@ -70,7 +70,7 @@ def answers(page: str, command: Sequence[str]) -> bool:
         print(help_text(page, command))
         return True
     if "--version" in command:
-        package = sys.modules["helios_sim"]  # this module is in it; to name it here would name all that it imports
+        package = sys.modules["helios_sim"]  # not by import, which would count as one of all its modules
         print(f"helios_sim {package.__version__}")
         return True
     return False

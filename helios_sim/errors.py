@@ -1,4 +1,4 @@
-"""The error that a user can mend, and the range checks that raise it. Every module may use them."""
+"""The error for mistakes that a user can mend, and range checks that raise it. Every module may use them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class UserError(ValueError):
 
     def __init__(self, key: str, value: object, allowed: str, fix: str) -> None:
         self.key, self.value, self.allowed, self.fix = key, value, allowed, fix
-        # SimPy makes an error of a process anew from its arguments, and so does pickle.
+        # SimPy and pickle rebuild an error from its arguments.
         super().__init__(key, value, allowed, fix)
 
     def about(self, key: str) -> UserError:
-        """The same mistake under a key that tells the user more."""
+        """Return this error under a key that tells the user more."""
         return type(self)(key, self.value, self.allowed, self.fix)
 
     def __str__(self) -> str:
@@ -30,13 +30,13 @@ class UserError(ValueError):
 
 
 class WeightsError(UserError):
-    """The weights that the user named are not there, or they are damaged or of a kind that is not read.
+    """The weights that the user named are missing, damaged or of a kind that is not supported.
 
     The key is "weights", or it names the file, tensor or entry that is wrong.
     """
 
     def named_by(self, setting: str) -> WeightsError:
-        """The same mistake under the setting that named the weights; a file, tensor or entry stays named."""
+        """Return this error under the setting that named the weights; a file, tensor or entry stays named."""
         part = self.key.removeprefix("weights")
         return type(self)(f"{setting}: {part}" if part else setting, self.value, self.allowed, self.fix)
 
@@ -58,7 +58,7 @@ class BeyondRoofline(UserError):
 
 
 class OwnCodeError(UserError):
-    """Code of the user's own raised something, which is the cause of this error."""
+    """The user's own code raised an exception, which is the cause of this error."""
 
 
 class TooLittleMemory(UserError):
@@ -70,7 +70,7 @@ _LACKING = {
     errno.EAGAIN: "processes and threads", errno.ENOSPC: "room on the disk", errno.EDQUOT: "room on the disk",
     errno.EFBIG: "room for a file of that size",
 }  # fmt: skip
-# What the loader of libraries, NumPy and the interpreter say, which give no number.
+# Messages of the dynamic loader, NumPy and the interpreter, which give no errno.
 _SAID = (
     ("failed to map segment", "memory"), ("cannot allocate memory", "memory"), ("unable to allocate", "memory"),
     ("too many open files", "open files"), ("can't start new thread", "processes and threads"),
@@ -78,14 +78,14 @@ _SAID = (
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says; nothing where its own text raises another."""
+    """Return the text of an error; empty if making the text raises another error."""
     with suppress(Exception):
         return str(error)
     return ""
 
 
 def lacking(error: BaseException) -> UserError | None:
-    """The message where the machine did not give what a run needs, in whatever form that was raised; else None."""
+    """Return a UserError if the machine lacked memory, files or the like, however that was raised; else None."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
@@ -102,13 +102,13 @@ def lacking(error: BaseException) -> UserError | None:
 
 
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
-    """UserError unless the condition holds; `allowed` completes "must be ..."."""
+    """Raise UserError unless the condition holds; `allowed` completes "must be ..."."""
     if not holds:
         raise UserError(key, value, f"must be {allowed}", f"set {key} accordingly")
 
 
 def require_finite(settings: Any, prefix: str = "") -> None:
-    """UserError for a field of a dataclass, or an entry of its lists and mappings, that is infinite or no number."""
+    """Raise UserError for a field of a dataclass, or an entry of its lists and mappings, that is infinite or NaN."""
     for name, value in vars(settings).items():
         entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
         for entry in entries:
@@ -127,12 +127,12 @@ def require_one_of(key: str, value: object, names: Collection[str]) -> None:
 
 
 def require_positive(key: str, value: float, fix: str) -> None:
-    """UserError unless `value` is a finite number above 0."""
+    """Raise UserError unless `value` is a finite number above 0."""
     if not (math.isfinite(value) and value > 0):
         raise UserError(key, value, "must be a finite number above 0", fix)
 
 
 def require_count(key: str, value: object, fix: str) -> None:
-    """UserError unless `value` is a whole number of at least 1."""
+    """Raise UserError unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise UserError(key, value, "must be a whole number of at least 1", fix)

@@ -1,7 +1,7 @@
 """Output files: JSON values and Arrow columns, and writing that leaves a complete file or none.
 
-Every file that this program writes for later goes through `replacing`: it is written beside its place, synced to the
-disk, and renamed. Files that are read together and described by one of them go through `write_together`.
+Every file that this program keeps goes through `replacing`: it is written beside its place, synced to the disk, and
+renamed. Files that are read together and described by one of them go through `write_together`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` only when the block ends without an error.
+    """Open a binary file that takes the place of `path` only if the block ends without an error.
 
     Raises UserError when the disk is full or the folder cannot be written to; an older `path` then stays as it was.
     """
     make_folder(path.parent)
     scratch = _beside(path)
     try:
-        with scratch.open("xb") as file:  # readable to those to whom the umask allows it
+        with scratch.open("xb") as file:  # with the permissions that the umask allows
             yield file
             _sync(file)
         os.replace(scratch, path)
@@ -74,17 +74,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:
-    """A file of bytes, or of what memory holds as bytes, one after the other."""
+    """Write a file of several parts, bytes or buffers, one after the other."""
     with replacing(path) as file:
         for part in parts:
             file.write(part)
 
 
 def write_together(folder: Path, parts: Mapping[str, bytes | None], header: str, described: bytes) -> None:
-    """Files of one folder by name (None: one that must not be there), and the header without which they are nothing.
+    """Write files of one folder by name (None removes that file), and the header that describes them.
 
-    An interruption leaves the files of before, the new ones, or a folder without a header, never a mixture. UserError
-    where they cannot be written.
+    An interruption leaves the old files, the new ones, or a folder without a header, never a header with mixed files.
+    Raises UserError if they cannot be written.
     """
     make_folder(folder)
     whole = {**{name: content for name, content in parts.items() if content is not None}, header: described}
@@ -109,11 +109,11 @@ def write_together(folder: Path, parts: Mapping[str, bytes | None], header: str,
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode(errors="backslashreplace"))  # of bytes that were no text where they came from
+    write_bytes(path, text.encode(errors="backslashreplace"))  # for input bytes that were no valid text
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities, which other programs cannot read, raise a ValueError."""
+    """Return strict JSON: NaN and infinities, which other programs cannot read, raise a ValueError."""
     return json.dumps(value, allow_nan=False, indent=indent, ensure_ascii=False)
 
 
@@ -138,7 +138,7 @@ def write_parquet(path: Path, table: pyarrow.Table) -> None:
 
 
 def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
-    """Tables of one schema, at least one, as row groups of one file; only one of them is in memory at a time."""
+    """Write tables of one schema, at least one, as row groups of one file; only one is in memory at a time."""
     from pyarrow import parquet
 
     with replacing(path) as file:
@@ -165,7 +165,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 
 def numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> pyarrow.Array:
-    """A column of numbers over the same memory, shape (n,), null where not `present`."""
+    """Return a column over the memory of `values`, shape (n,), null where not `present`."""
     import pyarrow as pa
 
     known = None if present is None else pa.py_buffer(np.packbits(present, bitorder="little"))
@@ -174,7 +174,7 @@ def numbers(values: NDArray[Any], present: NDArray[np.bool_] | None = None) -> p
 
 
 def texts(values: Sequence[str]) -> pyarrow.Array:
-    """A column of texts, at most 2 GB in all."""
+    """Return a column of texts, at most 2 GB in all."""
     import pyarrow as pa
 
     encoded = [value.encode(errors="backslashreplace") for value in values]
@@ -183,7 +183,7 @@ def texts(values: Sequence[str]) -> pyarrow.Array:
 
 
 def json_value(value: Any) -> Any:
-    """Plain JSON values of dataclasses, enums, NumPy scalars and arrays; NaN and infinities become null."""
+    """Turn dataclasses, enums, NumPy scalars and arrays into plain JSON values; NaN and infinities become null."""
     if isinstance(value, Enum):
         return value.value
     if value is None or isinstance(value, str | bool | int):

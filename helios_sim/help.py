@@ -14,12 +14,12 @@ import yaml
 
 from helios_sim.errors import UserError
 
-NOT_CHOSEN = ("campaign", "helios", "hydra", "paper")  # groups: of another program, and of what files of others share
+NOT_CHOSEN = ("campaign", "helios", "hydra", "paper")  # groups of another program, and of parts that other files share
 WIDTH = 120
 
 
 def conf_folder() -> str:
-    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    """Return conf/: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "conf", package / "conf"):
         if (folder / "config.yaml").is_file():
@@ -32,7 +32,7 @@ def is_asked(command: Sequence[str]) -> bool:
 
 
 def help_text(program: str, command: Sequence[str]) -> str:
-    """The program's page, with the groups that a folder named by --config-dir adds."""
+    """Return the program's page, with the groups that a folder named by --config-dir adds."""
     conf = Path(conf_folder())
     page = yaml.safe_load((conf / "hydra" / "help" / f"{program}.yaml").read_text(encoding="utf-8"))
     folders = [conf, *(Path(folder) for folder in config_dirs(command))]
@@ -45,7 +45,7 @@ def help_text(program: str, command: Sequence[str]) -> str:
 
 
 def _joined(lines: Sequence[str]) -> list[str]:
-    """A line of its own for each paragraph that was broken for a wide terminal."""
+    """Join each paragraph that was broken for a wide terminal into one line."""
     found: list[str] = []
     for line in lines:
         goes_on = line[:1].isalnum() and re.match(r"[\w.]+: ", line) is None
@@ -57,7 +57,7 @@ def _joined(lines: Sequence[str]) -> list[str]:
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    """The line in lines of at most so many characters; what an example says of itself comes below it, not beside."""
+    """Wrap a line to `width` characters; the remark of an example comes below the example, not beside it."""
     if len(line) <= width:
         return [line]
     example = re.fullmatch(r"( *)(\S.*?) {2,}(\S.*)", line)
@@ -78,12 +78,12 @@ def _groups(folders: Sequence[Path]) -> str:
     options: dict[str, set[str]] = {}
     for file in (file for folder in folders for file in folder.glob("*/*.yaml")):
         options.setdefault(file.parent.name, set()).add(file.stem)
-    words = {"engine": "server.preset"}  # by which a group is chosen, if it is not its name
+    words = {"engine": "server.preset"}  # the word that chooses a group, if that is not its name
     lines = [f"{words.get(group, group)}: {', '.join(sorted(names))}" for group, names in sorted(options.items())]
     return "\n".join(line for line in lines if line.partition(":")[0] not in NOT_CHOSEN)
 
 
 def config_dirs(command: Sequence[str]) -> list[str]:
-    """What follows --config-dir, in either way of writing it."""
+    """Return the folders that --config-dir names, in either way of writing it."""
     apart = [folder for flag, folder in pairwise(command) if flag in ("--config-dir", "-cd")]
     return apart + [word.partition("=")[2] for word in command if word.startswith("--config-dir=")]

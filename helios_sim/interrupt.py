@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which neither a library nor the interpreter can lose, and an end to what takes too long."""
+"""Ctrl-C and SIGTERM that neither a library nor the interpreter can lose, and a time limit for a block of code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class TimeIsUp(KeyboardInterrupt):
-    """The time given to `at_most` is over. It passes whatever a Ctrl-C passes, compiled code of Ray too."""
+    """The time given to `at_most` is over. It passes through all code that a Ctrl-C passes, Ray's compiled code too."""
 
 
 AGAIN_S = 10.0
@@ -21,11 +21,12 @@ _USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, and `stop_if_asked` still does where an import has swallowed that.
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt; `stop_if_asked` raises it again if an import has swallowed it.
 
-    What a library or Python makes of it, as of one in a class body until 3.11, is raised as a KeyboardInterrupt again.
+    If a library or Python turns it into another error, as Python did in a class body until 3.11, the block still raises
+    a KeyboardInterrupt.
 
-    Outside the main thread nothing changes, nor for a signal that has another handler already.
+    Nothing changes outside the main thread, nor for a signal that has another handler already.
     """
     in_main = threading.current_thread() is threading.main_thread()
     ours = [number for number, usual in _USUAL.items() if in_main and signal.getsignal(number) is usual]
@@ -53,7 +54,7 @@ def remembered() -> Iterator[None]:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Handlers of SIGINT and SIGTERM that a library sets inside are taken back."""
+    """Restore the handlers of SIGINT and SIGTERM at the end of the block, in case a library has replaced them."""
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _USUAL} if in_main else {}
     try:
@@ -66,8 +67,9 @@ def handlers_kept() -> Iterator[None]:
 
 @contextmanager
 def at_most(seconds: float | None) -> Iterator[None]:
-    """Raise TimeIsUp inside once so much time has passed, in place of what compiled code makes of it. Without a time,
-    outside the main thread, and where SIGALRM is used by others, it never is.
+    """Raise TimeIsUp in the block after so many seconds, even if compiled code turns it into another error.
+
+    There is no limit without a time, outside the main thread, or if SIGALRM has another handler.
     """
     free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     if seconds is None or not free:
@@ -82,7 +84,7 @@ def at_most(seconds: float | None) -> Iterator[None]:
             raise TimeIsUp
 
     signal.signal(signal.SIGALRM, on_alarm)
-    # again and again, since what is raised where nothing can be raised, as in a finalizer, is lost
+    # again and again, since an error that is raised in a finalizer, for example, is ignored
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), min(max(seconds, 1.0), AGAIN_S))
     try:
         yield
@@ -97,12 +99,12 @@ def at_most(seconds: float | None) -> Iterator[None]:
 
 
 def is_asked() -> bool:
-    """Whether a signal has asked the program to stop; some libraries make an error of their own of its exception."""
+    """Whether a signal has asked the program to stop; some libraries replace its exception by one of their own."""
     return _asked.is_set()
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt if there was one since `remembered` began."""
+    """Raise KeyboardInterrupt if a signal has come since `remembered` began."""
     if _asked.is_set():
         raise KeyboardInterrupt
 
@@ -110,7 +112,8 @@ def stop_if_asked() -> None:
 def leave_by_status() -> None:
     """Call this where a KeyboardInterrupt is handled for good: the process then ends with the status it chooses.
 
-    An interrupt that passed through the `exec` of a text, as in the making of a dataclass, leaves CPython a note to end
-    `python -m` by SIGINT whatever happens later; the next such `exec` clears it (`run_eval_code_obj`, `Py_RunMain`).
+    An interrupt that passed through the `exec` of a text, as in the making of a dataclass, sets a flag in CPython that
+    ends `python -m` by SIGINT whatever happens later; the next such `exec` clears the flag (`run_eval_code_obj`,
+    `Py_RunMain`).
     """
     exec("")  # noqa: S102 - an empty text

@@ -1,6 +1,6 @@
-"""Which files a user's own code reads while it works: a result that it decided is made of them too.
+"""Notes which files a user's own code reads while it works: they are inputs of the results that it decides.
 
-Python tells an audit hook of every file that it opens. What a library opens by itself, in C or Rust, is not seen.
+Python reports every file that it opens to an audit hook. Files that a library opens in C or Rust are not seen.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from helios_sim.contents import sha256_of
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-OPENED = "opened by a policy: "  # before the path, among the names of what a study was made of
+OPENED = "opened by a policy: "  # prefix of the path, among the names of a study's inputs
 _SYSTEM = ("/proc/", "/sys/", "/dev/")
-_CODE = (".py", ".pyc", ".so")  # which is known by itself (study.inputs)
-_opened: list[set[str]] = []  # by the innermost code that is watched
-_written: set[str] = set()  # by code that is watched: what it made itself is no input
-_digests: dict[str, dict[str, str]] = {}  # of files read, by the name of the code; its module is imported once
-_used: set[str] = set()  # names of the code that worked since it was last asked
+_CODE = (".py", ".pyc", ".so")  # code is an input of its own (study.inputs)
+_opened: list[set[str]] = []  # paths opened in each `watched` block, the innermost last
+_written: set[str] = set()  # paths that watched code has written: its own output is no input
+_digests: dict[str, dict[str, str]] = {}  # of files read, by the name of the code; kept, as a module is imported once
+_used: set[str] = set()  # names of the code that worked since the latest call of a `Watched` began
 
 
 @contextmanager
 def watched(name: str) -> Iterator[None]:
-    """Note what the code of this name opens inside the `with` block."""
+    """Note which files the code of this name opens inside the `with` block."""
     _hook()
     paths: set[str] = set()
     _opened.append(paths)
@@ -45,7 +45,7 @@ def watched(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Watched(Generic[_In, _Out]):
-    """A function with what the user's own code read for its result: digests by path."""
+    """A function that also returns digests, by path, of the files that the user's own code read for its result."""
 
     function: Callable[[_In], _Out]
 
@@ -57,7 +57,7 @@ class Watched(Generic[_In, _Out]):
 
 
 def digest_now(path: str) -> str | None:
-    """The sha256 of a regular file; None where there is none."""
+    """Return the first 16 digits of the sha256 of a regular file; None if there is none."""
     with suppress(OSError, ValueError):
         if Path(path).is_file():
             return sha256_of(Path(path))[:16]
@@ -65,7 +65,7 @@ def digest_now(path: str) -> str | None:
 
 
 def named(read: Mapping[str, str]) -> dict[str, str]:
-    """Files that were read, as they stand among what a study was made of: those below this folder by the way there."""
+    """Return files that were read under their names among a study's inputs: paths below this folder are relative."""
     here = Path.cwd()
     paths = {path: Path(path) for path in read}
     shown = {path: p.relative_to(here) if p.is_relative_to(here) else p for path, p in paths.items()}
@@ -73,21 +73,21 @@ def named(read: Mapping[str, str]) -> dict[str, str]:
 
 
 def opened_now(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that stand for a file that a policy opened, with what it holds now."""
+    """Return present digests of the files that a policy opened, for those names of inputs that stand for such files."""
     paths = [name.removeprefix(OPENED) for name in names if name.startswith(OPENED)]
     return {OPENED + path: digest for path in paths if (digest := digest_now(path)) is not None}
 
 
 @cache
 def _hook() -> None:
-    """Hooks stay until the process ends, so there is one, and it does nothing while no code is watched."""
+    """Install the audit hook, once: hooks stay until the process ends. It does nothing while no code is watched."""
     sys.addaudithook(_note)
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if not _opened or event not in ("open", "sqlite3.connect"):
         return
-    with suppress(Exception):  # of odd names: what cannot be noted must not fail
+    with suppress(Exception):  # odd names: a file that cannot be noted must not stop the code
         path = os.path.abspath(os.fsdecode(arguments[0]))
         flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else os.O_RDONLY
         if flags & (os.O_WRONLY | os.O_RDWR):

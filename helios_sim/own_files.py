@@ -1,4 +1,4 @@
-"""Files of settings of the user's own, below --config-dir: which of them a study is made from, and what they set."""
+"""The user's own files of settings, below --config-dir: which of them a study is made from, and what they set."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _PACKAGE = re.compile(r"(?:\s*(?:#[^\n]*)?\n)*?[ \t]*#\s*@package[ \t]+([\w.]+)"
 
 @dataclass(frozen=True, slots=True)
 class OwnFile:
-    """A file of the user's, and what it sets, by the groups of a study."""
+    """A file of the user's and its settings, nested by the groups of a study."""
 
     path: Path
     values: Mapping[str, Any]
-    group: str  # that it was chosen from; "": the experiment builds on it
+    group: str  # the group that it was chosen from; "" if the experiment builds on it
 
 
 def package_of(text: str, group: str) -> str:
-    """Where the settings of a file go: what its first line says, else the group that it lies in; "": the whole."""
+    """Return the package of a file's settings: what its first comments say, else its group; "" for the whole study."""
     found = _PACKAGE.match(text)
     package = found[1].replace("_group_", group.replace("/", ".")) if found else group.replace("/", ".")
     return "" if package == GLOBAL else package
 
 
 def placed(values: Mapping[str, Any], package: str) -> dict[str, Any]:
-    """The values of a file in the groups in which they count."""
+    """Return the values of a file, nested in the groups to which they belong."""
     inner = {str(key): value for key, value in values.items() if key != "defaults"}
     for name in reversed(package.split(".") if package else []):
         inner = {name: inner}
@@ -42,7 +42,7 @@ def placed(values: Mapping[str, Any], package: str) -> dict[str, Any]:
 
 
 def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting below, by its dotted path. An empty group is none."""
+    """Yield every setting in `values` with its dotted path; an empty group yields none."""
     if not isinstance(values, Mapping):
         yield path, values
         return
@@ -51,7 +51,7 @@ def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def own_files(choices: Mapping[str, str | None], arguments: Sequence[str]) -> list[OwnFile]:
-    """Those that were chosen, the experiment's after the files that it builds on, which lie beside it."""
+    """Return the user's chosen files; last the experiment, before it the files beside it that it builds on."""
     found = []
     for group, name in choices.items():
         for place in map(Path, config_dirs(arguments)):
@@ -65,7 +65,7 @@ def own_files(choices: Mapping[str, str | None], arguments: Sequence[str]) -> li
 
 
 def check_names(choices: Mapping[str, str | None], arguments: Sequence[str]) -> None:
-    """UserError for a chosen file of the user's that has the name of one of the program's: that one is taken."""
+    """Raise UserError if a chosen file of the user's has the name of a shipped one, which Hydra takes instead."""
     for group, name in choices.items():
         shipped = _file(Path(conf_folder()), group, str(name))
         for place in map(Path, config_dirs(arguments)):
@@ -76,7 +76,7 @@ def check_names(choices: Mapping[str, str | None], arguments: Sequence[str]) -> 
 
 
 def shipped_paths(choices: Mapping[str, str | None]) -> list[str]:
-    """What an experiment of the program sets, by path; none where it is the user's own."""
+    """Return the paths that a shipped experiment sets; none if the experiment is the user's own."""
     file = _file(Path(conf_folder()), EXPERIMENT, str(choices.get(EXPERIMENT)))
     return [path for path, _ in leaves(_read(file, ""))] if file.is_file() else []
 
@@ -86,7 +86,7 @@ def _file(place: Path, group: str, name: str) -> Path:
 
 
 def _read(file: Path, group: str) -> dict[str, Any]:
-    """What a file sets; nothing where it is no mapping, of which others tell."""
+    """Return what a file sets; nothing if it is no mapping, which other checks report."""
     try:
         text = file.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -96,7 +96,7 @@ def _read(file: Path, group: str) -> dict[str, Any]:
 
 
 def _bases(file: Path, place: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """The files below the same folder that the list `defaults` of a file names, in its order, with their own bases."""
+    """Return the files below the same folder that a file's `defaults` name, in order, each after its own bases."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError):

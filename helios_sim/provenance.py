@@ -1,4 +1,4 @@
-"""Where a number comes from. Every input carries a class; a result takes the weakest of its inputs'."""
+"""Provenance: the source of a number. Every input has a class; a result takes the weakest class of its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class ProvenanceClass(StrEnum):
-    """Ordered from strong to weak."""
+    """Kinds of sources, ordered from strong to weak."""
 
     MEASURED = "measured"  # on a named device, at a time, by a command
     DERIVED = "derived"  # computed from measured kernels or a roofline
@@ -26,11 +26,11 @@ _STRONG_TO_WEAK = tuple(ProvenanceClass)
 
 
 def weakest(classes: Iterable[ProvenanceClass]) -> ProvenanceClass:
-    """The class of a result computed from inputs of these classes (at least one)."""
+    """Return the class of a result computed from inputs of these classes (at least one)."""
     return max(classes, key=_STRONG_TO_WEAK.index)
 
 
-NOT_READ = "not_read"  # among a provenance's details: what an input holds and nothing is made of, in a sentence
+NOT_READ = "not_read"  # key among a provenance's details: a sentence on what an input holds but nothing uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Provenance:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def without(self, names: Iterable[str]) -> Provenance:
-        """The provenance without the assumptions of these names."""
+        """Return the provenance without the assumptions of these names."""
         dropped = set(names)
         return replace(self, assumptions=tuple(a for a in self.assumptions if a.name not in dropped))
 
@@ -64,7 +64,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """Raises KeyError, TypeError or ValueError where the data are none of a provenance."""
+        """Make a provenance from its JSON. Raises KeyError, TypeError or ValueError if the data are not of one."""
         if unknown := sorted({*data} - {f.name for f in fields(cls)}):
             raise ValueError(f"a provenance has no {', '.join(map(repr, unknown))}")
         assumptions = tuple(Assumption(**a) for a in data.get("assumptions", ()))
@@ -93,7 +93,7 @@ class Sourced:
 
     @property
     def provenance_class(self) -> ProvenanceClass | None:
-        """The weakest of the inputs'; None without inputs."""
+        """The weakest class of the inputs; None without inputs."""
         classes = [source.provenance_class for source in self.inputs.values()]
         return weakest(classes) if classes else None
 
@@ -105,9 +105,11 @@ class Sourced:
 
 
 def command_given(module: str) -> str:
-    """The command line as given to `python -m`. A notebook has arguments too, and they are not the module's."""
+    """Return the command line as given to `python -m MODULE`; arguments of another program, as a notebook's, are not
+    part of it.
+    """
     program = Path(sys.argv[0])
-    if program.name == module.replace("_", "-"):  # the same as a program of its own
+    if program.name == module.replace("_", "-"):  # the module installed as a program
         return shlex.join([program.name, *sys.argv[1:]])
     if module not in (program.name, program.parent.name):  # python runs MODULE/__main__.py
         return f"{module}, called from Python"
@@ -115,11 +117,11 @@ def command_given(module: str) -> str:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit that a folder is checked out at, with "-dirty" where it was changed; None outside a checkout."""
+    """Return the git commit of a folder's checkout, with "-dirty" if it was changed; None outside a checkout."""
     git = shutil.which("git")
     if git is None or not any((above / ".git").exists() for above in folder.parents[:1]):
         return None
-    asked = "status --porcelain=v2 --branch --untracked-files=no --no-ahead-behind"  # half of what `describe` takes
+    asked = "status --porcelain=v2 --branch --untracked-files=no --no-ahead-behind"  # takes half as long as `describe`
     command = [git, "-C", str(folder), *asked.split()]
     with suppress(OSError, subprocess.SubprocessError):
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 - no words of others

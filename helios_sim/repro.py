@@ -1,7 +1,7 @@
-"""`python -m helios_sim repro FOLDER`: the study of an output folder once more, and whether it gives the same.
+"""`python -m helios_sim repro FOLDER`: runs the study of an output folder once more and compares the results.
 
-Settings come from the folder's provenance.json, everything else from here: the program, the files that the settings
-name, relative to the current folder, and policies of one's own. What differs among these is said first.
+Settings come from the folder's provenance.json, all other inputs are the present ones: the program, the files that the
+settings name, relative to the current folder, and the user's own policies. Inputs that differ are printed first.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SHOWN = 10  # differences
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: the same to the last bit; 1: it cannot be run; 2: something differs."""
+    """Return 0 if results are the same to the last bit, 2 if any differs. Raises UserError if it cannot be run."""
     if len(arguments) != 1:
         raise UserError("command line", " ".join(arguments), f"python -m helios_sim {USAGE}", "name an output folder")
     return repeat(Path(arguments[0]))
 
 
 def repeat(folder: Path) -> int:
-    """Runs it into a folder of its own, which stays where something differs."""
+    """Run the folder's study into a new folder, which is kept if a result differs. Returns the exit status."""
     fix = "name the output folder of a finished study or sweep"
     before = read_json(folder / PROVENANCE, fix)
     summary = read_json(folder / SUMMARY, fix)

@@ -27,7 +27,7 @@ def token_counts(chars: NDArray[np.int64], chars_per_token: float) -> NDArray[np
 
 
 def to_ns(seconds: float, what: str = "time") -> int:
-    """A time in whole nanoseconds, halves to even. UserError about `what` where it is not finite or above 146 years."""
+    """Round a time to whole nanoseconds, halves to even. UserError about `what` if not finite or above 146 years."""
     ns = seconds * NS_PER_S
     if not abs(ns) <= LATEST_NS:  # true for NaN
         raise _no_time(what, seconds)
@@ -35,7 +35,7 @@ def to_ns(seconds: float, what: str = "time") -> int:
 
 
 def all_to_ns(times: NDArray[np.float64], what: str = "times", ns_per: int = NS_PER_S) -> NDArray[np.int64]:
-    """The same for an array of any shape, in a unit of `ns_per` nanoseconds."""
+    """Round an array of times, of any shape and in units of `ns_per` ns, to whole nanoseconds, as `to_ns` does."""
     ns = times * ns_per
     good = np.abs(ns) <= LATEST_NS  # false for NaN
     if not good.all():
@@ -49,7 +49,7 @@ def _no_time(what: str, value: float) -> UserError:
 
 
 def whole_ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Durations in whole nanoseconds, at least one, so that time always advances."""
+    """Round durations (n,) to whole nanoseconds, at least one, so that time always advances."""
     if len(seconds) == 1:  # plain numbers are quicker
         return np.array([max(to_ns(seconds.item(), "duration"), 1)])
     whole = all_to_ns(seconds, "durations")
@@ -67,7 +67,7 @@ class Request:
     task: int  # index into the workload's task names
     text_start: int  # where the answer lies in the task's text; exit traces take it modulo their length
     priority: int = 0  # the lowest is served first where the server's order is by priority
-    shared: int = -1  # row of the text that the prompt begins with, as others do (workload.prefixes); -1: none
+    shared: int = -1  # row of the shared text that the prompt begins with (workload.prefixes); -1: none
     stream: int = -1  # the session that the rest of the prompt and the answer belong to; -1: none, a text of its own
 
 
@@ -98,7 +98,7 @@ class RequestBlock:
         return len(self.request_id)
 
     def __getitem__(self, which: slice | NDArray[np.intp]) -> RequestBlock:
-        """Some of the requests, by their places."""
+        """Return the requests at these positions."""
         return RequestBlock(*(getattr(self, f.name)[which] for f in fields(self)))
 
     def rows(self) -> Iterator[Request]:
@@ -109,7 +109,7 @@ class RequestBlock:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Service level objectives: bounds that a good request meets; None: no bound."""
+    """Service level objectives: bounds that a good request meets; None if there is no bound."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -128,7 +128,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """What one request experienced under one arm. Times are None where they did not happen."""
+    """What one request experienced under one arm. Times are None for events that did not happen."""
 
     request_id: int
     replica: int
@@ -150,8 +150,8 @@ class RequestRecord:
     agreed_tokens: int  # equal to the same model's token at full depth
     evaluated_tokens: int  # run at full depth with every exit observed, in an evaluation round
     preemptions: int
-    # Millionths of a bit that the reference text costs under what was served: -log2 of the probability of each of its
-    # tokens at the exit where that token left. None unless people wrote the text and it was recorded for all models.
+    # Cost of the reference text in millionths of a bit: -log2 of the probability of each of its tokens, by the served
+    # model at the exit where that token left. None unless people wrote the text and it was recorded for all models.
     microbits: int | None = None
     cached_tokens: int | None = None  # of its prompt, found when it first entered; None: without prefix caching
 

@@ -1,7 +1,7 @@
-"""Decides which replica a request goes to.
+"""Routing: decides which replica a request goes to.
 
-That is what a router in front of servers knows too: whom it sent to where, who has come back, and, where servers tell
-it which KV blocks they hold, what is cached where.
+It uses what a real router in front of servers knows: where it sent each request, which requests have ended, and, if
+servers publish the KV blocks that they hold, what is cached where.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from helios_sim.by_answer import ByAnswer
     from helios_sim.workload.faults import Outages
 
-DOWN = AWAY  # requests that a replica that is down seems to have to a router by load
+DOWN = AWAY  # added to the requests of a replica that is down, so that a router by load avoids it
 _DRAWS = 4096  # pairs at a time
 
 Choice = Callable[[Request], int]
-"""The number of the replica that a request goes to, which arrives now."""
+"""Returns the number of the replica for a request that arrives now."""
 CachedShare = Callable[[int, Request], float]
-"""The share of a request's prompt that is cached in the replica of this number."""
+"""Returns the share of a request's prompt that is cached in the replica of this number."""
 
 
 class Router(StrEnum):
@@ -39,12 +39,12 @@ class Router(StrEnum):
     LEAST_LOADED = "least_loaded"  # fewest requests in it; the first of equals
     POWER_OF_TWO = "power_of_two"  # of two drawn at random the one with fewer requests; the first drawn of equals
     SESSION = "session"  # all turns of a session to one replica, sessions one after the other
-    PREFIX_AWARE = "prefix_aware"  # where most of its prompt is cached, less for load: `core/route.py:score`
-    BY_TASK = "by_task"  # among those that are meant for the request's task: fewest requests, the first of equals
+    PREFIX_AWARE = "prefix_aware"  # most of the prompt cached, less a penalty for load: `core/route.py:score`
+    BY_TASK = "by_task"  # among replicas meant for the request's task: fewest requests, the first of equals
 
 
 class AnswerRouter(StrEnum):
-    """Those that go by answers, which are in `by_answer`."""
+    """Routers that go by answers, defined in `by_answer`."""
 
     CASCADE = "cascade"  # the first kind answers, the next one again where that answer is not confident
     THOMPSON = "thompson"  # a bandit: draws from what it knows of each kind's answers, by task, and takes the best draw
@@ -67,12 +67,12 @@ class Routing:
     """Which router sends requests to replicas, and what it goes by."""
 
     router: Router = Router.ROUND_ROBIN
-    seed: int = 0  # of what is drawn: the same for every arm of an experiment
+    seed: int = 0  # of random draws, the same for every arm of an experiment
     homes: tuple[tuple[int, ...], ...] = ()  # by task: the replicas that are meant for it; for by_task alone
-    by_answer: ByAnswer | None = None  # in place of the router
+    by_answer: ByAnswer | None = None  # replaces `router` if given
 
     def is_fixed(self, replicas: int) -> bool:
-        """Whether a request's replica is known before it arrives: it depends on no load."""
+        """Whether a request's replica is known before it arrives, since it depends on no load."""
         if self.by_answer is not None:
             return False
         if self.router is Router.BY_TASK:
@@ -82,7 +82,7 @@ class Routing:
     def fixed_choice(
         self, replicas: int, outages: Outages | None = None
     ) -> Callable[[RequestBlock], NDArray[np.int64]]:
-        """The replica of each request of consecutive blocks, (n,): for a routing that is fixed."""
+        """Return a function from consecutive blocks to the replica of each request, (n,). Only for a fixed routing."""
         if self.router is Router.BY_TASK and replicas > 1:
             homes = np.array([home[0] for home in self.homes], np.int64)
             return lambda block: homes[block.task]  # where there is one home, its requests wait while it is down
@@ -105,17 +105,18 @@ class Routing:
         return in_turn
 
     def meant(self, task: int, replicas: int) -> Sequence[int]:
-        """The replicas that are meant for a task."""
+        """Return the replicas that are meant for a task."""
         return self.homes[task] if self.router is Router.BY_TASK and replicas > 1 else range(replicas)
 
     def again(
         self, number: int, task: int, lost_by: int, requests_in: Sequence[int], back_ns: Sequence[int | None]
     ) -> int:
-        """The replica that gets the `number`-th of the requests that a fault hit in one replica at one time.
+        """Return the replica for the `number`-th of the requests that a fault hit in one replica at one time.
 
-        A router by load takes the one with the fewest requests of those that are up; another sends them in turn to
-        those that are up, from the one after the replica that lost them. It draws nothing and counts nothing, so that
-        other requests go where they would have gone. `back_ns`: when each replica is back that is down, else None.
+        A router by load takes the replica with the fewest requests among replicas that are up. Other routers send the
+        requests to replicas that are up in turn, from the one after the replica that lost them. Nothing is drawn or
+        counted, so that other requests go where they would have gone. `back_ns`: by replica, when it is up again; None
+        if it is up.
         """
         replicas = len(back_ns)
         meant = self.meant(task, replicas)
@@ -128,22 +129,22 @@ class Routing:
 
     @property
     def number(self) -> int:
-        """As the loop names the router."""
+        """Number of the router in the loop."""
         return _NUMBERS[self.router]
 
     def homes_table(self) -> IntArray:
-        """(tasks, most) the replicas that are meant for each task; NEVER where there are no more."""
+        """Return the replicas that are meant for each task, (tasks, most); NEVER fills unused places."""
         table = np.full((len(self.homes), max(map(len, self.homes), default=0)), NEVER, np.int64)
         for task, home in enumerate(self.homes):
             table[task, : len(home)] = home
         return table
 
     def pairs(self, replicas: int) -> Pairs:
-        """What `power_of_two` draws, request after request; (n, 2) zeros for other routers."""
+        """Return the draws of `power_of_two`, request after request; (n, 2) zeros for other routers."""
         return Pairs(replicas if self.router is Router.POWER_OF_TWO else 1, self.seed)
 
     def choice(self, requests_in: Sequence[int], cached_share: CachedShare) -> Choice:
-        """`requests_in` holds the number of requests in each replica, at any moment the present one.
+        """Return the choice of one run. `requests_in`: requests in each replica now, kept up to date by the caller.
 
         A single replica gets every request, whatever the router.
         """
@@ -161,14 +162,14 @@ class Routing:
 
 
 def _by_prefix(request: Request, requests_in: Sequence[int], cached_share: CachedShare) -> int:
-    """As `route.by_prefix`, among replicas that are up; where none is, the first."""
+    """Choose as `route.by_prefix` does, among replicas that are up; the first replica if none is up."""
     up = [number for number, inside in enumerate(requests_in) if inside < DOWN] or [0]
     total = sum(requests_in[number] for number in up)
     return max(up, key=lambda n: route.score(cached_share(n, request), requests_in[n], total, len(up)))
 
 
 def stand_in(number: int, meant: Sequence[int], back_ns: Sequence[int | None]) -> int:
-    """The replica in place of one that is down: the next that is up among those meant; else the one back first."""
+    """Return the replica in place of one that is down: the next one up among `meant`, else the first to be back."""
     in_turn = _in_turn(number, meant)
     found = next((replica for replica in in_turn if back_ns[replica] is None), None)
     return min(in_turn, key=lambda replica: back_ns[replica] or 0) if found is None else found
@@ -179,7 +180,7 @@ def _in_turn(after: int, meant: Sequence[int]) -> list[int]:
 
 
 class Pairs:
-    """Two different replicas, all pairs alike, without end. Which two does not depend on anything that happens."""
+    """Endless draws of two different replicas, all pairs equally likely, whatever happens in the run."""
 
     def __init__(self, replicas: int, seed: int) -> None:
         self._replicas = replicas
@@ -187,7 +188,7 @@ class Pairs:
         self._drawn: IntArray = np.zeros((0, 2), np.int64)
 
     def take(self, n: int) -> IntArray:
-        """The next n pairs, (n, 2)."""
+        """Return the next n pairs, (n, 2)."""
         if self._replicas == 1:
             return np.zeros((n, 2), np.int64)
         while len(self._drawn) < n:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from helios_sim.by_answer import Answered, Judging
 
 ONE_AFTER_THE_OTHER = Routing()
-_MERGED_AT_ONCE = 4096  # records of several replicas that wait until they can be put in order
-_LEAST_DEPARTURES = 64  # of many replicas: room of each for as many that have left
+_MERGED_AT_ONCE = 4096  # records of several replicas that are collected before they are put in order
+_LEAST_DEPARTURES = 64  # least room of each of many replicas for requests that have left
 
 Sink = Callable[[RequestRecord], None]
 BlockSink = Callable[[RecordBlock], None]
@@ -45,16 +45,16 @@ class MakeServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is left of a run besides its records."""
+    """Results of a run besides its records."""
 
     servers: tuple[Server, ...]
     stats: RunStats
     requests: int
     end_ns: int
-    presence_ns: tuple[int, ...]  # of each replica: requests in it, integrated over time
-    faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
-    scaled: Scaled | None = None  # None: all replicas were always on
-    answered: Answered | None = None  # None: no router went by answers
+    presence_ns: tuple[int, ...]  # by replica: requests in it, integrated over time
+    faults: tuple[Struck, ...] | None = None  # what each fault did; None if none was planned
+    scaled: Scaled | None = None  # None if all replicas were always on
+    answered: Answered | None = None  # None if no router went by answers
 
 
 class LittlesLawViolated(RuntimeError):
@@ -62,10 +62,10 @@ class LittlesLawViolated(RuntimeError):
 
 
 class System:
-    """Sends requests to replicas, counts who is in the system, and hands on the records of those who left.
+    """Sends requests to replicas, counts requests in the system, and hands on the records of requests that left.
 
-    Where each request goes may be known beforehand, because the routing does not depend on load: then each replica is
-    fed its own requests and runs ahead of the clock. Otherwise requests are dispatched as they arrive.
+    If the routing does not depend on load, each replica is fed its own requests and runs ahead of the clock. Otherwise
+    requests are dispatched as they arrive.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class System:
         self._closed_loop: Iterator[Request] | None = None
         self._to_release = 0
         self._releasing = False
-        self._arrivals_to_come = False  # of requests that do not wait for answers
+        self._arrivals_to_come = False  # open-loop ones, which do not wait for answers
         self._first_arrival_ns: dict[int, int] = {}  # of requests in the system that a fault has hit
         self.sent_again = 0
 
     def connect(self, servers: tuple[Server, ...]) -> None:
-        """Before the first request: who serves."""
+        """Set the replicas that serve, before the first request."""
         self.servers = servers
         self._requests_in = [0] * len(servers)
-        self._back_ns: list[int | None] = [None] * len(servers)  # of those that are down
+        self._back_ns: list[int | None] = [None] * len(servers)  # of replicas that are down
         self._sent: list[int] | None = None  # to each replica, where requests are dispatched
         by_answer = self._routing.by_answer
         if by_answer is not None:
@@ -106,9 +106,9 @@ class System:
         users: int | None,
         faults: FaultPlan | None = None,
     ) -> None:
-        """Each replica gets all its requests, and runs ahead of the clock."""
+        """Give each replica all its requests; the replica then runs ahead of the clock."""
         if len(self.servers) == 1:
-            # a record may have to be changed where faults are
+            # with faults, a record may have to be changed before it is handed on
             on_block = None if self._block_sink is None or faults is not None else self.on_block
             self.servers[0].open(machine, blocks, users, on_block=on_block)
             return
@@ -119,7 +119,7 @@ class System:
             server.open(machine, split.feed(number))
 
     def open_loop(self, requests: Iterator[Request]) -> Generator[Event, None, None]:
-        """The process of arrivals that do not wait for answers."""
+        """SimPy process of open-loop arrivals, which do not wait for answers."""
         self._arrivals_to_come = True
         for request in requests:
             if request.arrival_ns > self.env.now:
@@ -128,13 +128,13 @@ class System:
         self._arrivals_to_come = False
 
     def open(self, machine: Machine | None) -> None:
-        """Requests will be dispatched, at any time."""
+        """Open the replicas for requests that will be dispatched at any time."""
         self._sent = [0] * len(self.servers)
         for server in self.servers:
             server.open(machine)
 
     def front(self, blocks: Iterator[RequestBlock], machine: Machine | None, scaler: Autoscaler | None = None) -> None:
-        """Requests are dispatched as they arrive; between two arrivals nothing acts on a replica from outside."""
+        """Dispatch requests as they arrive; between two arrivals nothing acts on a replica from outside."""
         self._in_order = []
         front = Front(self.env, self.servers, self._routing, machine, scaler)
         departures = FLUSH_REQUESTS // len(self.servers)
@@ -143,7 +143,7 @@ class System:
         self.env.process(front.run(blocks))
 
     def close_loop(self, requests: Iterator[Request], users: int) -> None:
-        """Starts with one request of each user; each then sends the next one when its last has left."""
+        """Start with one request of each user; each user sends the next one when its last has left."""
         self._closed_loop = requests
         self._releasing = True  # requests dropped now let the next ones come when all users have begun
         for request in islice(self._closed_loop, users):
@@ -164,7 +164,7 @@ class System:
         self.servers[number].submit(request, from_replica)
 
     def send_again(self, lost: Iterable[Request], lost_by: int) -> None:
-        """Requests that a fault has hit arrive anew, elsewhere if there is another replica that is up."""
+        """Let requests that a fault has hit arrive anew, in another replica if one is up."""
         for place, request in enumerate(lost):
             self._first_arrival_ns.setdefault(request.request_id, request.arrival_ns)
             self.sent_again += 1
@@ -173,7 +173,7 @@ class System:
             self._send(replace(request, arrival_ns=int(self.env.now)), number)
 
     def note_down(self, replica: int, back_ns: int | None) -> None:
-        """The replica is down until then; None: it is up again."""
+        """Note that the replica is down until `back_ns`, or up again if that is None."""
         self._back_ns[replica] = back_ns
         self._requests_in[replica] += DOWN if back_ns is not None else -DOWN
 
@@ -182,17 +182,17 @@ class System:
         return self._requests_in[replica] - (DOWN if self._back_ns[replica] is not None else 0)
 
     def requests_served(self, replica: int) -> int:
-        """The same by the books of its server."""
+        """Requests in a replica now, by the books of its server."""
         return self.servers[replica].requests_in_system
 
     def follow(self, scaler: Autoscaler) -> None:
-        """Requests go to the replicas that the autoscaler lets serve."""
+        """Let requests go only to the replicas that the autoscaler lets serve."""
         for number in range(len(self.servers)):
             if (self._back_ns[number] is None) != scaler.serves(number):
                 self.note_down(number, None if scaler.serves(number) else FOREVER_NS)
 
     def scale(self, scaler: Autoscaler) -> Generator[Event, None, None]:
-        """The process of an autoscaler beside requests that are dispatched: until the last of them has come."""
+        """SimPy process of an autoscaler while requests are dispatched; it ends after the last arrival."""
         while True:
             yield self.env.timeout(scaler.next_ns - int(self.env.now))
             if not self._arrivals_to_come:
@@ -203,12 +203,12 @@ class System:
             self.follow(scaler)
 
     def more_comes(self) -> bool:
-        """Whether requests are still to arrive that wait for no answer, or somebody outside may send some."""
+        """Whether open-loop requests are still to arrive, or clients from outside may send some."""
         outside = bool(getattr(self.env, "awaits_calls", False))
         return self._arrivals_to_come or outside or any(server.expects for server in self.servers)
 
     def close(self) -> None:
-        """The run ends: no further request is sent."""
+        """End the run: no further request is sent."""
         self._closed_loop = None
 
     def on_left(self, record: RequestRecord, left_ns: int) -> None:
@@ -226,7 +226,7 @@ class System:
         if self._in_order is None:
             self._sink(record)
         else:
-            later = left_ns != record.arrival_ns  # those that left at once come first, in order of arrival
+            later = left_ns != record.arrival_ns  # requests that left on arrival come first, in order of arrival
             self._in_order.append((left_ns, later, record.replica if later else record.request_id, self.left, record))
             if len(self._in_order) >= self._merge_at:  # this replica hands over its records in order of time
                 self._hand_on(min(left_ns, *(server.frontier_ns for server in self.servers)))
@@ -235,7 +235,7 @@ class System:
             self._release(record.replica)
 
     def on_block(self, block: RecordBlock) -> None:
-        """Records of the only replica, of which nothing waits for any."""
+        """Hand on records of the only replica, for which nothing else in the system waits."""
         assert self._block_sink is not None
         self.left += len(block)
         self._requests_in[0] -= len(block)
@@ -248,7 +248,7 @@ class System:
             server.finish()
 
     def check_littles_law(self) -> None:
-        """L = lambda W holds exactly on every run, in integers, of each replica and so of all together.
+        """Raise LittlesLawViolated unless L = lambda W holds exactly, in integers, for each replica and so for all.
 
         A request that a fault has hit, or that a cascade hands on, leaves one replica and arrives in another; it has
         one record in the end.
@@ -268,7 +268,7 @@ class System:
                 )
 
     def _hand_on(self, before_ns: int) -> None:
-        """Records of several replicas go on in order of time, as soon as none can come before them."""
+        """Hand on records of several replicas in order of time, as soon as no earlier record can come."""
         waiting = self._in_order
         if waiting:
             waiting.sort()
@@ -279,7 +279,10 @@ class System:
             self._merge_at = 2 * len(waiting) + _MERGED_AT_ONCE
 
     def _release(self, from_replica: int | None) -> None:
-        """A request that is dropped on arrival leaves at once and releases the next: a loop, not a recursion."""
+        """Send the next requests of a closed loop.
+
+        A request that is dropped on arrival leaves at once and releases the next: hence a loop, not a recursion.
+        """
         if self._releasing or self._closed_loop is None:
             return
         self._releasing = True
@@ -292,7 +295,7 @@ class System:
 
 
 class _Split:
-    """Blocks of requests, each request for the replica that the routing names; read by the replicas in any order."""
+    """Splits blocks of requests by the replica that the routing names; replicas read their parts in any order."""
 
     def __init__(
         self, blocks: Iterator[RequestBlock], replicas: int, routing: Routing, outages: Outages | None
@@ -334,21 +337,22 @@ def simulate(
     faults: FaultPlan | None = None,
     scaling: Scaling | None = None,
 ) -> Run:
-    """Serves all requests and returns when the last one has left.
+    """Serve all requests and return when the last one has left.
 
-    `outside` is given the system before the first event: where the environment is a wall clock with a door, others
+    `outside` is called with the system before the first event. If the environment is a wall clock with a door, clients
     can send and cancel requests from then on.
 
-    `compiled`: whether the loop runs as machine code; None: if that is worth it. `stepwise`: every turn of a server is
-    an event of its own, as where something outside may act at any time. Neither changes a result.
+    `compiled`: whether the loop runs as machine code; None if it does so only where that is worth it. `stepwise`: every
+    turn of a server is an event of its own, as it is when something outside may act at any time. Neither changes a
+    result.
 
-    `faults` strike servers whose engines were made `with_faults`. `scaling`: replicas come and go with load.
+    `faults` strike servers with engines that were made `with_faults`. `scaling`: replicas come and go with load.
 
-    `sink` gets each record in the order in which requests leave; `block_sink`, where it is given, many at once wherever
-    compiled code holds them as columns. With `users` the loop is closed. Raises
-    LittlesLawViolated when the books do not balance, which would be a defect of this program.
+    `sink` gets each record in the order in which requests leave; `block_sink`, if given, gets many at once wherever
+    compiled code holds them as columns. With `users` the loop is closed. Raises LittlesLawViolated if the books do not
+    balance, which would be a defect of this program.
     """
-    on_clock = outside is not None or env is not None  # of somebody else, who may act at any time
+    on_clock = outside is not None or env is not None  # the clock is shared with others, who may act at any time
     stepwise = stepwise or on_clock
     env = env or simpy.Environment(initial_time=0)
     system = System(env, routing, sink, block_sink)
@@ -381,8 +385,8 @@ def simulate(
             system.close_loop(rows, users)
     if outside is not None:
         outside(system)
-    with suppress(EmptySchedule):  # nothing can happen any more, nor can anybody outside act
-        # Where all requests leave at the first moment, every server still takes its first turn, as step by step.
+    with suppress(EmptySchedule):  # no event is left, and no client can act
+        # Even if all requests leave at the first moment, every server takes its first turn, as it does stepwise.
         while system.left < requests or not all(server.has_begun for server in system.servers):
             env.step()
     end_ns = int(env.now)

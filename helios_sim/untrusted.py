@@ -31,7 +31,7 @@ _SHOWN = 80  # characters of a value in a message
 _REQUIRED: Any = object()
 _Part = TypeVar("_Part")
 _OF_YAML_ALONE = re.compile(r"[-+]?(0[0-9]+|0[xob].*|.*[_:].*)")
-csv.field_size_limit(2**31 - 1)  # a file has its own: a column may hold whole prompts
+csv.field_size_limit(2**31 - 1)  # files have limits of their own: a cell may hold a whole prompt
 _PACKED = 100  # text that unpacks to more than this many times its size is no measurement
 _MOST_PARQUET_BYTES = 256 * MIB
 
@@ -52,14 +52,14 @@ def reading(key: str, value: object, allowed: str, fix: str, error: type[UserErr
 
 
 def in_short(error: BaseException) -> str:
-    """An exception in one line: its type, and the beginning of what it says."""
+    """Return an exception in one line: its type, and the beginning of its text."""
     text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
     text = text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def read_bytes(path: Path, most_bytes: int, fix: str, error: type[UserError] = UserError) -> bytes:
-    """The content of a regular file of at most `most_bytes`. Raises `error` for a Git LFS pointer too."""
+    """Return the content of a regular file of at most `most_bytes`. Raises `error` for a Git LFS pointer too."""
     with reading(str(path), "unreadable", "a file that can be read", fix, error):
         if not path.is_file():
             raise error(str(path), "no file", "a file: there is none, or it is a folder or a device", fix)
@@ -83,7 +83,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def read_json(path: Path, fix: str, most_bytes: int = 16 * MIB, error: type[UserError] = UserError) -> dict[str, Any]:
-    """The JSON object in a file in UTF-8. Raises `error` for other values and for what `parse_json` refuses."""
+    """Return the JSON object of a UTF-8 file. Raises `error` for other values and for what `parse_json` refuses."""
     content = read_bytes(path, most_bytes, fix, error)
     with reading(str(path), "damaged", "a JSON object", fix, error):
         found = parse_json(content.decode("utf-8-sig"))
@@ -93,8 +93,10 @@ def read_json(path: Path, fix: str, most_bytes: int = 16 * MIB, error: type[User
 
 
 def parse_json(text: str | bytes, plain_names: bool = False) -> Any:
-    """The value of a JSON text. ValueError where a key stands twice in one object, and for NaN, infinity and numbers
-    beyond float64; with `plain_names` also for a key with blanks around it, which nothing would find.
+    """Return the value of a JSON text.
+
+    ValueError if a key stands twice in one object, and for NaN, infinity and numbers beyond float64; with `plain_names`
+    also for a key with blanks around it, which no reader would find.
     """
     hook = _unique_and_plain if plain_names else _unique
     return json.loads(text, object_pairs_hook=hook, parse_constant=_no_number, parse_float=_finite)
@@ -115,7 +117,7 @@ def _unique_and_plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """ValueError for a name with blanks around it: it looks like another one, which would count as missing."""
+    """Raise ValueError for a name with blanks around it: it looks like another one, which would count as missing."""
     if name != name.strip():
         raise ValueError(f"the name {name!r} has blanks around it")
 
@@ -132,8 +134,9 @@ def _finite(text: str) -> float:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The value of a YAML text. yaml.YAMLError where it is none, and where a key stands twice in one mapping or has
-    blanks around it.
+    """Return the value of a YAML text.
+
+    yaml.YAMLError if it is no YAML, a key stands twice in one mapping, or a key has blanks around it.
     """
     import yaml
 
@@ -158,7 +161,7 @@ def _unique_loader() -> Any:
             return super().construct_mapping(node, deep)
 
     def number(loader: Any, node: yaml.ScalarNode) -> int | float:
-        """YAML 1.1 takes 0700 for 448 and 11:40 for 700, and leaves out what stands between digits as _."""
+        """Refuse what YAML 1.1 reads in its own way: 0700 as 448, 11:40 as 700, and 1_000 as 1000."""
         if _OF_YAML_ALONE.fullmatch(node.value):
             raise yaml.constructor.ConstructorError(None, None, f"{node.value} is no plain number")
         read = loader.construct_yaml_int if node.tag.endswith("int") else loader.construct_yaml_float
@@ -167,7 +170,7 @@ def _unique_loader() -> Any:
 
     for kind in ("int", "float"):
         Unique.add_constructor(f"tag:yaml.org,2002:{kind}", number)
-    # A number to everyone else, as in settings, where YAML 1.1 wants a point and a sign: 1e3, 3.35e3.
+    # 1e3 and 3.35e3 are numbers too, as in settings; YAML 1.1 wants a point and a sign in them.
     plain = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     Unique.add_implicit_resolver("tag:yaml.org,2002:float", plain, list("-+0123456789"))
     return Unique
@@ -177,7 +180,7 @@ _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, ())
 
 
 class Fields:
-    """The values of a file's header by name, each taken with its type and range, and each noted as read."""
+    """Values of a file's header by name. Each is taken with its type and range, and is then noted as read."""
 
     def __init__(
         self, values: Mapping[str, Any], where: str, fix: str, error: type[UserError] = UserError, prefix: str = ""
@@ -209,11 +212,11 @@ class Fields:
 
     @cached_property
     def _padded(self) -> dict[str, str]:
-        """Names with blanks around them, each by what it would be without: they look like others and are not found."""
+        """Names with blanks around them, by the name without blanks: they look like other names and are not found."""
         return {name.strip(): name for name in self._values if isinstance(name, str) and name != name.strip()}
 
     def alike(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        """A whole number that stands there once, or once for each layer."""
+        """A whole number that is given once, or as a list with the same value for each layer."""
         found = self.value(name, default)
         if not isinstance(found, list | tuple):
             return self.integer(name, low, high, default)
@@ -236,7 +239,7 @@ class Fields:
         return float(found)
 
     def maybe(self, name: str, low: float, high: float) -> float | None:
-        """A finite number from `low` to `high`, or None where there is none."""
+        """A finite number from `low` to `high`, or None if there is none."""
         return None if self.value(name, None) is None else self.number(name, low, high)
 
     def numbers(self, name: str, low: float, high: float, count: int | None = None) -> tuple[float, ...]:
@@ -288,7 +291,7 @@ class Fields:
         return inner
 
     def filled(self, kind: type[_Part], **given: Any) -> _Part:
-        """A dataclass whose fields are values here by name and type, but for those `given`. No other may be here."""
+        """A dataclass made of the values here by name and type, and of the fields `given`. No other key may be here."""
         for f in fields(kind):  # type: ignore[arg-type]
             default = _REQUIRED if f.default is MISSING else f.default
             if f.name in given:
@@ -318,9 +321,10 @@ class Fields:
 
     @property
     def off(self) -> list[str]:
-        """The same keys where they are false, null, 0 or empty, which counts where the default is something else.
+        """Keys with the prefix that were neither read nor ignored, and that are false, null, 0 or empty.
 
-        Those within mappings that were taken by `inner` are among them, as OUTER.KEY.
+        They matter if the default is something else. Keys within mappings that were taken by `inner` are included, as
+        OUTER.KEY.
         """
         own = [name for name in self._unread if self._values[name] in _NOTHING]
         return own + [f"{name}.{below}" for name, inner in self._inner for below in inner.off]
@@ -340,7 +344,7 @@ class Fields:
 
 
 def shortened(value: object) -> object:
-    """The value itself, or the beginning of its text if that is long."""
+    """Return the value itself, or the beginning of its text if that is long."""
     if isinstance(value, bool | float) or value is None or (isinstance(value, int) and abs(value) < 1 << 256):
         return value
     if isinstance(value, str):
@@ -350,14 +354,14 @@ def shortened(value: object) -> object:
 
 
 def is_there(path: Path, is_so: Callable[[Path], bool] = Path.is_file) -> bool:
-    """Whether there is a file; False too where no path can be so long or have such characters."""
+    """Whether there is a file; False too for a path that is too long or has characters that no path can have."""
     with suppress(OSError, ValueError):
         return is_so(path)
     return False
 
 
 _GZIP = b"\x1f\x8b"
-_OTHER_KINDS = {  # beginnings of files that are whole, and no text
+_OTHER_KINDS = {  # first bytes of files that are intact, but not text
     b"PAR1": ("a Parquet file", "write its table as CSV or JSON lines"),
     b"ARROW1": ("an Arrow file", "write its table as CSV or JSON lines"),
     b"PK\x03\x04": ("a ZIP archive, as .zip and .xlsx are", "unpack it, or save the sheet as CSV in UTF-8"),
@@ -371,9 +375,9 @@ _OTHER_KINDS = {  # beginnings of files that are whole, and no text
 
 
 def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = UserError) -> bytes:
-    """The content of a text file in UTF-8, without its byte order mark; `.gz` is unpacked.
+    """Return the content of a text file in UTF-8, without its byte order mark; `.gz` is unpacked.
 
-    Raises `error` where it is larger than `most_bytes`, or unpacks to a hundred times its size and more than 64 MiB.
+    Raises `error` if it is larger than `most_bytes`, or unpacks to a hundred times its size and more than 64 MiB.
     """
     content = read_bytes(path, most_bytes, fix, error)
     _check_kind(path, content, path.suffix == ".gz", error)
@@ -395,7 +399,7 @@ def read_text(path: Path, most_bytes: int, fix: str, error: type[UserError] = Us
 
 
 def _check_kind(path: Path, content: bytes, packed: bool, error: type[UserError]) -> None:
-    """Raises `error` for a file of another kind by its beginning, and for an archive; `packed`: gzip's is right."""
+    """Raise `error` for a file that begins like another kind, and for an archive; `packed`: gzip is expected."""
     if path.name.endswith((".tgz", ".tar.gz", ".tar")) or content[257:262] == b"ustar":
         raise error(str(path), "an archive of files", "text in UTF-8, plain or in a .gz file", "unpack it: tar xf FILE")
     for begins, (what, instead) in _OTHER_KINDS.items():
@@ -406,12 +410,12 @@ def _check_kind(path: Path, content: bytes, packed: bool, error: type[UserError]
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, as JSON and tables have them: Python's own also end at signs that may stand in texts."""
+    """Split a text into lines as JSON lines and tables have them; str.splitlines also splits at signs within texts."""
     return re.split(r"\r\n|\n|\r", text)
 
 
 def check_quotes(name: str, content: bytes, fix: str, separator: str = ",") -> None:
-    """UserError where a cell of CSV is opened by a quote that nothing closes: all rows after it would be that cell."""
+    """Raise UserError if a quote in CSV is never closed: all rows after it would be one cell."""
     if content.count(b'"') % 2 == 0:
         return
     rows, ended = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=separator, strict=True), 0
@@ -427,11 +431,11 @@ def check_quotes(name: str, content: bytes, fix: str, separator: str = ",") -> N
 def read_parquet(
     path: Path, columns: Mapping[str, str], fix: str, most_rows: int, content: bytes | None = None, exact: bool = False
 ) -> dict[str, NDArray[Any]]:
-    """Columns of a Parquet file by name, (rows,) each, as `columns` says: whole, number, maybe, flag or text.
+    """Read columns of a Parquet file by name, (rows,) each, of these kinds: whole, number, maybe, flag or text.
 
     "whole" gives int64 and "number" float64, both without gaps; "maybe" is a number with NaN for gaps; "flag" gives
-    bool and "text" objects. `content`: what the file holds, where it has been read already. `exact`: no other column
-    may be there.
+    bool and "text" objects. `content`: the file's bytes, if they have been read already. `exact`: no other column may
+    be there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -456,7 +460,7 @@ def read_parquet(
 
 
 def _column(path: Path, name: str, kind: str, column: Any, fix: str) -> NDArray[Any]:
-    """As the column's own to_numpy, which imports pandas: a third of a second for every process."""
+    """Convert a column to NumPy. Its own to_numpy imports pandas, which takes each process a third of a second."""
     import pyarrow as pa
 
     wanted = {"whole": pa.int64(), "number": pa.float64(), "maybe": pa.float64(), "flag": pa.uint8()}.get(kind)
@@ -477,7 +481,7 @@ def _column(path: Path, name: str, kind: str, column: Any, fix: str) -> NDArray[
             return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
         if column.null_count:
             raise ValueError("cells are empty")
-        # A cast imports pyarrow.compute, which takes 25 ms: shorter whole numbers become longer ones by NumPy.
+        # A cast imports pyarrow.compute, which takes 25 ms, so NumPy widens shorter whole numbers.
         is_exact = column.type == wanted or (pa.types.is_integer(column.type) and column.type.bit_width < 64)
         values = np.from_dlpack((column if is_exact else column.cast(wanted)).combine_chunks())
         return values.view(np.bool_) if kind == "flag" else values.astype(wanted.to_pandas_dtype(), copy=False)

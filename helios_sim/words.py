@@ -29,16 +29,16 @@ from helios_sim.untrusted import read_bytes, shortened
 HYDRAS = tuple(f.name for f in fields(HydraConf))
 MOST_BYTES = 1 << 18  # of a YAML file
 MOST_VALUES = 100_000  # of a YAML file, anchors written out
-TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "live.weights.", "live.heads.")  # settings that are texts, or begin so
+TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "live.weights.", "live.heads.")  # text settings, or their prefixes
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _OF_HYDRA = ("now", "hydra")  # resolvers that name output folders
 _OCTAL_OR_CLOCK = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")
-_GROUPS = ("workload", "policy", "objective", "runtime")  # whose files hold the settings of that group
+_GROUPS = ("workload", "policy", "objective", "runtime")  # groups in which a file holds the settings of that group
 _FIX = "correct the file, or take it out of that folder"
 
 
 def _with_asserts() -> None:
-    """Where `python -O` leaves out asserts: two of Hydra's parser step over a colon and a bracket, and must stay."""
+    """Restore two methods of Hydra's parser under `python -O`: their asserts step over a colon and a bracket."""
     from importlib.util import find_spec
 
     from hydra.core.override_parser import overrides_visitor
@@ -57,9 +57,9 @@ if not __debug__:
 
 
 def readable(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """The words with quotes around texts that Hydra could not read, such as paths with = , ( [ ' # or umlauts.
+    """Return the words with quotes around texts that Hydra could not read, such as paths with = , ( [ ' # or umlauts.
 
-    `kinds`: types of settings by path. UserError for a word that would run code.
+    `kinds`: types of settings by path. Raises UserError for a word that would run code.
     """
     several = any(word in ("-m", "--multirun") for word in arguments)
     found = []
@@ -79,7 +79,7 @@ def readable(arguments: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
 
 
 def unreadable(arguments: Iterable[str]) -> UserError | None:
-    """The first word that Hydra's parser does not take, in our words."""
+    """Return an error, in our words, about the first word that Hydra's parser does not take; None if it takes all."""
     for word in arguments:
         if not word.startswith("-") and "=" in word:
             try:
@@ -118,12 +118,12 @@ def _fix_of(word: str) -> str:
 
 
 def look_at_files() -> None:
-    """From now on, look at every YAML file before Hydra loads it, but at ours, which are read once.
+    """Check every YAML file before Hydra loads it, from now on. Shipped files are not checked, and are read once.
 
-    UserError, where it is loaded, for one that could run code or fill the memory.
+    Loading a file that could run code or fill the memory then raises UserError.
     """
     keep_what_is_read()
-    Plugins.instance()  # which loads the class of sources anew, so that an import would give another one
+    Plugins.instance()  # it loads the class of sources anew, so an import would give another class
     sources: Any = SourcesRegistry.instance().resolve("file")
     load = sources.load_config
     if getattr(load, "looks_first", False):
@@ -142,7 +142,7 @@ def look_at_files() -> None:
 
 
 def check_file(file: Path) -> None:
-    """UserError for a file that could run code or fill the memory. What is no valid YAML is left to Hydra."""
+    """Raise UserError for a file that could run code or fill the memory. Invalid YAML is left to Hydra."""
     content = read_bytes(file, MOST_BYTES, _FIX)
     try:
         root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
@@ -160,7 +160,7 @@ def check_file(file: Path) -> None:
 
 
 def _check_package(file: Path, text: str, names: Sequence[str]) -> None:
-    """UserError for a file of a group that names the group once more, or one of engines that does not go everywhere."""
+    """Raise UserError for a file of a group that names the group again, or an engine's that is not `_global_`."""
     group = file.parent.name
     if package_of(text, "none") != "none" or group not in (*_GROUPS, "engine"):
         return
@@ -174,11 +174,11 @@ def _check_package(file: Path, text: str, names: Sequence[str]) -> None:
 
 
 class _Looked:
-    """Looks at every node of a file once."""
+    """Checks every node of a YAML file once, and counts its values."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._sizes: dict[int, int] = {}  # by node, with everything in it; 0 while it is not known
+        self._sizes: dict[int, int] = {}  # by node: values in it, itself included; 0 while they are being counted
 
     def size(self, node: yaml.Node, path: str) -> int:
         known = self._sizes.get(id(node))
@@ -237,5 +237,5 @@ def _is_read(word: str, several: bool) -> bool:
 
 
 def _quoted(value: str) -> str:
-    """In quotes as Hydra reads them: backslashes count only before a quote."""
+    """Put a value in quotes as Hydra reads them: backslashes count only before a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), value) + "'"

@@ -26,11 +26,11 @@ from helios_sim.untrusted import shortened
 from helios_sim.vary.settings import closest, kind_in_words, known_settings, unknown_setting, wrong_type
 from helios_sim.words import unreadable
 
-OPEN = (  # take new names
+OPEN = (  # groups and mappings that take new names
     "arms.", "policy.", "exits.parameters.", "workload.mix.tasks.", "workload.mix.after.", "cluster.kinds",
     "cluster.tasks", "cluster.shares", "cluster.bandit.costs", "live.weights.", "live.heads.", "serve.tokenizers.",
 )  # fmt: skip
-MAPPINGS = ("sweep.parameters",)  # of groups by name
+MAPPINGS = ("sweep.parameters",)  # from names to groups of settings
 PRINT_ALL = "--cfg job prints all settings"
 # What vLLM and the clients that measure it call settings, and their names here.
 ELSEWHERE = {
@@ -56,7 +56,7 @@ _NOT_MODELLED = re.compile(r"(pipeline|expert|context|sequence)_parallel")
 
 
 def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Config) -> UserError:
-    """An error of Hydra or OmegaConf as one message; `arguments` are the command line's."""
+    """Turn an error of Hydra or OmegaConf into one message; `arguments` are the command line's."""
     text = str(error)
     if (found := re.match(r"In '([^']+)': ", text)) and (wrong := _wrong_in_file(found[1], text, arguments, schema)):
         return wrong
@@ -125,12 +125,12 @@ def in_words(error: Exception, arguments: Sequence[str] = (), schema: type = Con
 
 
 def in_a_circle() -> UserError:
-    """Of files that Hydra cannot stop reading."""
+    """Return the error for files that name each other in a circle, which Hydra cannot stop reading."""
     return UserError("defaults", "a circle", "files of which none names itself through others", "take one of them out")
 
 
 def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type) -> UserError | None:
-    """What is wrong in a user's file of this name below --config-dir; None where that cannot be told from the file."""
+    """Return what is wrong in a user's file of this name below --config-dir; None if the file does not tell."""
     paths = [Path(place) / f"{name}.yaml" for place in config_dirs(arguments)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -170,7 +170,7 @@ def _wrong_in_file(name: str, text: str, arguments: Sequence[str], schema: type)
 
 
 def _odd_name(values: Any, path: str = "") -> tuple[str, Any] | None:
-    """The place of the first key that is no text, and the key."""
+    """Return the place of the first key that is no text, and the key; None if all keys are texts."""
     if isinstance(values, dict):
         for key, value in values.items():
             if not isinstance(key, str):
@@ -181,7 +181,7 @@ def _odd_name(values: Any, path: str = "") -> tuple[str, Any] | None:
 
 
 def _nearest_versions(option: str, options: Sequence[str]) -> str:
-    """A fix that names the versions of the same engine around the one that is not known; "" where that is none."""
+    """Return a fix that names the versions around an unknown version of an engine; without any, the closest name."""
     engine, _, version = option.rpartition("-")
     wanted = [int(part) for part in re.findall(r"\d+", version)[:2]]
     there = {
@@ -198,7 +198,7 @@ def _nearest_versions(option: str, options: Sequence[str]) -> str:
 def wrong_setting(
     key: str, value: object, cause: str, arguments: Sequence[str] = (), schema: type = Config
 ) -> UserError:
-    """A key that does not exist, or a value that it cannot have."""
+    """Return the error about a key that does not exist, or a value that the key cannot have."""
     known = known_settings(schema)
     if key in known and (inner := _wrong_inside(key, value, cause, known[key])) is not None:
         return inner
@@ -247,7 +247,7 @@ def wrong_setting(
     if near := get_close_matches(last, own, 1):
         return UserError(key, value, "no such setting", f"you may have meant {parent}.{near[0]}")
     beside, _ = _names_in(schema, parent.rpartition(".")[0]) if parent else ([], False)
-    if parent and not own and not of_one and beside:  # the group itself is none
+    if parent and not own and not of_one and beside:  # there is no such group
         above, _, name = parent.rpartition(".")
         near_group = get_close_matches(name, beside, 1)
         meant = f"you may have meant {above}.{near_group[0]}".replace(" .", " ") if near_group else (
@@ -262,7 +262,7 @@ def wrong_setting(
 
 
 def _names_in(schema: Any, path: str) -> tuple[list[str], bool]:
-    """The settings of the group at this path, none where it is no group; and whether it is in one of several alike."""
+    """Return the settings of the group at this path, none if it is no group; and whether a list or mapping holds it."""
     of_one = False
     for part in path.split(".") if path else ():
         if get_origin(schema) in (list, dict):
@@ -273,7 +273,7 @@ def _names_in(schema: Any, path: str) -> tuple[list[str], bool]:
 
 
 def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError | None:
-    """The same, where it is a setting of a group within the value; None: it is the value itself."""
+    """Return the error about a setting of a group within the value; None if the value itself is wrong."""
     groups = {group.__name__: group for group in _groups_in(hint)}
     if (found := re.search(r"Key '([^']+)' not in '(\w+)'", cause)) and found[2] in groups:
         names = [f.name for f in fields(groups[found[2]])]
@@ -288,7 +288,7 @@ def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError |
 
 
 def _groups_in(hint: Any) -> Iterator[Any]:
-    """The groups of settings within a type."""
+    """Yield the groups of settings within a type."""
     if is_dataclass(hint):
         yield hint
         for inner in get_type_hints(hint).values():
@@ -309,7 +309,7 @@ def _wrong_policy_key(key: str, value: object, arguments: Sequence[str]) -> User
 
 
 def _of_one_arm(key: str, value: object) -> tuple[str, object]:
-    """`arms.NAME.KEY` and its value, where `by_arm` wrote arms={NAME: {KEY: value}} for it."""
+    """Return `arms.NAME.KEY` and its value, if `by_arm` wrote them as arms={NAME: {KEY: value}}."""
     if key == "arms" and isinstance(value, str):
         with contextlib.suppress(HydraException, RecursionError):
             value = OverridesParser.create().parse_override(f"arms={value}").value()
@@ -320,7 +320,7 @@ def _of_one_arm(key: str, value: object) -> tuple[str, object]:
 
 
 def _wrong_arm_key(key: str, value: object, arguments: Sequence[str]) -> UserError | None:
-    """The same, where an arm of this name is there and its policy has no such setting; None: it is a new name."""
+    """Return the error if there is an arm of this name, but its policy has no such setting; else None."""
     from helios_sim.policy.registry import parameters_of
     from helios_sim.study.build import OF_THE_ARM
 
@@ -339,7 +339,7 @@ def _wrong_arm_key(key: str, value: object, arguments: Sequence[str]) -> UserErr
 
 
 def _settings_in(file: Path) -> list[str]:
-    """Keys of a file of settings and of the files that it builds on."""
+    """Return the keys of a file of settings and of the files that it builds on."""
     found: dict[str, None] = {}
     for key, value in OmegaConf.load(file).items_ex(resolve=False):  # some have no default
         if key != "defaults":
