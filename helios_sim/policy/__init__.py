@@ -1,1 +1,1 @@
-"""Policies: arithmetic on telemetry. They know neither SimPy nor torch nor Hydra."""
+"""Policies: decisions by arithmetic on telemetry. This package knows neither SimPy nor torch nor Hydra."""

@@ -1,4 +1,4 @@
-"""Checks what a policy of the user's own returns, before anything acts on it: types, names, depths and ranges."""
+"""Checks of the deployments that a user's own policy returns, before they take effect: types, names, depths, ranges."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from helios_sim.policy.deployment import (
 )
 from helios_sim.policy.telemetry import Situation
 
-MOST = 2**60  # of whole numbers, some of which are nanoseconds
-_LEAST = {  # of the numbers of a trigger
+MOST = 2**60  # largest whole number allowed; some are nanoseconds
+_LEAST = {  # by trigger, the least value of each of its whole numbers
     BreachLimit: {"window_tokens": 1, "limit": 0},
     Completed: {"requests": 1},
     AtTime: {"time_ns": 0},
@@ -58,12 +58,12 @@ _LEAST = {  # of the numbers of a trigger
     Drained: {},
     Probed: {},
 }
-_MOST_WINDOW = 1_000_000  # tokens or requests, each of which is kept
-_WINDOWS_S = 0.1, 50.0  # over which power is averaged
+_MOST_WINDOW = 1_000_000  # tokens or requests of a window, which are all kept in memory
+_WINDOWS_S = 0.1, 50.0  # least and most seconds over which power is averaged
 
 
 def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str] | None:
-    """The first field that the server cannot carry out, its value and what it may be; None: all is well."""
+    """The first field that the server cannot carry out, its value and what is allowed; None if there is no fault."""
     candidates = situation.candidates
 
     def placement(value: object) -> str | None:
@@ -107,7 +107,7 @@ def fault_of(found: Deployment, situation: Situation) -> tuple[str, object, str]
         return None if isinstance(value.confidence, Confidence) else f"a confidence of {_listed(Confidence)}"
 
     def looking(value: PerToken) -> str | None:
-        """What a rule that looks at each token alone asks for."""
+        """The form required of a rule that checks each token alone, if `value` does not have it; else None."""
         exits, near = candidates[found.active.model].offline.exits, value.near
         known = isinstance(value.confidence, Confidence)
         if near is not None:

@@ -1,4 +1,4 @@
-"""What each candidate would give, from profile, offline exits and the history table."""
+"""Assessment of candidates: what each would achieve, from profile, offline exits and the history table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from helios_sim.policy.transition import NO_TRANSITION, Transition
 
 
 class Assessor:
-    """Caps and predicted options of the candidates, given what was seen so far."""
+    """Caps and predicted options of the candidates, given the observations so far."""
 
     def __init__(
         self,
@@ -41,36 +41,36 @@ class Assessor:
         self.history = HistoryTable(situation.candidates, half_life_requests)
         self.batch_limit = batch_limit
         self._cap_layers = cap_layers
-        self.above_floor: list[Option] = []  # of the latest ranking: would be in it but for the floor in bits
-        self._refused: list[str] = []  # of the latest ranking
-        self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # with what is behind it
-        self._load: Load | None = None  # of the predictions below
+        self.above_floor: list[Option] = []  # left out of the latest ranking by the floor in bits per character alone
+        self._refused: list[str] = []  # reasons for all that the latest ranking left out
+        self._caps: dict[str, tuple[tuple[int, float | None], CapChoice]] = {}  # by model, with the inputs of `cap`
+        self._load: Load | None = None  # the load of the predictions below
         self._predicted: dict[Any, Prediction | None] = {}
         if cap_layers is not None:
             for candidate in situation.candidates.values():
                 check_cap(candidate, cap_layers)
 
     def bits_floor(self) -> float | None:
-        """Bits per character that are good enough by what is known now; None: any are."""
+        """The most bits per character that are good enough, as known now; None if there is no such floor."""
         objective = self.situation.objective
         if objective.max_bits_per_char is None and objective.max_bits_ratio is None:
             return None
         return bits_floor(objective, {name: self._bits(name) for name in self.situation.candidates})
 
     def meets_quality_floor(self, model: str) -> bool:
-        """Whether full depth is within the floor in bits per character; true where that is not known."""
+        """Whether full depth is within the floor in bits per character; true if that is not known."""
         most = self.bits_floor()
         return most is None or (bits := self._bits(model)) is None or bits <= most
 
     def _bits(self, model: str, layers: int | None = None) -> float | None:
-        """Bits per character by the history table at an exit, full depth by default; None where not known."""
+        """Bits per character by the history table at an exit, full depth by default; None if not known."""
         bits = self.history.shares(model).bits_per_char
         exits = self.situation.candidates[model].offline.exits
         return None if bits is None else float(bits[-1 if layers is None else exits.index(layers)])
 
     def cap(self, model: str) -> CapChoice:
-        """The shallowest exit within the quality floor by what is known now; the given cap if there is one."""
-        # Nothing else is behind a cap: the model's own prompts, and for a floor that follows a reference all of them.
+        """The shallowest exit within the quality floor, as known now, or the given cap if there is one."""
+        # A cap depends on nothing else: the model's own observed prompts, and the floor, which may follow other models.
         behind = (self.history.observed_prompts(model), self.bits_floor())
         known = self._caps.get(model)
         if known is None or known[0] != behind:
@@ -101,14 +101,15 @@ class Assessor:
         leave_early: KvRule | None = None,
         drafts: Paced | None = None,
     ) -> Option | None:
-        """None when the placement leaves no room for one request. `leave_early`: tokens do, under that KV rule.
+        """The predicted option of this placement; None if it leaves no room for one request.
 
-        `drafts`: the whole model verifies what its first layers draft.
+        With `leave_early` tokens leave early one by one, under that KV rule. With `drafts` the whole model verifies the
+        drafts of its first layers.
         """
         prediction = self._predict(placement, load, horizon_requests, tuple(standby), leave_early, drafts)
         if prediction is None:
             return None
-        # Tokens that leave early on their own are taken to cost what they cost at full depth: they were confident.
+        # Tokens that leave early one by one count with their bits at full depth, since they were confident.
         bits = self._bits(placement.model, placement.layers)
         return Option(placement, prediction, transition, cap, self.breach_share(placement), bits)
 
@@ -121,7 +122,7 @@ class Assessor:
         early: KvRule | None,
         drafts: Paced | None,
     ) -> Prediction | None:
-        """Each once under one load: a choice compares what is there with every option."""
+        """Predicts each placement once per load, since a choice compares the current placement with every option."""
         if load != self._load:
             self._load = load
             self._predicted.clear()
@@ -149,7 +150,7 @@ class Assessor:
         return batch_capacity(self.situation, active, tokens, standby) > 0
 
     def breach_share(self, placement: Placement) -> float:
-        """Share of tokens expected to leave there without confidence; none does at full depth."""
+        """Share of tokens expected to leave at this cap without confidence; 0 at full depth."""
         exits = self.situation.candidates[placement.model].offline.exits
         if placement.layers == exits[-1]:
             return 0.0
@@ -158,9 +159,9 @@ class Assessor:
     def ranked(
         self, load: Load, horizon_requests: int, completed_requests: int, *, whole_must_fit: bool
     ) -> list[Option]:
-        """Candidates at their caps that meet memory and floors, best predicted objective first.
+        """Ranks candidates at their caps that meet memory and floors, best predicted objective first.
 
-        Those that fit but are above the floor in bits per character are in `above_floor`, in the same order.
+        Candidates that fit but exceed the floor in bits per character go into `above_floor`, in the same order.
         """
         options: list[Option] = []
         above: list[Option] = []
@@ -186,7 +187,7 @@ class Assessor:
         return sorted(self.quick_enough(options), key=cost)
 
     def quick_enough(self, options: Sequence[Option]) -> list[Option]:
-        """Those within the bound on response time; where none is, the quickest."""
+        """Options within the bound on response time, or the quickest one if there is none."""
         return quick_enough(self.situation.objective, options)
 
     def require(self, ranked: Sequence[Option]) -> None:
@@ -200,6 +201,6 @@ class Assessor:
             )
 
     def cost(self, option: Option, load: Load, in_system: int, requests: int, horizon_s: float) -> float:
-        """See `cost_until_next_round`."""
+        """The option's cost by `cost_until_next_round`, for the objective's goal."""
         goal = self.situation.objective.goal
         return cost_until_next_round(goal, option, load, in_system, requests, horizon_s)

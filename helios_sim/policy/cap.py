@@ -1,7 +1,7 @@
-"""The cap rule: how shallow a model may be cut so that its tokens stay its own, by an upper bound over prompts.
+"""The cap rule: how shallow a model may be cut without changing too many tokens, by an upper bound over prompts.
 
-The paper publishes no rule; this one is ours. The bound is that of a ratio estimator: a prompt is one draw, since its
-tokens are alike, and shares of disagreement are skewed, since most prompts show none.
+The paper publishes no rule; this one is ours. The bound is that of a ratio estimator. A prompt is one draw, since its
+tokens are alike. Shares of disagreement are skewed, since most prompts show none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from helios_sim.core import machine
 from helios_sim.core.evidence import TOKENS, weigh
 from helios_sim.core.layout import Storage
 
-_LOCK = Lock()  # of the compiled function's only caller
+_LOCK = Lock()  # the compiled function must have one caller at a time
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
@@ -28,27 +28,27 @@ class Evidence:
 
     tokens: NDArray[np.int64]  # (P,)
     disagreements: NDArray[np.int64]  # (P, E) tokens that differ from full depth, confident or not
-    weights: NDArray[np.float64]  # (P,) above 0; older prompts weigh less
+    weights: NDArray[np.float64]  # (P,) above 0; older prompts have less weight
 
 
 @dataclass(frozen=True, slots=True)
 class CapChoice:
-    """The cap that was chosen, with the share of changed tokens at each exit."""
+    """The chosen cap, with the share of changed tokens at each exit."""
 
     layers: int
     share: tuple[float, ...]  # (E,) weighted share of tokens that differ
-    upper_bound: tuple[float, ...]  # (E,) of that share
+    upper_bound: tuple[float, ...]  # (E,) upper bound of `share`
 
 
 class Weighed(NamedTuple):
-    """Of each exit (E,)."""
+    """Weighted evidence at each exit, (E,) each; the counts are weighted tokens of the observed prompts."""
 
-    share: NDArray[np.float64]  # of tokens that differ
-    bound: NDArray[np.float64]  # of that share
-    differs: NDArray[np.float64]  # weighted tokens of the prompts that were observed: those that differ,
-    confident: NDArray[np.float64]  # are confident there,
-    first: NDArray[np.float64]  # and are so there first
-    tokens: float  # all of them
+    share: NDArray[np.float64]  # share of tokens that differ from full depth, by all sources
+    bound: NDArray[np.float64]  # upper bound of `share`
+    differs: NDArray[np.float64]  # observed tokens that differ from full depth
+    confident: NDArray[np.float64]  # observed tokens confident there
+    first: NDArray[np.float64]  # observed tokens confident there and at no earlier exit
+    tokens: float  # all observed tokens
 
 
 def weighed(
@@ -56,10 +56,10 @@ def weighed(
     confident: NDArray[np.int64] | None = None,
     first: NDArray[np.int64] | None = None,
 ) -> Weighed:
-    """The share of tokens that differ, sum(w d) / sum(w t), and its one-sided upper 95 % bound.
+    """Weighs the evidence: the share of tokens that differ, sum(w d) / sum(w t), and its one-sided upper 95 % bound.
 
-    Each source is a stratum whose prompts were drawn apart from the others'. With residuals e = w (d - share t),
-    centred in their source, of n prompts there:
+    Each source is a stratum: its prompts were drawn apart from those of other sources. With residuals
+    e = w (d - share t), centred in their source, of n prompts there:
 
         variance of the sum V = sum over sources of n / (n - 1) sum(e^2),  third moment K = sum(e^3)
         bound = share + sqrt(V) / sum(w t) (z + K / V^1.5 (2 z^2 + 1) / 6)
@@ -68,7 +68,7 @@ def weighed(
     (Hall, "Inverting an Edgeworth expansion", Annals of Statistics 11, 1983). It never turns the bound below the share,
     since |K| <= V^1.5 and (2 z^2 + 1) / 6 < z. A source of one prompt shows no spread.
 
-    `confident` and `first` (n, E) are further counts of the last source's prompts, which were observed.
+    `confident` and `first` (n, E) are further counts for the last source, the observed prompts.
     """
     code = machine.loaded()
     storage = Storage(compiled=code is not None)
@@ -99,7 +99,7 @@ def choose_cap(
     max_disagreement: float,
     allowed: tuple[bool, ...] | None = None,
 ) -> CapChoice:
-    """The shallowest exit whose upper bound is at most `max_disagreement`, else full depth, which never differs.
+    """Chooses the shallowest exit with an upper bound of at most `max_disagreement`, else full depth.
 
     `allowed` (E,) bars exits for other reasons, such as bits per character; full depth is never barred here.
     """

@@ -1,4 +1,4 @@
-"""Checks of what a policy is given: ranges of its parameters, names of candidates and their exits."""
+"""Checks of a policy's inputs: ranges of its parameters, names of candidates and their exits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helios_sim.policy.telemetry import Candidate, Situation
 
 
 def check_positive(key: str, value: float | None) -> None:
-    """Raises UserError unless value > 0 (None stands for "not given" and passes)."""
+    """Raises UserError unless value > 0 (None means "not given" and passes)."""
     if value is not None and not value > 0:
         raise UserError(f"policy.{key}", value, "a number above 0", f"set policy.{key} above 0 or leave it out")
 
@@ -22,7 +22,7 @@ def check_not_negative(key: str, value: float | None) -> None:
 
 
 def find_model(situation: Situation, model: str | None) -> str:
-    """The named candidate, or the only one when no name is given. Raises UserError otherwise."""
+    """The named candidate, or the only one if no name is given. Raises UserError otherwise."""
     names = tuple(situation.candidates)
     if model is None and len(names) == 1:
         return names[0]
@@ -32,7 +32,7 @@ def find_model(situation: Situation, model: str | None) -> str:
 
 
 def check_cap(candidate: Candidate, layers: int) -> int:
-    """`layers` if the model has an exit there. Raises UserError otherwise."""
+    """Returns `layers` if the model has an exit there. Raises UserError otherwise."""
     exits = candidate.offline.exits
     if layers not in exits:
         raise UserError(
@@ -45,9 +45,11 @@ def check_cap(candidate: Candidate, layers: int) -> int:
 
 
 def whole_model(situation: Situation, model: str, resident_layers: int | None) -> tuple[Situation, Placement]:
-    """All layers of a model, of which so many stay on the card (None: all), and the situation in which that is priced.
+    """The placement of all layers of a model, with `resident_layers` on the card (None means all), and a situation that
+    prices it.
 
-    Raises UserError where fewer layers than find room anyway would come late.
+    Raises UserError unless 1 <= resident_layers < n_layers - LATE_ROOM: `LATE_ROOM` late layers have room on the card
+    anyway, so more than these must come late.
     """
     candidate = situation.candidates[model]
     n_layers = candidate.profile.model.n_layers

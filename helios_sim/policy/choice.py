@@ -1,4 +1,4 @@
-"""Which placement to go on with: after a round, and after a breach."""
+"""The choice of the placement to serve with, after a round and after a breach."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from helios_sim.policy.transition import NO_TRANSITION, Underway, transition
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What is true of the server when a choice is made."""
+    """State of the server when a choice is made."""
 
     load: Load
     batch: float  # mean running requests, for the constants
     running_requests: int
     in_system: int
     completed_requests: int
-    in_force: Deployment | None  # None: nothing is loaded yet, and loading is free
-    cached_tokens: int = 0  # in the prefix cache, held by no request
+    in_force: Deployment | None  # None if nothing is loaded yet, and loading is free
+    cached_tokens: int = 0  # tokens in the prefix cache, held by no request
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, and the figures that led to it."""
+    """The chosen option, and the figures behind the choice."""
 
     option: Option
     evidence: dict[str, Any]
-    next_best: Option | None  # by cost, of the others
+    next_best: Option | None  # the cheapest of the other options
 
 
 class Chooser:
-    """The shortlist of the latest round, the caps of the latest choice, and what can be done from where one is."""
+    """Chooser of placements. It keeps the shortlist of the latest round and the caps of the latest choice."""
 
     def __init__(self, parameters: HeliosParameters, situation: Situation) -> None:
-        """Raises UserError if a given cap is no exit of a candidate."""
+        """Raises UserError if a given cap is not an exit of every candidate."""
         self._parameters = parameters
         self._situation = situation
         self.assessor = Assessor(
@@ -52,14 +52,14 @@ class Chooser:
             batch_limit=parameters.batch_limit,
         )
         self.shortlist: list[Option] = []  # best predicted first
-        self._load: Load  # when the shortlist was made
+        self._load: Load  # the load for which the shortlist was made
         self._caps: dict[str, CapChoice] = {}
 
     def renew_shortlist(self, load: Load, batch: float, completed_requests: int) -> None:
-        """Keeps the last one when no candidate qualifies any more. Raises UserError if none ever did.
+        """Makes a new shortlist, or keeps the last one if no candidate qualifies. Raises UserError if none ever did.
 
-        Places that are left go to candidates above the floor in bits per character: that was on the text seen so far,
-        and only a candidate that is evaluated can come back. Evaluation by serving needs room for the whole model.
+        Places that are left go to candidates above the floor in bits per character: they missed it on the text seen so
+        far, and only an evaluated candidate can come back. Evaluation by serving needs room for the whole model.
         """
         p = self._parameters
         self._load = load
@@ -84,13 +84,13 @@ class Chooser:
         return Placement(model, self._situation.candidates[model].profile.model.n_layers)
 
     def after_round(self, moment: Moment) -> Choice:
-        """The shortlisted candidate with the least cost until the next round, at its cap by what is known now.
+        """Chooses the shortlisted candidate with the least cost until the next round, at its cap as known now.
 
-        What is loaded is sunk: going on with it costs no transition, so another candidate is chosen only if its
-        predicted gain until the next round exceeds the cost of going there.
+        Staying with the loaded placement costs no transition, so another candidate is chosen only if its predicted gain
+        until the next round exceeds the cost of the transition.
         """
         models = self.models
-        if moment.in_force is not None:  # on equal terms what is there stays
+        if moment.in_force is not None:  # at equal cost the active model stays
             active = moment.in_force.active.model
             models.sort(key=lambda model: model != active)
         self._caps = {model: self.assessor.cap(model) for model in models}
@@ -99,7 +99,7 @@ class Chooser:
         placements = [Placement(model, cap.layers) for model, cap in zip(within or models, caps, strict=True)]
         found = [self._option(placement, moment, cap=cap) for placement, cap in zip(placements, caps, strict=True)]
         options = [option for option in found if option is not None]
-        # Requests may have become so long that none of mean length fits: then the best ranked goes on.
+        # Requests may have become so long that no option has room for one of mean length: then serve the best ranked.
         options = self.assessor.quick_enough(options) or self.shortlist[:1]
         for option in options:
             self.assessor.history.note(option.placement.model, option.prediction, moment.completed_requests)
@@ -114,7 +114,10 @@ class Chooser:
         return Choice(chosen, evidence, _cheapest_but(chosen, options, costs))
 
     def after_breach(self, moment: Moment, remaining_requests: int) -> Choice | None:
-        """Load the active model's remaining layers or switch to another's partial load; None if neither can be."""
+        """Chooses to load the active model's other layers or to switch to another model; None if neither is possible.
+
+        Another model is loaded up to its cap.
+        """
         assert moment.in_force is not None
         active = moment.in_force.active.model
         leave_early = self._parameters.raised_kv_rule if self._parameters.raised is Raised.EARLY_EXIT else None
@@ -138,7 +141,7 @@ class Chooser:
         return Choice(chosen, evidence, _cheapest_but(chosen, options, costs))
 
     def standby(self, active: Placement) -> tuple[Placement, ...]:
-        """Other shortlisted candidates to keep resident, in rank order, as long as one request still fits."""
+        """Placements of other shortlisted candidates to keep in memory, in rank order, while one request still fits."""
         kept: tuple[Placement, ...] = ()
         if self._parameters.standby is Standby.NONE:
             return kept
@@ -152,10 +155,10 @@ class Chooser:
         return kept
 
     def _may_switch_to(self, model: str) -> bool:
-        """Within the quality floor, and not expected to breach at once, which would make it no choice beside loading.
+        """Whether the model is within the quality floor and not expected to breach at once, which would rule it out.
 
-        One that breached earlier may come round again: the table says what is to be expected of it. With switch_only
-        there is nothing else to do, so even a breach that is expected is no obstacle.
+        A model that breached earlier may qualify again: the history table tells what to expect of it. With switch_only
+        there is no alternative, so an expected breach is no obstacle.
         """
         if not self.assessor.meets_quality_floor(model):
             return False
@@ -167,13 +170,13 @@ class Chooser:
     def _option(
         self, placement: Placement, moment: Moment, leave_early: KvRule | None = None, cap: CapChoice | None = None
     ) -> Option | None:
-        """Going to `placement` from what is in force; None if it does not fit."""
+        """The option of going to `placement` from the deployment in force; None if it does not fit."""
         horizon = self._parameters.at_batch(moment.batch).round_requests
         step = NO_TRANSITION
         if moment.in_force is not None:
             at, standby = moment.in_force.active, moment.in_force.standby
             decode_iteration_s = 0.0
-            if placement.model != at.model and moment.running_requests:  # which may have to be waited for
+            if placement.model != at.model and moment.running_requests:  # these requests may have to finish first
                 here = self.assessor.option(at, moment.load, horizon, standby=standby)
                 decode_iteration_s = 0.0 if here is None else here.prediction.decode_iteration_s
             now = Underway(at, standby, moment.running_requests, decode_iteration_s, moment.cached_tokens)

@@ -1,4 +1,4 @@
-"""A user's own policy from a module outside the project: finding it, and checking what it answers."""
+"""A user's own policy from a module outside the project: importing it, and checking the deployments it returns."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from helios_sim.policy.answers import fault_of
 from helios_sim.policy.deployment import Cause, Deployment
 from helios_sim.policy.telemetry import Policy, Situation, Telemetry
 
-_SHOWN, _MOST_SAID = 80, 300  # characters of what was returned, and of what an error says
-_MOST_NAMES = 20  # of a module, in a message
-_NOT_THEIRS = (str(Path(__file__).parents[1]), "<", importlib.__file__ or "")  # beginnings of files' names
+_SHOWN, _MOST_SAID = 80, 300  # most characters that a message shows of a returned value, and of an error's text
+_MOST_NAMES = 20  # most names of a module that a message lists
+_NOT_THEIRS = (str(Path(__file__).parents[1]), "<", importlib.__file__ or "")  # prefixes of files not of the user's
 
 
 @dataclass(frozen=True, slots=True)
 class CustomParameters:
-    """`object` is "module:Name"; the module must be importable (the current folder is). `settings` go to Name()."""
+    """Settings of `policy=custom`. `object` is "module:Name"; `settings` are the keywords of Name().
+
+    The module must be importable; modules in the current folder are.
+    """
 
     object: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_custom(parameters: CustomParameters) -> Policy:
-    """An instance of the user's class, called with the settings as keywords.
+    """Makes an instance of the user's class, with the settings as keywords.
 
-    Raises UserError for a wrong form, a module or name that is not there, settings that the class does not take, or
-    an object without `start` and `decide`, and OwnCodeError for whatever the user's own code raises, here or later.
+    Raises UserError for a wrong form, a missing module or name, settings that the class does not take, or an object
+    without `start` and `decide`. Raises OwnCodeError for any error of the user's own code, here or later.
     """
     module_name, colon, name = parameters.object.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
@@ -81,19 +84,19 @@ def load_custom(parameters: CustomParameters) -> Policy:
 
 
 class _Checked:
-    """A user's policy with its answers checked: UserError for anything but what the server can carry out."""
+    """A user's policy with checked results: UserError for a deployment that the server cannot carry out."""
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self._name = policy, name
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The name of the policy in the settings, "module:Name"."""
         return self._name
 
     def start(self, situation: Situation) -> Deployment:
         self._situation = situation
-        random.seed(situation.seed)  # of whatever the policy draws without a generator of its own
+        random.seed(situation.seed)  # for a policy that draws without a generator of its own
         np.random.seed(situation.seed % 2**32)  # noqa: NPY002 - this one
         with _own_code(self._name, "start()", self._policy, "start"):
             found = self._policy.start(situation)
@@ -122,12 +125,12 @@ class _Checked:
 
 @contextmanager
 def _own_code(name: str, what: str, policy: object = None, method: str = "") -> Iterator[None]:
-    """What the user's code raises becomes an OwnCodeError that names it, with its file and line.
+    """Turns an error of the user's code into an OwnCodeError that names the code, with file and line.
 
-    `policy` and `method`: what is called, whose place is told where none of its lines was reached.
+    `policy` and `method` are the code that is called. Its definition is named if none of its lines was reached.
 
-    Signals, a machine that gives no more, and a message of this program pass as they are. Files that it reads are
-    noted: the result is made of them.
+    Signals, a lack of memory or disk space, and this program's own UserErrors pass unchanged. Files that the code reads
+    are noted, since the result depends on them.
     """
     try:
         with watched(name):
@@ -148,7 +151,8 @@ def _own_code(name: str, what: str, policy: object = None, method: str = "") -> 
 def _place(error: BaseException, policy: object, method: str) -> str:
     """File and line of the innermost code that is neither this program's nor the import system's.
 
-    Where there is none, as when it does not take the arguments, those of the method; nothing where it has none.
+    If there is none, for instance since the method does not take the arguments, the place of the method's definition;
+    an empty text if that is not known either.
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
@@ -156,7 +160,7 @@ def _place(error: BaseException, policy: object, method: str) -> str:
     theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
     if theirs:
         return f"{theirs[-1].filename}, line {theirs[-1].lineno}, in {theirs[-1].name}"
-    with suppress(Exception):  # attributes of a user's object may be code
+    with suppress(Exception):  # attributes of a user's object may run code, and raise
         code = getattr(policy, method).__code__
         if isinstance(code, CodeType):
             return f"{code.co_filename}, line {code.co_firstlineno}"
@@ -164,7 +168,7 @@ def _place(error: BaseException, policy: object, method: str) -> str:
 
 
 def _short(value: object) -> str:
-    with suppress(Exception):  # the user's own __repr__
+    with suppress(Exception):  # the user's own __repr__ may raise
         text = repr(value)
         return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
     return f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""One model that verifies what another, smaller one with the same tokenizer drafts."""
+"""Speculative decoding: a smaller model with the same tokenizer drafts, and one model verifies the drafts."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 
 
 class DraftsOn(StrEnum):
-    """Where drafts are made, if not on the card of the model that verifies them."""
+    """The way drafts are made on a card of their own, which is of the same kind as the verifier's."""
 
-    OWN = "own"  # a card of the same kind: all requests that wait for drafts are drafted for at once
-    PIPELINED = "pipelined"  # the same, at most half of the batch at once, so that the other card has the other half
+    OWN = "own"  # all requests that wait for drafts are drafted for at once
+    PIPELINED = "pipelined"  # at most half of the batch is drafted for at once, while the other half is verified
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelParameters:
     """Settings of `policy=draft_model`."""
 
-    drafter: str | None = None  # None: the other one of two candidates
-    model: str | None = None  # None: the candidate with more layers
-    draft_tokens: int = 4  # of one pass; with review_requests the most
-    largest_batch: int | None = None  # where more requests decode none drafts; None: however many do
-    review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
-    drafter_on: DraftsOn | None = None  # a card of its own; None: the model's card
-    exchange_s: float | None = None  # with a card of its own: what passing tokens to the other card takes
-    fused_with: list[str] | None = None  # drafters that propose each token too, each on a card of its own
-    batch_limit: int | None = None  # None: the server's own limit
+    drafter: str | None = None  # None means the other one of two candidates
+    model: str | None = None  # the verifying model; None means the candidate with most layers
+    draft_tokens: int = 4  # drafts of one pass; with review_requests, the most
+    largest_batch: int | None = None  # if more requests decode, none drafts; None means no such limit
+    review_requests: int | None = None  # completed requests between two choices of the number of drafts; None: fixed
+    drafter_on: DraftsOn | None = None  # use of a card of the drafter's own; None means it is on the model's card
+    exchange_s: float | None = None  # seconds to pass tokens to the other card, if the drafter has its own
+    fused_with: list[str] | None = None  # further drafters that propose each token too, each on its own card
+    batch_limit: int | None = None  # None means the server's own limit
 
     def __post_init__(self) -> None:
         for name in ("largest_batch", "review_requests", "batch_limit"):
@@ -70,13 +70,13 @@ class DraftModelParameters:
 
     @property
     def cards(self) -> int:
-        """How many times the cards of a server without a drafter."""
+        """Cards of the server, as a multiple of those of a server without a drafter."""
         return 1 if self.drafter_on is None else 2 + len(self.fused_with or ())
 
     def roles(self, layers: Mapping[str, int]) -> tuple[str, str]:
-        """The model and its drafter, of candidates with so many layers.
+        """The model and its drafter, chosen among candidates; `layers` is their number of layers by name.
 
-        Raises UserError unless there are two, of which the drafter has no more layers.
+        Raises UserError unless there are two candidates and the drafter has no more layers than the model.
         """
         if len(layers) < 2:
             allowed = "two models in `models`: one drafts, the other verifies"
@@ -97,17 +97,18 @@ class DraftModelParameters:
 
 
 class DraftModelPolicy:
-    """Lossless: every token is the model's own. Both stay in memory with their K and V, on one card or on one each.
+    """Lossless drafting by another model: every token is the verifying model's own.
 
-    With `review_requests` the number of drafts follows what was accepted since the last review, and the running
-    requests, as under self-speculation (`DraftReview`); the first one is the most.
+    Both models stay in memory with their K and V, on one card or on one card each. With `review_requests` the number of
+    drafts follows the acceptance since the last review and the number of running requests, as under self-speculation
+    (`DraftReview`). It begins with the most.
     """
 
     def __init__(self, parameters: DraftModelParameters) -> None:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError unless there are two candidates, of which the drafter has no more layers."""
+        """Deploys both models. Raises UserError unless there are two candidates and the drafter has no more layers."""
         self._situation = situation
         self._layers = {name: it.profile.model.n_layers for name, it in situation.candidates.items()}
         self._model, self._drafter = self.parameters.roles(self._layers)
@@ -117,7 +118,7 @@ class DraftModelPolicy:
         return self._deployment(most, f"{self._drafter} drafts {most} tokens, {self._model} verifies them")
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """The drafts until the next review; None where they stay."""
+        """Sets the number of drafts until the next review; None if it stays."""
         if not isinstance(cause, Completed):
             return None
         candidates, batch = self._situation.candidates, max(1, telemetry.running_requests)

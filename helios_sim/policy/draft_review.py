@@ -1,4 +1,4 @@
-"""How many tokens to draft until the next review, by what was accepted since the last one."""
+"""Review of the number of drafts, by the acceptance rate since the last review."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from collections.abc import Callable
 
 from helios_sim.policy.telemetry import Telemetry
 
-LONGEST_REST = 16  # reviews without drafts before one period listens again
+LONGEST_REST = 16  # most reviews without drafts before a single draft is tried again
 
 
 class DraftReview:
-    """What was heard, and when to listen again.
+    """The acceptance rate as last measured, and the number of reviews until it is measured again.
 
-    Without drafts nothing is heard, so after a rest, which doubles each time up to `LONGEST_REST` reviews, one period
-    listens with a single draft, but only where drafts that are all accepted would pay.
+    Without drafts there is no acceptance to measure. So after a rest without drafts, which doubles each time up to
+    `LONGEST_REST` reviews, a single draft is tried until the next review, but only if drafts would pay were all of them
+    accepted.
     """
 
     def __init__(self, acceptance: float) -> None:
-        self.acceptance = acceptance  # as last heard, or as known beforehand
-        self._tested = self._accepted = 0  # drafts at the last review
+        self.acceptance = acceptance  # as last measured, or as known beforehand
+        self._tested = self._accepted = 0  # totals of drafts at the last review
         self._rest, self._next_rest = 0, 1
 
     def next_drafts(self, telemetry: Telemetry, drafts: int, best: Callable[[float], int]) -> int:
-        """After so many `drafts`; `best`: the number that pays most at an acceptance, 0 where none does."""
+        """The number of drafts until the next review, after a period with `drafts`.
+
+        `best` gives the number that pays most at an acceptance rate, 0 if none does.
+        """
         tested, accepted = telemetry.tested_drafts - self._tested, telemetry.accepted_drafts - self._accepted
         self._tested, self._accepted = telemetry.tested_drafts, telemetry.accepted_drafts
         if tested:

@@ -1,4 +1,4 @@
-"""What self-speculation would achieve: arithmetic on a profile and on the share of drafts that full depth confirms."""
+"""Predicted rates of speculative decoding: arithmetic on profiles and the share of drafts that full depth confirms."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from helios_sim.policy.prediction import decode_floor_s, decode_time_s, fixed_de
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
 
-SOME_TOKENS = 512  # in the KV cache
+SOME_TOKENS = 512  # tokens in the KV cache, to compare drafters
 
 
 def tokens_per_pass(acceptance: float, drafts: int) -> float:
-    """Tokens that one pass with so many drafts yields on average: (1 - a^(K+1)) / (1 - a).
+    """Mean number of tokens from one pass with K `drafts`: (1 - a^(K+1)) / (1 - a).
 
-    `acceptance`: the probability that a draft is confirmed where those before it were, the same for each.
+    `acceptance`, a, is the probability that a draft is accepted if the drafts before it were, the same for each.
     """
     if acceptance >= 1.0:
         return drafts + 1.0
@@ -29,7 +29,7 @@ def tokens_per_pass(acceptance: float, drafts: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PassTime:
-    """Seconds of one pass of a batch: its drafts together, and the verification."""
+    """Seconds of one pass of a batch: all its drafts, and the verification."""
 
     draft_s: float
     verify_s: float
@@ -40,9 +40,9 @@ class PassTime:
 
 
 def pass_time(profile: Profile, exit_layers: int, drafts: int, batch: int, context_tokens: int) -> PassTime:
-    """One pass in which `batch` requests, each with so many tokens in the KV cache, draft as many tokens each.
+    """Time of one pass in which `batch` requests, each with `context_tokens` in the KV cache, draft `drafts` each.
 
-    As the serving loop prices it (`core/depths.py:lay_out_pass`).
+    The serving loop prices passes in the same way (`core/depths.py:lay_out_pass`).
     """
     n_layers = profile.model.n_layers
     if drafts == 0:
@@ -58,7 +58,7 @@ def pass_time(profile: Profile, exit_layers: int, drafts: int, batch: int, conte
 def _steps(
     profile: Profile, exit_layers: int, drafts: int, batch: NDArray[np.int64], context_tokens: int
 ) -> Iterator[Composition]:
-    """The iterations of one pass at each batch size (K,): every draft, then the verification."""
+    """Yields the iterations of one pass at each batch size (K,): every draft, then the verification."""
     n_layers, none = profile.model.n_layers, np.zeros_like(batch)
 
     def step(deep: NDArray[np.int64], context: int, more: NDArray[np.int64], drafting: bool) -> Composition:
@@ -79,7 +79,7 @@ def _steps(
 
 
 def pass_time_with(profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int) -> PassTime:
-    """The same where another model drafts, with all of its layers, without what it has not read yet."""
+    """Time of one pass in which another model drafts with all its layers. Tokens it has yet to read are left out."""
     if drafts == 0:
         return pass_time(profile, profile.model.n_layers, 0, batch, context_tokens)
 
@@ -88,7 +88,8 @@ def pass_time_with(profile: Profile, drafter: Profile, drafts: int, batch: int, 
 
 
 def _step_s(profile: Profile, batch: int, context_tokens: int, more: int = 0, drafting: bool = False) -> float:
-    """One step of a whole model in which each request has a row and `more` that read the same K and V."""
+    """Seconds of one step of a whole model in which each request has a row, and `more` rows that read the same K and V.
+    """
     rows = np.array([[batch]], np.int64)
     step = Composition(
         bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * context_tokens,
@@ -99,16 +100,16 @@ def _step_s(profile: Profile, batch: int, context_tokens: int, more: int = 0, dr
 
 
 def slowest_drafter(profiles: Mapping[str, Profile]) -> str:
-    """Which of models that draft side by side takes longest for a step, of one request with `SOME_TOKENS` before it."""
+    """The slowest of models that draft side by side, for a step of one request with `SOME_TOKENS` in the KV cache."""
     return max(profiles, key=lambda name: _step_s(profiles[name], 1, SOME_TOKENS))
 
 
 def stage_time(
     profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, compare_s: float = 0.0
 ) -> PassTime:
-    """What drafting for so many requests takes on a card of its own, with its own host, and their verification.
+    """Time to draft for `batch` requests on the drafter's own card, with its own host, and time to verify the drafts.
 
-    `compare_s`: what cards that draft side by side take after each draft to tell each other what they propose.
+    `compare_s` is the time after each draft in which cards that draft side by side exchange their proposals.
     """
     first_s = _step_s(drafter, batch, context_tokens + 1) if drafts else 0.0
     then_s = sum(_step_s(drafter, batch, context_tokens + k, drafting=True) for k in range(2, drafts + 1))
@@ -119,11 +120,11 @@ def stage_time(
 def pass_time_apart(
     profile: Profile, drafter: Profile, drafts: int, batch: int, context_tokens: int, own: OwnCard, fused: bool = False
 ) -> float:
-    """Seconds from one verification of a request to the next where its drafts are made on a card of their own.
+    """Seconds from one verification of a request to the next if the drafter has its own card.
 
-    With two parts the halves of a batch take turns, and each stage takes as long as the slower of the two cards, the
-    larger half counts; with one part, or a single request, one card waits for the other, as if all came at once.
-    Without drafts all decode.
+    With two parts the halves of a batch take turns, and each stage takes as long as the slower of the two cards. With
+    one part, or a single request, one card waits for the other, as if all requests had arrived together. Without drafts
+    all requests decode.
     """
     if drafts == 0:
         return pass_time_with(profile, drafter, 0, batch, context_tokens).total_s
@@ -140,9 +141,9 @@ def best_drafts_of(
     profile: Profile, drafter: Profile, acceptance: float, most_drafts: int, batch: int, context_tokens: int,
     own: OwnCard | None = None, fused: bool = False,
 ) -> int:  # fmt: skip
-    """How many drafts of another model yield most tokens a second; of equals the fewest, 0: none does better.
+    """The number of drafts of another model with most tokens a second, the fewest among equals; 0 if decoding is best.
 
-    `own`: on a card of its own. `fused`: several draft side by side, of which `drafter` is the slowest."""
+    With `own` the drafter has its own card. With `fused` several draft side by side, and `drafter` is the slowest."""
 
     def total_s(drafts: int) -> float:
         if own is not None:
@@ -154,23 +155,23 @@ def best_drafts_of(
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Self-speculation as `predict` takes it: a decode iteration is the share of a pass that falls to one token."""
+    """Self-speculation as input to `predict`: a decode iteration is a pass, divided by the tokens that it yields."""
 
     exit_layers: int
     draft_tokens: int  # 1 or more
     acceptance: float  # share of drafts that full depth confirms
-    layers: int  # all of the model's
-    largest_batch: int  # where more requests decode, none drafts
+    layers: int  # number of layers of the whole model
+    largest_batch: int  # if more requests decode, none drafts
 
     def decode_time_s(self, profile: Profile, batch: NDArray[np.int64], context_tokens: float) -> NDArray[np.float64]:
-        """(K,) seconds a token at each batch size."""
+        """Seconds per token at each batch size, (K,)."""
         steps = _steps(profile, self.exit_layers, self.draft_tokens, batch, round(context_tokens))
         total_s = sum((np.maximum(profile.iteration_time_s(each), LEAST_S) for each in steps), np.zeros(len(batch)))
         plain_s = decode_time_s(profile, fixed_depth(self.layers), batch, context_tokens)
         return np.where(batch > self.largest_batch, plain_s, total_s / self._tokens)
 
     def decode_floor_s(self, profile: Profile, batch: NDArray[np.int64], context_tokens: float) -> NDArray[np.float64]:
-        """(K,) its roofline floor."""
+        """Roofline floor of `decode_time_s`, (K,)."""
         steps = _steps(profile, self.exit_layers, self.draft_tokens, batch, round(context_tokens))
         total_s = sum((profile.iteration_floor_s(each) for each in steps), np.zeros(len(batch)))
         plain_s = decode_floor_s(profile, fixed_depth(self.layers), batch, context_tokens)
@@ -182,7 +183,7 @@ class Drafts:
 
 
 def as_long_as_they_pay(profile: Profile, drafts: Drafts, most: int, context_tokens: int) -> Drafts:
-    """The same, up to the largest batch of 1 to `most` requests at which they are faster than decoding."""
+    """These drafts, limited to the largest batch (1 to `most` requests) at which they are faster than decoding."""
     batch = np.arange(1, most + 1, dtype=np.int64)
     plain_s = decode_time_s(profile, fixed_depth(drafts.layers), batch, context_tokens)
     pays = replace(drafts, largest_batch=most).decode_time_s(profile, batch, context_tokens) < plain_s
@@ -191,7 +192,7 @@ def as_long_as_they_pay(profile: Profile, drafts: Drafts, most: int, context_tok
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """The number of drafts that yields most tokens a second; 0: none does better than decoding at full depth."""
+    """The number of drafts with most tokens a second; 0 if decoding at full depth is best."""
 
     exit_layers: int
     drafts: int
@@ -201,7 +202,7 @@ class Drafting:
 def best_drafting(
     profile: Profile, exits: Iterable[tuple[int, float]], most_drafts: int, batch: int, context_tokens: int
 ) -> Drafting:
-    """The best of these exits, each with its acceptance, and of 0 to `most_drafts` drafts. Of equals the fewest."""
+    """The best pair of an exit (given with its acceptance) and 0 to `most_drafts` drafts, the fewest among equals."""
     found: list[Drafting] = []
     for layers, acceptance in exits:
         for drafts in range(most_drafts + 1):

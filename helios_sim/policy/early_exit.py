@@ -1,4 +1,4 @@
-"""One model, all layers resident, each token leaves at the first exit that is confident."""
+"""The policy early_exit: one model, all layers loaded, and each token leaves at its first confident exit."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ from helios_sim.policy.regroup import split_shares
 from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
 
 NEAR_LAYERS = 2
-LONGEST_WAIT = 10  # decode iterations at full depth, as predicted, for which a token waits at an exit
+LONGEST_WAIT = 10  # longest wait of a token at an exit, in predicted decode iterations at full depth
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyExitParameters:
-    """`batching` lazy is the rule of Miao et al., arXiv 2407.20272: the batch leaves only when all of it may.
+    """Settings of `policy=early_exit`.
 
-    With rebatch a batch is split at an exit where that pays by the profile, DREX's rule (`policy/regroup.py`).
-    `most_checks` and `near_tokens` are SpecEE's two schedules, off line and on line; with both an exit checks that
-    either names, as with `checkpoints` in the place of the former.
+    `batching` lazy is the rule of Miao et al., arXiv 2407.20272: the batch leaves only if all its tokens may. With
+    rebatch a batch is split at an exit if that pays by the profile, DREX's rule (`policy/regroup.py`). `most_checks`
+    and `near_tokens` are SpecEE's offline and online schedules. With both, the exits named by either check;
+    `checkpoints` may stand in place of `most_checks`.
     """
 
     threshold: float  # may be above 1: no token leaves then
-    model: str | None = None  # None: the only candidate
+    model: str | None = None  # None means the only candidate
     confidence: Confidence = Confidence.MAX_PROBABILITY
-    checkpoints: list[int] | None = None  # layers whose exits check; None: all exits
-    most_checks: int | None = None  # so many exits check, those at which most tokens leave; None: all exits
-    near_tokens: int | None = None  # exits near those of so many latest tokens of the request check; None: not so
-    near_layers: int | None = None  # how near; None: 2, as in SpecEE's code
+    checkpoints: list[int] | None = None  # depths of the exits that check; None means all exits
+    most_checks: int | None = None  # number of exits that check, those at which most tokens leave; None means all
+    near_tokens: int | None = None  # exits near those of so many latest tokens check; None means no such exits
+    near_layers: int | None = None  # how near; None means 2, as in SpecEE's code
     batching: BatchingRule = BatchingRule.EACH_TOKEN
-    kv_rule: KvRule | None = None  # None: propagate; copy with rebatch, as DREX does
-    batch_limit: int | None = None  # None: the server's own limit
-    resident_layers: int | None = None  # on the card; those above come from host memory where a token runs them
-    flush_requests: int | None = None  # with rebatch: so many at an exit run on; None: as many as do not wait
-    flush_s: float | None = None  # with rebatch: the longest wait; None: that of LONGEST_WAIT iterations
-    review_requests: int | None = None  # with rebatch: completed requests between two looks at what pays; None: one
+    kv_rule: KvRule | None = None  # None means propagate, or copy with rebatch, as in DREX
+    batch_limit: int | None = None  # None means the server's own limit
+    resident_layers: int | None = None  # on the card; layers above come from host memory in iterations that run them
+    flush_requests: int | None = None  # rebatch: requests at an exit that run on; None: as many as do not wait
+    flush_s: float | None = None  # rebatch: the longest wait; None means that of LONGEST_WAIT iterations
+    review_requests: int | None = None  # rebatch: completed requests between two reviews of splits; None: no review
 
     def __post_init__(self) -> None:
         for name in ("batch_limit", "flush_requests", "flush_s", "review_requests", "most_checks", "near_tokens"):
@@ -76,7 +77,7 @@ class EarlyExitParameters:
                 raise UserError(f"policy.{name}", getattr(self, name), allowed, "set policy.batching=rebatch")
 
     def _check_looks(self) -> None:
-        """UserError for what cannot be where each token is looked at alone."""
+        """Raises UserError for settings that contradict a rule which checks each token alone."""
         check_not_negative("near_layers", self.near_layers)
         if self.near_tokens is None and self.near_layers is not None:
             allowed = "null without policy.near_tokens"
@@ -96,7 +97,7 @@ class EarlyExitParameters:
 
     @property
     def filled(self) -> KvRule:
-        """How K and V of layers that a token left out come to be."""
+        """The rule for K and V of the layers that a token skipped: the setting, or the default of the batching."""
         if self.kv_rule is not None:
             return self.kv_rule
         return KvRule.COPY if self.batching is BatchingRule.REBATCH else KvRule.PROPAGATE
@@ -109,7 +110,7 @@ class EarlyExitPolicy:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the model is not among the candidates."""
+        """Deploys the model. Raises UserError if it is not among the candidates, or settings do not fit its exits."""
         self._model = find_model(situation, self.parameters.model)
         situation, self._placement = whole_model(situation, self._model, self.parameters.resident_layers)
         self._situation, exits = situation, situation.candidates[self._model].offline.exits[:-1]
@@ -127,7 +128,7 @@ class EarlyExitPolicy:
         return self._deployment()
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """Where batches are split from now on; None where that stays."""
+        """Reviews at which exits batches are split; None if that stays."""
         if not isinstance(cause, Completed):
             return None
         load = seen_load(self._situation, telemetry, self._model)
@@ -142,7 +143,7 @@ class EarlyExitPolicy:
         return self._situation.candidates[self._model]
 
     def _paying(self, load: Load, batch: int) -> Regrouping:
-        """Splits of batches of so many requests that pay by the profile."""
+        """The splits that pay by the profile, for batches of `batch` requests."""
         p, candidate = self.parameters, self._candidate
         context = round(load.prompt_tokens(candidate) + load.output_tokens(candidate) / 2)
         flush_s = p.flush_s
@@ -153,7 +154,8 @@ class EarlyExitPolicy:
         return Regrouping(tuple(round(share, 6) for share in shares), p.flush_requests, flush_s)
 
     def _checks(self) -> tuple[int, ...] | None:
-        """The exits that check every token, as named, or those at which most tokens leave by the trace; None: all."""
+        """The exits that check every token: the named ones, or those at which most tokens leave in the trace; None
+        means all."""
         p, offline = self.parameters, self._candidate.offline
         if p.checkpoints is not None:
             return tuple(p.checkpoints)
@@ -165,7 +167,7 @@ class EarlyExitPolicy:
             raise UserError("policy.most_checks", p.most_checks, allowed, "lower it, or leave it out")
         chosen = set(np.argsort(-share, kind="stable")[: p.most_checks].tolist())
         if MEASURES[p.confidence].proposes:
-            chosen.add(0)  # its head is asked in any case
+            chosen.add(0)  # the first exit's head is run in any case
         return tuple(depth for e, depth in enumerate(offline.exits[:-1]) if e in chosen)
 
     def _deployment(self) -> Deployment:

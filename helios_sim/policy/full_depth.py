@@ -1,4 +1,4 @@
-"""One model, all layers, every token to the end."""
+"""The policy full_depth: one model, and every token runs all layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 class FullDepthParameters:
     """Settings of `policy=full_depth`."""
 
-    model: str | None = None  # None: the only candidate
-    batch_limit: int | None = None  # None: the server's own limit
-    resident_layers: int | None = None  # on the card; those above come from host memory; None: all
+    model: str | None = None  # None means the only candidate
+    batch_limit: int | None = None  # None means the server's own limit
+    resident_layers: int | None = None  # on the card; layers above come from host memory; None means all
 
     def __post_init__(self) -> None:
         check_positive("batch_limit", self.batch_limit)
@@ -29,7 +29,7 @@ class FullDepthPolicy:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the model is not among the candidates."""
+        """Deploys the whole model. Raises UserError if it is not among the candidates."""
         model = find_model(situation, self.parameters.model)
         _, placement = whole_model(situation, model, self.parameters.resident_layers)
         stay = placement.resident_layers

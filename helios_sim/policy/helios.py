@@ -1,8 +1,9 @@
-"""HELIOS: rounds of evaluation that end in a choice, and answers to breaches.
+"""The policy helios: rounds of evaluation that end in a choice, and answers to breaches.
 
-A round evaluates the shortlisted candidates and ends in a choice, which serves until the next round. In between, a
-breach of the limit is answered by loading the remaining layers or by switching. `Evaluation` says how candidates are
-assessed: served in turn (the paper's way), probed beside serving (ours), or not at all.
+A round evaluates the shortlisted candidates and ends in the choice of a placement, which serves until the next round.
+In between, a breach of the limit is answered by loading the remaining layers or by switching the model. `Evaluation`
+says how candidates are assessed: each serves in turn (the paper's way), each is probed while serving goes on (ours), or
+not at all.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from helios_sim.request import NS_PER_S
 
 
 class HeliosPolicy:
-    """State: the deployment decided last, what is left of a round, and when the next begins."""
+    """HELIOS's decisions. Its state: the latest deployment, the rest of the current round, the start of the next."""
 
     def __init__(self, parameters: HeliosParameters) -> None:
         self.parameters = parameters
-        self._before: Deployment  # what was in force when the last one was decided
+        self._before: Deployment  # the deployment in force when the latest one was decided
         self._batch = 1.0  # mean running requests as last seen
         self._left: deque[str] = deque()  # candidates that this round has still to evaluate
         self._round_ends = 0  # completed requests at which the next round begins
-        self._answered_ns: int | None = None  # when a breach was answered last
+        self._answered_ns: int | None = None  # time of the latest answer to a breach
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if no candidate fits or meets the quality floor."""
+        """Begins the first round. Raises UserError if no candidate fits or meets the quality floor."""
         self._situation = situation
         self._chooser = Chooser(self.parameters, situation)
         load = expected_load(situation)
         self._chooser.renew_shortlist(load, self._batch, 0)
         self._batch = self._chooser.shortlist[0].prediction.batch
         if self.parameters.evaluation is Evaluation.SERVE:
-            # The best predicted comes last: if it stays the choice, its weights are already there.
+            # The best predicted candidate serves last: if it stays the choice, its weights are already loaded.
             self._left.extend(reversed(self._chooser.models))
             self._deployment = self._evaluate_next()
         else:
@@ -62,13 +63,13 @@ class HeliosPolicy:
         return self._deployment
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """One step of the round, or the answer to a breach or to a load that failed."""
+        """Takes the next step of the round, or answers a breach or a failed load."""
         failed = self._deployment
         if isinstance(cause, LoadFailed):
             self._deployment = self._before
         for observation in telemetry.observations:
             self._chooser.assessor.history.add(observation, telemetry.completed_requests)
-        # While admission is limited the batch is that of a round or a drain, not what the constants scale with.
+        # The constants scale with the usual batch, not with that of a round or a drain, which limit admission.
         if telemetry.batch_mean is not None and self._deployment.admit_limit is None:
             self._batch = telemetry.batch_mean
         moment = Moment(
@@ -101,7 +102,7 @@ class HeliosPolicy:
         return decided
 
     def _stay(self, cause: LoadFailed, moment: Moment) -> Deployment:
-        """Serves with what is there until the next round, or until breaches ask again."""
+        """Serves with the loaded placement until the next round, or until the next breach."""
         active, remaining = self._deployment.active, max(1, self._round_ends - moment.completed_requests)
         reason = f"{cause.model} could not be loaded: {active.model} at layer {active.layers} serves on"
         return self._serve(active, remaining, reason, {})
@@ -126,7 +127,7 @@ class HeliosPolicy:
                     next_best=None,
                 )
             case Evaluation.SERVE:
-                # The incumbent first, since part of it is there; the best predicted last, since it may stay.
+                # The active model serves first, since part of it is loaded; the best predicted last, as it may stay.
                 incumbent = [model for model in models if model == now.active.model]
                 others = [model for model in reversed(models) if model != now.active.model]
                 self._left.extend(incumbent + others)
@@ -143,7 +144,7 @@ class HeliosPolicy:
         p, model = self.parameters, self._left.popleft()
         active = self._chooser.whole(model)
         cap = self._chooser.assessor.cap(model).layers
-        # No answer is longer than the model's context, so this observes every token.
+        # No answer is longer than the model's context, so this limit observes every token.
         all_tokens = self._situation.candidates[model].profile.model.max_context_tokens
         tokens = all_tokens if p.evaluated_tokens is None else p.evaluated_tokens
         observed = "every token" if p.evaluated_tokens is None else f"the first {tokens} tokens of each"
@@ -194,7 +195,7 @@ class HeliosPolicy:
         return decided
 
     def _leaving_early(self, decided: Deployment) -> Deployment:
-        """With per-token exits where it serves the whole model."""
+        """The deployment with per-token exits if it serves the whole model, else unchanged."""
         p = self.parameters
         if not self._chooser.is_whole(decided.active):
             return decided
@@ -212,7 +213,8 @@ class HeliosPolicy:
         evidence: Mapping[str, Any],
         next_best: Option | None = None,
     ) -> Deployment:
-        """Serves until `requests` more are completed; below full depth the breach counter watches."""
+        """A deployment that serves until `requests` more are completed, with a breach limit if it is below full depth.
+        """
         triggers: tuple[Trigger, ...] = (Completed(requests),)
         if not self._chooser.is_whole(placement):
             triggers = (BreachLimit(self._constants.window_tokens, self._constants.limit), *triggers)
@@ -243,5 +245,5 @@ class HeliosPolicy:
 
 
 def _same(a: Deployment, b: Deployment) -> bool:
-    """Apart from what the log says."""
+    """Whether two deployments are equal, apart from reason and evidence for the log."""
     return replace(a, reason="", evidence={}) == replace(b, reason="", evidence={})

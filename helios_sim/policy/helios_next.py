@@ -1,10 +1,14 @@
-"""What HELIOS becomes with evidence on quality in place of confidence: our own policy, over the same interface.
+"""The policy helios_next: our own, which decides by evidence on quality where HELIOS decides by confidence.
 
-It differs from HELIOS in five ways. Candidates are assessed by probes alone, which score served text beside serving and
-get a share of the time, no more. A cap is defended by a sequential test of what it changes, by full depth's verdict on
-the policy's own answers, where HELIOS counts tokens without confidence. Exits are barred and freed by that test, at a
-risk that is stated. Where no cap is allowed, the first layers may draft and all verify. And a change has to pay: its
-predicted gain over a horizon, with all that the way there costs, must reach a share of what is spent.
+It differs from HELIOS in five ways:
+
+- Candidates are assessed by probes alone, which score served text while serving goes on, for a limited share of time.
+- A cap is defended by a sequential test of the share of tokens that it changes. The test compares the policy's own
+  answers with full depth, where HELIOS counts tokens without confidence.
+- Exits are barred and freed by that test, at a stated risk.
+- If no cap is allowed, the first layers may draft and all layers verify.
+- A change has to pay: its predicted gain over a horizon, after the cost of the transition, must reach a given share of
+  the present cost.
 """
 
 from __future__ import annotations
@@ -39,25 +43,25 @@ from helios_sim.policy.telemetry import Situation, Telemetry
 from helios_sim.policy.transition import NO_TRANSITION, Underway, transition
 from helios_sim.request import NS_PER_S
 
-MOST_PROBED = 16  # texts of one probe
-KNOWN_DRAFTS = 200.0  # drafts that what was recorded or probed counts for, beside those that were verified
+MOST_PROBED = 16  # most texts of one probe
+KNOWN_DRAFTS = 200.0  # weight of recorded and probed agreement in the acceptance rate, in verified drafts
 
 
 @dataclass(frozen=True, slots=True)
 class HeliosNextParameters:
     """Settings of `policy=helios_next`."""
 
-    threshold: float  # below it a token that leaves at the cap is counted as a breach, which only the report hears
+    threshold: float  # below it a token that leaves at the cap counts as a breach, which only the report shows
     confidence: Confidence = Confidence.MAX_PROBABILITY
     failure: float = 0.05  # probability that an exit is barred or freed wrongly
-    probe_share: float = 0.005  # of the time, at most, for probes; 0: none
-    review_requests: int = 50  # completed requests between two reviews, at least; one for each running request
-    horizon_requests: int = 300  # over which a change has to pay, at least; ten for each running request
+    probe_share: float = 0.005  # most share of time for probes; 0 means no probes
+    review_requests: int = 50  # completed requests between two reviews, but at least one for each running request
+    horizon_requests: int = 300  # requests over which a change has to pay, but at least ten for each running request
     least_gain: float = 0.02  # share of the predicted cost that a change must save
-    draft_tokens: int = 4  # the most of one pass; 0: no self-speculation
-    half_life_requests: float = 300.0  # age at which evidence on bits and acceptance weighs half
+    draft_tokens: int = 4  # most drafts of one pass; 0 means no self-speculation
+    half_life_requests: float = 300.0  # age at which evidence on bits and acceptance has half the weight
     in_flight: InFlight = InFlight.DRAIN
-    batch_limit: int | None = None  # None: the server's own limit
+    batch_limit: int | None = None  # None means the server's own limit
 
     def __post_init__(self) -> None:
         require_threshold("policy.threshold", self.threshold)
@@ -75,7 +79,7 @@ class HeliosNextParameters:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A placement and how its tokens run: to its cap, or drafted and verified. With what is predicted of it."""
+    """A way to serve: a placement with its prediction, and drafts, or None if tokens run to its cap without them."""
 
     option: Option
     drafts: Drafts | None
@@ -86,7 +90,7 @@ class Way:
 
     @property
     def kind(self) -> tuple[Placement, int, int]:
-        """What makes two ways the same."""
+        """A key that is equal for two ways with the same placement, drafting exit and number of drafts."""
         return self.placement, *((0, 0) if self.drafts is None else (self.drafts.exit_layers, self.drafts.draft_tokens))
 
     @property
@@ -101,7 +105,7 @@ class Way:
 
 
 class HeliosNextPolicy:
-    """State: what serves, which exits may be caps, what drafts did, and when a probe ended last."""
+    """Decisions of helios_next. Its state: the way in force, the allowed caps, counts of drafts, the latest probe."""
 
     def __init__(self, parameters: HeliosNextParameters) -> None:
         self.parameters = parameters
@@ -109,13 +113,13 @@ class HeliosNextPolicy:
         self._deployment: Deployment
         self._before: tuple[Way, Deployment]
         self._probed_ns = 0
-        self._probed_at = 0  # completed requests then
+        self._probed_at = 0  # completed requests when the latest probe ended
         self._heard_at = 0  # completed requests at the last review
-        self._totals = (0, 0)  # tested and accepted drafts then
-        self._verified: dict[tuple[str, int], tuple[float, float]] = {}  # tested and accepted, by model and exit
+        self._totals = (0, 0)  # tested and accepted drafts at the last review
+        self._verified: dict[tuple[str, int], tuple[float, float]] = {}  # tested and accepted drafts by model and exit
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if no candidate fits or meets the quality floor."""
+        """Chooses the first way to serve. Raises UserError if no candidate fits or meets the quality floor."""
         p, self._situation = self.parameters, situation
         self._assessor = Assessor(situation, half_life_requests=p.half_life_requests, batch_limit=p.batch_limit)
         self._caps = {name: self._control(name) for name in situation.candidates}
@@ -130,7 +134,8 @@ class HeliosNextPolicy:
         return self._deployment
 
     def _control(self, model: str) -> CapControl:
-        """Exits within the bound of the cap rule may be caps at first; those that a promise excludes never."""
+        """The control of a model's caps: exits within the cap rule's bound begin allowed; a promise may bar exits for
+        good."""
         offline, limit = self._situation.candidates[model].offline, self._situation.objective.max_disagreement
         within = np.array(self._assessor.cap(model).upper_bound) <= limit
         promised = offline.certified_caps
@@ -138,7 +143,7 @@ class HeliosNextPolicy:
         return CapControl(offline.exits, within, never, limit, self.parameters.failure)
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """Hears what was probed and drafted, and goes on, probes or changes."""
+        """Takes in the results of probes and drafts, then stays, probes or changes the way to serve."""
         p = self.parameters
         if isinstance(cause, LoadFailed):
             self._now, before = self._before
@@ -174,7 +179,8 @@ class HeliosNextPolicy:
         return self._deployment
 
     def _hear(self, telemetry: Telemetry) -> str:
-        """What was probed and drafted since the last decision; what became of the cap in force, in words."""
+        """Takes in probes and drafts since the last decision. Returns why the cap in force is barred, or an empty text.
+        """
         cap = self._now.placement
         control = self._caps[cap.model]
         before = self._allowed(cap)
@@ -204,7 +210,7 @@ class HeliosNextPolicy:
     # --- what can be done
 
     def _ways(self, load: Load, telemetry: Telemetry | None, requests: int) -> list[Way]:
-        """Each candidate at its cap, and whole with and without drafts; those that fit."""
+        """The ways that fit: each candidate at its cap, and whole with and without drafts."""
         return [
             way
             for model in self._situation.candidates
@@ -227,7 +233,7 @@ class HeliosNextPolicy:
                 yield Way(option, drafts)
 
     def _drafts(self, placement: Placement, load: Load, plain: Option) -> Drafts | None:
-        """Those with the best rate at the batch that full depth would have; None where none pays."""
+        """The drafts with the best rate at the batch that full depth would have; None if no drafts pay."""
         p, model = self.parameters, placement.model
         candidate = self._situation.candidates[model]
         exits = candidate.offline.exits[:-1]
@@ -245,7 +251,7 @@ class HeliosNextPolicy:
         return found if found.largest_batch else None
 
     def _acceptance(self, model: str, layers: int) -> float:
-        """By what was recorded and probed, and by the drafts that were verified there lately."""
+        """The acceptance rate of drafts at an exit, by recorded and probed agreement and recently verified drafts."""
         e = self._situation.candidates[model].offline.exits.index(layers)
         known = 1.0 - float(self._assessor.history.shares(model).disagreement[e])
         tested, accepted = self._verified.get((model, layers), (0.0, 0.0))
@@ -263,7 +269,7 @@ class HeliosNextPolicy:
         return self._situation.candidates[model].profile.model.n_layers
 
     def _good_enough(self, ways: Sequence[Way]) -> list[Way]:
-        """Within the floor in bits per character; where none is, all."""
+        """The ways within the floor in bits per character, or all ways if none is."""
         floor = self._assessor.bits_floor()
         if floor is None:
             return list(ways)
@@ -275,14 +281,15 @@ class HeliosNextPolicy:
         return [way for way in ways if any(way.option is option for option in quick)]
 
     def _costs(self, ways: Sequence[Way], load: Load, in_system: int, requests: int) -> list[float]:
-        """Of each way over the same horizon: so many requests, and the time that the first way needs for them."""
+        """The cost of each way over one horizon: `requests` requests, and the time that the first way needs for them.
+        """
         horizon_s = requests / ways[0].option.prediction.throughput_requests_per_s
         return [self._assessor.cost(way.option, load, in_system, requests, horizon_s) for way in ways]
 
     # --- probes
 
     def _go_on(self, cause: Cause, telemetry: Telemetry, load: Load, batch: float) -> Deployment | None:
-        """With a probe where one is due."""
+        """Keeps the way in force, and begins or ends a probe if one is due; None if nothing changes."""
         if isinstance(cause, Probed):
             self._probed_ns = telemetry.now_ns
         probe = self._probe(telemetry, load)
@@ -299,7 +306,10 @@ class HeliosNextPolicy:
         return self._deployment
 
     def _probe(self, telemetry: Telemetry, load: Load) -> Probe | None:
-        """As many texts as the time since the last probe pays for; none before they cost as much as streaming does."""
+        """The probe that the time since the last one pays for, or None.
+
+        A probe waits until it can score texts for as long as streaming the missing layers costs.
+        """
         new = min(telemetry.completed_requests - self._probed_at, MOST_PROBED)
         models = self._worth_asking(load, telemetry) if new > 0 else []
         if not models:
@@ -318,10 +328,10 @@ class HeliosNextPolicy:
         return Probe(tuple(models), min(affordable, new)) if affordable >= least else None
 
     def _worth_asking(self, load: Load, telemetry: Telemetry) -> list[str]:
-        """Models of which an answer could change what is done."""
+        """Models with a probe that could change the decision."""
         objective, here = self._situation.objective, self._now.placement
         if objective.max_bits_ratio is not None and len(self._situation.candidates) > 1:
-            return list(self._situation.candidates)  # any of them may be what the others are measured by
+            return list(self._situation.candidates)  # any candidate may be the reference for the others' bits
         found = []
         requests = self.parameters.horizon_requests
         for model in self._situation.candidates:

@@ -1,8 +1,8 @@
-"""What can be set in HELIOS, and its published constants.
+"""Settings of HELIOS, and its published constants.
 
 The paper's constants are per token and per request of a server with batch 1; `batch_scaled` scales them with the mean
-batch, since at batch 300 one iteration fills the window three times. Which constants are not published (evaluated
-tokens, half-life, cooldown) is said where they stand.
+batch, since at batch 300 one iteration fills the window three times. Comments mark the constants that are not published
+(evaluated tokens, half-life, cooldown).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Constants(StrEnum):
 
 
 class Evaluation(StrEnum):
-    """How candidates are assessed in a round."""
+    """The way candidates are assessed in a round."""
 
-    SERVE = "serve"  # each is loaded whole in turn and serves a few prompts, as in the paper
-    PROBE = "probe"  # each scores text that was already served while serving goes on; ours
+    SERVE = "serve"  # each candidate in turn is loaded whole and serves a few prompts, as in the paper
+    PROBE = "probe"  # each candidate scores text that was already served, while serving goes on; ours
     OFF = "off"  # no observations: offline exits and load decide
 
 
 class BreachAction(StrEnum):
-    """What answers a breach of the limit."""
+    """The answer to a breach of the limit."""
 
     CHEAPER = "cheaper"  # load or switch, by predicted cost until the next round
     LOAD_ONLY = "load_only"
@@ -47,14 +47,14 @@ class BreachAction(StrEnum):
 
 
 class Raised(StrEnum):
-    """What tokens do once the remaining layers are loaded. Not published; the first is our reading."""
+    """The exit rule once the remaining layers are loaded. Not published; FULL_DEPTH is our reading."""
 
-    FULL_DEPTH = "full_depth"  # every token runs all layers until the next round, as it ran all of the cap's before
+    FULL_DEPTH = "full_depth"  # every token runs all layers until the next round, as it ran all layers to the cap
     EARLY_EXIT = "early_exit"  # a token leaves at the first exit where it is confident, K and V are propagated
 
 
 class Standby(StrEnum):
-    """Weights of other shortlisted candidates that stay resident."""
+    """Weights of other shortlisted candidates that stay in memory."""
 
     NONE = "none"
     CAPS = "caps"  # up to their caps
@@ -63,17 +63,21 @@ class Standby(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RoundConstants:
-    """In force between two rounds."""
+    """Constants in force between two rounds."""
 
     round_requests: int
     window_tokens: int
     limit: int
-    cooldown_s: float  # after a breach was answered, none is answered for so long
+    cooldown_s: float  # after the answer to a breach, further breaches are ignored for this time
 
 
 @dataclass(frozen=True, slots=True)
 class HeliosParameters:
-    """With `constants` batch_scaled, window and limit count per running request, and rounds are of 10 B or more."""
+    """Settings of `policy=helios`.
+
+    With `constants` batch_scaled, at a mean batch B, window and limit are multiplied by B, and a round has at least
+    10 B requests.
+    """
 
     threshold: float  # below it a token that leaves at the cap counts as a breach
     confidence: Confidence = Confidence.MAX_PROBABILITY
@@ -81,19 +85,19 @@ class HeliosParameters:
     evaluation: Evaluation = Evaluation.SERVE
     on_breach: BreachAction = BreachAction.CHEAPER
     raised: Raised = Raised.FULL_DEPTH
-    raised_kv_rule: KvRule = KvRule.PROPAGATE  # of tokens that leave early once raised
+    raised_kv_rule: KvRule = KvRule.PROPAGATE  # for tokens that leave early once all layers are loaded
     standby: Standby = Standby.NONE
     in_flight: InFlight = InFlight.DRAIN
     shortlist: int = PUBLISHED_SHORTLIST
     prompts_per_candidate: int = PUBLISHED_PROMPTS
-    evaluated_tokens: int | None = 20  # of each prompt, when served; None: to completion. Not published: to be swept
+    evaluated_tokens: int | None = 20  # per evaluated request; None means all. Not published: to be swept
     round_requests: int = PUBLISHED_ROUND_REQUESTS
     window_tokens: int = PUBLISHED_WINDOW_TOKENS
     limit: int = PUBLISHED_LIMIT
-    cooldown_s: float | None = None  # None: 0 as published, 5 s when batch_scaled (ours)
-    half_life_requests: float = 300.0  # ours: evidence of two rounds ago weighs half
-    cap_layers: int | None = None  # None: by the cap rule
-    batch_limit: int | None = None  # None: the server's own limit
+    cooldown_s: float | None = None  # None means 0 as published, or 5 s with batch_scaled (ours)
+    half_life_requests: float = 300.0  # ours: evidence from two rounds ago has half the weight
+    cap_layers: int | None = None  # None means by the cap rule
+    batch_limit: int | None = None  # None means the server's own limit
 
     def __post_init__(self) -> None:
         require_threshold("policy.threshold", self.threshold)
@@ -111,7 +115,7 @@ class HeliosParameters:
             raise UserError("policy.limit", self.limit, allowed, "lower policy.limit or widen policy.window_tokens")
 
     def at_batch(self, batch: float) -> RoundConstants:
-        """The constants at a mean batch of that many requests."""
+        """The constants at a mean batch of `batch` requests."""
         if self.constants is Constants.PUBLISHED:
             return RoundConstants(self.round_requests, self.window_tokens, self.limit, self.cooldown_s or 0.0)
         b = max(1, round(batch))

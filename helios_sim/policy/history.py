@@ -1,7 +1,7 @@
-"""The performance history table: what each candidate showed, and how long ago.
+"""The performance history table: observations and predictions of each candidate, with their age.
 
 Age is counted in completed requests of the run, so that it does not depend on the clock. An observation's weight
-halves every `half_life_requests`; what was recorded offline has the age of the run itself. The weighting is ours.
+halves every `half_life_requests`; offline records are as old as the run. The weighting is ours.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from helios_sim.policy.telemetry import Candidate, Observation
 
 
 class ObservedPrompts:
-    """Up to `kept` prompts of one model with E exits, oldest first."""
+    """Counts of the latest observed prompts of one model with E exits, up to `kept` of them, oldest first."""
 
     def __init__(self, exits: int, kept: int) -> None:
         self._kept = kept
         self._n = 0
-        rows = 2 * kept  # when all are used, the latest `kept` move to the front
+        rows = 2 * kept  # once all rows are used, the latest `kept` move to the front
         kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
             "at_request": (np.int64, (rows,)),
             "tokens": (np.int64, (rows,)),
@@ -41,7 +41,7 @@ class ObservedPrompts:
         return min(self._n, self._kept)
 
     def add(self, *, bits: NDArray[np.float64] | None, **counts: ArrayLike) -> None:
-        """One prompt: `at_request`, `tokens`, `chars`, and by exit `differs`, `confident`, `first`."""
+        """Adds one prompt: `at_request`, `tokens`, `chars`, and by exit `differs`, `confident`, `first`."""
         if self._n == 2 * self._kept:
             for column in self._columns.values():
                 column[: self._kept] = column[self._kept :]
@@ -53,7 +53,7 @@ class ObservedPrompts:
 
     @property
     def at_request(self) -> NDArray[np.int64]:
-        """(P,) requests completed when it was observed."""
+        """Completed requests when each prompt was observed, (P,)."""
         return self._latest("at_request")
 
     @property
@@ -70,22 +70,22 @@ class ObservedPrompts:
 
     @property
     def differs(self) -> NDArray[np.int64]:
-        """(P, E) tokens that differ from full depth."""
+        """Tokens that differ from full depth at each exit, (P, E)."""
         return self._latest("differs")
 
     @property
     def confident(self) -> NDArray[np.int64]:
-        """(P, E) tokens that are confident there."""
+        """Tokens that are confident at each exit, (P, E)."""
         return self._latest("confident")
 
     @property
     def first(self) -> NDArray[np.int64]:
-        """(P, E) tokens that are confident there first."""
+        """Tokens with their first confident exit at each exit, (P, E)."""
         return self._latest("first")
 
     @property
     def bits(self) -> NDArray[np.float64]:
-        """(P, E) of the text's own tokens, 0 where `has_bits` is false."""
+        """Bits of the text's own tokens at each exit, (P, E); 0 where `has_bits` is false."""
         return self._latest("bits")
 
     def _latest(self, name: str) -> NDArray[Any]:
@@ -101,12 +101,12 @@ class Shares:
 
     disagreement: NDArray[np.float64]  # (E,) share of tokens that differ from full depth
     confident: NDArray[np.float64]  # (E,) share of tokens that are confident there
-    exit_histogram: NDArray[np.float64]  # (E,) share of tokens that are confident there first; sums to 1
+    exit_histogram: NDArray[np.float64]  # (E,) share of tokens with their first confident exit there; sums to 1
     bits_per_char: NDArray[np.float64] | None  # (E,)
 
 
 class HistoryTable:
-    """One per replica and run. Observed prompts are added, predictions overwrite the last."""
+    """The history table of one replica in one run. Observed prompts add up; a prediction replaces the last one."""
 
     def __init__(self, candidates: Mapping[str, Candidate], half_life_requests: float) -> None:
         self._candidates = candidates
@@ -115,14 +115,14 @@ class HistoryTable:
             name: ObservedPrompts(len(candidate.offline.exits), OBSERVATIONS_KEPT)
             for name, candidate in candidates.items()
         }
-        self._weighed: dict[str, Weighed] = {}  # by what is known now
+        self._weighed: dict[str, Weighed] = {}  # by model; dropped when a prompt is added, as the next two
         self._shares: dict[str, Shares] = {}
         self._observed: dict[str, tuple[Evidence | None, float]] = {}
         self._added = dict.fromkeys(candidates, 0)
         self._predictions: dict[str, tuple[Prediction, int]] = {}
 
     def add(self, observation: Observation, completed_requests: int) -> None:
-        """Counts per exit of one observed prompt; an observation without tokens says nothing."""
+        """Adds the counts of one observed prompt; an observation without tokens is ignored."""
         n_tokens, n_exits = observation.agrees.shape
         if n_tokens == 0:
             return
@@ -146,7 +146,7 @@ class HistoryTable:
         self._predictions[model] = (prediction, completed_requests)
 
     def weighed(self, model: str) -> Weighed:
-        """Prompts recorded offline, and those observed: two sources, weighted by age."""
+        """The evidence from two sources, weighted by age: prompts recorded offline, and observed prompts."""
         found = self._weighed.get(model)
         if found is None:
             offline, prompts = self._candidates[model].offline, self._prompts[model]
@@ -158,9 +158,9 @@ class HistoryTable:
         return found
 
     def observed(self, model: str) -> tuple[Evidence | None, float]:
-        """Observed prompts weighted by age, the youngest 1; and the weight of an offline prompt beside them.
+        """Observed prompts weighted by age, the youngest by 1, and the weight of an offline prompt beside them.
 
-        Only ages relative to the youngest matter, so nothing changes while nothing is observed.
+        Only ages relative to the youngest matter, so weights stay until another prompt is observed.
         """
         found = self._observed.get(model)
         if found is None:
@@ -176,7 +176,7 @@ class HistoryTable:
         return Evidence(seen.tokens, seen.differs, weights), 0.5 ** (youngest / self._half_life_requests)
 
     def shares(self, model: str) -> Shares:
-        """Offline shares and observed ones, each offline token and observed token weighted by age."""
+        """Shares by offline and observed tokens together, each token weighted by age."""
         found = self._shares.get(model)
         if found is None:
             found = self._shares[model] = self._pooled(model)
@@ -211,11 +211,11 @@ class HistoryTable:
         return bits / chars if chars > 0 else None
 
     def observed_prompts(self, model: str) -> int:
-        """How many were ever added, those no longer kept included."""
+        """Number of prompts of the model that were ever added, including those no longer kept."""
         return self._added[model]
 
     def rows(self, completed_requests: int) -> dict[str, dict[str, Any]]:
-        """The table as JSON values, one row per candidate: for the decision log."""
+        """The table as JSON values for the decision log, one row per candidate."""
         table: dict[str, dict[str, Any]] = {}
         for model, prompts in self._prompts.items():
             shares = self.shares(model)
@@ -237,9 +237,9 @@ class HistoryTable:
 
 
 def _sum_in_order(first: ArrayLike, terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`first` plus each of the terms (P, ...), one after the other; `np.sum` adds them in an order of its own.
+    """Sums `first` and the terms (P, ...) in their order, which `np.sum` does not keep.
 
-    `first` is added to the first of the terms in its place.
+    It overwrites the first term with its sum with `first`.
     """
     terms[0] += first
     return np.asarray(np.add.accumulate(terms, axis=0)[-1])

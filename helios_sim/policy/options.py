@@ -1,4 +1,4 @@
-"""Ways to go on: what each costs until the next round, which are good enough, and which one answers a breach."""
+"""Options to serve with: the cost of each until the next round, which are good enough, and which answers a breach."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from helios_sim.policy.transition import Transition
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One placement to go to: what is predicted there and what it takes to get there."""
+    """A placement to serve with, its prediction, and the transition to it."""
 
     placement: Placement
     prediction: Prediction
     transition: Transition
     cap: CapChoice | None = None
-    breach_share: float | None = None  # tokens expected to leave there without confidence
-    bits_per_char: float | None = None  # expected there, from the history table
+    breach_share: float | None = None  # share of tokens expected to leave at the cap without confidence
+    bits_per_char: float | None = None  # expected with this placement, by the history table
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,13 +49,15 @@ COST_UNITS = {
 def cost_until_next_round(
     goal: Goal, option: Option, load: Load, in_system: int, requests: int, horizon_s: float
 ) -> float:
-    """Lower is better; the cost of `requests` at the predicted rate plus that of the transition.
+    """The cost of `requests` requests at the predicted rate, plus that of the transition; lower is better.
 
-    Throughput: seconds to serve them at capacity, plus the seconds lost (under open arrivals below saturation all
-    candidates deliver what arrives, and the faster one has more to spare). Response time: their summed response, plus
-    the delay of all who are in the system or arrive while time is lost. Energy: their joules, plus the lost time at
-    the same power. Batch size: minus the slots held over `horizon_s`, which is the same for all options. Quality: the
-    bits that their text costs; lost time costs none, and is what the bound on response time is for.
+    - Throughput: seconds to serve the requests at capacity, plus the lost seconds. (Under open arrivals below
+      saturation all candidates deliver the arrival rate, and the faster one has more to spare.)
+    - Response time: the sum of their response times, plus the delay of all requests that are in the system or arrive
+      during the lost time.
+    - Energy: their joules, plus the lost time at the same power.
+    - Batch size: minus the slots held over `horizon_s`, which is the same for all options.
+    - Quality: the bits that their text costs. Lost time costs no bits; the bound on response time limits it.
     """
     prediction, lost_s = option.prediction, option.transition.lost_s
     if goal is Goal.THROUGHPUT:
@@ -79,9 +81,10 @@ def cost_until_next_round(
 
 
 def bits_floor(objective: Objective, full_depth_bits: Mapping[str, float | None]) -> float | None:
-    """Bits per character that are still good enough, by those of the candidates at full depth; None: any are.
+    """The most bits per character that are good enough, given the candidates' bits at full depth; None if no floor
+    binds.
 
-    Floors that cannot be worked out, since nothing is known of the reference, do not bind.
+    A floor relative to a reference does not bind if the reference's bits are not known.
     """
     floors = [] if objective.max_bits_per_char is None else [objective.max_bits_per_char]
     if objective.max_bits_ratio is not None:
@@ -94,7 +97,7 @@ def bits_floor(objective: Objective, full_depth_bits: Mapping[str, float | None]
 
 
 def quick_enough(objective: Objective, options: Sequence[Option]) -> list[Option]:
-    """Those predicted to answer within the objective's bound; where none does, the quickest."""
+    """The options with a predicted response time within the objective's bound, or the quickest one if there is none."""
     most_s = objective.max_response_time_s
     if most_s is None or not options:
         return list(options)
@@ -105,10 +108,10 @@ def quick_enough(objective: Objective, options: Sequence[Option]) -> list[Option
 def answer(
     action: BreachAction, load: Option | None, switches: Sequence[Option], cost: Callable[[Option], float]
 ) -> Option | None:
-    """The option to take, None if there is none. On equal terms loading wins: it keeps the model's own tokens.
+    """The option that answers a breach; None if there is none. At equal cost loading wins: it keeps the model's tokens.
 
-    `load` raises the active model to full depth, `switches` are other candidates' partial loads; all meet the quality
-    floor. `cost` is an option's cost until the next round, transition included.
+    `load` raises the active model to full depth, and `switches` are other candidates' partial loads; all meet the
+    quality floor. `cost` is an option's cost until the next round, transition included.
     """
     loads = [] if load is None else [load]
     match action:

@@ -1,26 +1,27 @@
-"""The oracle: a bound from knowing every exit and every request.
+"""The policy oracle: a bound from knowing every exit and every request.
 
-At admission it takes a model for each request, all weights being there for free; each token runs to the depth that
-the plan says, unchecked, its prompt to the depth of the first token, and K and V above are neither computed nor
+At admission it takes a model for each request; all weights are loaded for free. Each token runs to the depth that the
+plan says, unchecked, and the prompt to the depth of the first token. K and V of deeper layers are neither computed nor
 missed.
 
-Quality is a loss per token, d, and what request r may lose on model m, a(r, m), over which the sum of all losses must
-not go: for a floor in agreement, d is 1 where the exit gives another token than full depth and a is epsilon times the
-tokens; for one in bits per character, d is the bits of the text's token there and a what the reference needs for it.
+Quality is measured by a loss d of each token, and by the loss a(r, m) that request r may have on model m. The sum of
+all d must not exceed the sum of all a. For a floor in agreement, d is 1 if the exit gives another token than full
+depth, and a is epsilon times the number of tokens. For a floor in bits per character, d is the bits of the text's token
+at the exit, and a is the allowed multiple of the bits that the reference needs for the text.
 
-Why no policy that keeps to the floor is faster (one request at a time, epoch_requests 1). Let a policy serve every
-request on one model each. Running token j of request r on model m to exit e takes at least t(r, m, j, e), the
-profile's time of that iteration alone; let s(r) be the sum of d. The policy's time is at least sum t, and since
+No policy that keeps to the floor is faster (one request at a time, epoch_requests 1), for this reason. Let a policy
+serve every request on one model each. Running token j of request r on model m to exit e takes at least t(r, m, j, e),
+the profile's time of that iteration alone; let s(r) be the sum of d. The policy's time is at least sum t, and since
 sum (s - a) <= 0, for any price u >= 0
 
     time >= sum t >= sum t + u sum (s - a) >= sum over r of min over m of [ sum over j of min over e of (t + u d)
                                                                              - u a ].
 
 The plan takes exactly these minima, so the right side is the plan's own time plus u sum (s - a) over the plan. u is
-chosen so that the plan spends the budget, sum (s - a) >= 0 (or u is 0): hence the plan's time is no longer than the
+chosen so that the plan spends the budget, sum (s - a) >= 0 (or u is 0). Hence the plan's time is no longer than the
 policy's. Requests at the critical price are split so that the budget is overspent by less than one request can lose:
-the oracle is a relaxed bound and may itself miss the floor by that much. A policy that moves a request to another
-model in mid-answer is outside the argument. With larger batches or epochs the same plan is a reference, no proven
+the oracle is a relaxed bound and may itself miss the floor by that much. The argument does not cover a policy that
+moves a request to another model in mid-answer. With larger batches or epochs the plan is a reference, not a proven
 bound.
 """
 
@@ -45,39 +46,39 @@ from helios_sim.request import Request
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-DOUBLINGS = 60  # of a price that is too low
+DOUBLINGS = 60  # most doublings of a price that is too low
 CLOSE = 0.001  # loss per token by which a plan may overspend
-BISECTIONS = 60  # of the price; what is left is below the last bits of the times
+BISECTIONS = 60  # of the price; the remaining error is below the last bits of the times
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTimes:
-    """All answer tokens of one model, request after request: T tokens, E exits, R requests, at least one each."""
+    """Times and losses of all T answer tokens of one model at E exits. R requests follow each other, none is empty."""
 
     exits: tuple[int, ...]
-    time_s: FloatArray  # (T, E) of running the token to each exit, alone on the card
-    loss: BoolArray | FloatArray  # (T, E) of leaving there; not negative
-    allowed: FloatArray  # (R,) loss of each request
+    time_s: FloatArray  # (T, E) time to run the token to each exit, alone on the card
+    loss: BoolArray | FloatArray  # (T, E) loss of leaving there; not negative
+    allowed: FloatArray  # (R,) loss allowed for each request
     first: IntArray  # (R,) where each request's tokens begin
-    possible: BoolArray  # (R,) the model's context is long enough
+    possible: BoolArray  # (R,) whether the model's context is long enough
 
     @property
     def tokens(self) -> IntArray:
-        """(R,) of each request."""
+        """Number of tokens of each request, (R,)."""
         return np.diff(np.append(self.first, len(self.time_s)))
 
     def cheapest(self, price_s: float) -> IntArray:
-        """(T,) exit of least time plus price of its loss; the deepest of equals."""
+        """The exit of each token with the least time plus price of its loss, (T,); the deepest among equals."""
         cost = (self.time_s + price_s * self.loss)[:, ::-1]
         return np.asarray(cost.shape[1] - 1 - cost.argmin(axis=1), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Model and exits of every request, in their order. It is also the server's `ServicePlan`."""
+    """The plan: model and exits of every request, in their order. It is also the server's `ServicePlan`."""
 
     models: tuple[str, ...]
-    request_ids: Mapping[int, int]  # to the request's place
+    request_ids: Mapping[int, int]  # from a request's id to its place
     tables: tuple[TokenTimes, ...]  # per model
     price_s: float  # of a loss of 1
     model_index: IntArray  # (R,)
@@ -89,7 +90,7 @@ class Plan:
         return self.models[int(self.model_index[self.request_ids[request_id]])]
 
     def layers(self, request_id: int) -> IntArray:
-        """(n,) depth of each answer token."""
+        """Depth of each answer token, (n,)."""
         place = self.request_ids[request_id]
         m = self.model_index[place]
         table = self.tables[m]
@@ -103,7 +104,7 @@ def make_plan(
     request_ids: Sequence[int],
     epoch_requests: int = 1,
 ) -> Plan:
-    """The plan of the module's argument, for at least one request; that of least loss where no plan is allowed."""
+    """Makes the plan of the module's argument, for at least one request; the plan of least loss if none is allowed."""
 
     def at(price_s: float) -> Plan:
         return _plan_at(price_s, tuple(models), tuple(tables), request_ids, epoch_requests)
@@ -111,15 +112,16 @@ def make_plan(
     low = at(0.0)
     if low.slack.sum() <= 0:
         return low  # even losses for free stay within the budget
-    # No changed token is worth twice what the exits of a token are apart; with one exit each, models are.
+    # At twice the largest time between a token's exits no loss of 1 pays. If each model has one exit, only models
+    # differ, and the largest time of a token takes its place.
     apart_s = max(float(np.ptp(t.time_s, axis=1).max()) for t in tables) or max(float(t.time_s.max()) for t in tables)
     high = at(2.0 * apart_s)
-    for _ in range(DOUBLINGS):  # but less than a token may be, and no model may come so cheap
+    for _ in range(DOUBLINGS):  # losses below 1, or a choice between models, may need a higher price
         if high.slack.sum() <= 0:
             break
         high = at(2.0 * high.price_s)
     if high.slack.sum() >= 0:
-        return high  # no loss is allowed, or not as little as there must be
+        return high  # no loss is allowed, or every plan loses more than is allowed
     of_one_request = max(int(t.tokens.max()) * float(t.loss.max()) for t in tables)
     close = min(of_one_request, max(len(t.time_s) for t in tables) * CLOSE)
     for _ in range(BISECTIONS):
@@ -140,7 +142,8 @@ def _plan_at(
     request_ids: Sequence[int],
     epoch_requests: int,
 ) -> Plan:
-    """Each request (or epoch) on the model of least Lagrangian, each token at its exit of least price."""
+    """The plan at a price: each request (or epoch) on the model of least Lagrangian, each token at its cheapest exit.
+    """
     n_requests = len(request_ids)
     epochs = np.arange(0, n_requests, epoch_requests)
     exits, times, slacks, costs = [], [], [], []
@@ -169,7 +172,8 @@ def _plan_at(
 
 
 def _split(low: Plan, high: Plan) -> Plan:
-    """Both minimise at the critical price: the first requests spend as in `low`, as few as use up the budget."""
+    """Mixes two plans that are both optimal at the critical price: the first requests follow `low`, as few as suffice
+    to use up the budget, and the others `high`."""
     gained = np.cumsum(low.slack - high.slack)
     n = int(np.argmax(gained >= -high.slack.sum())) + 1
     first = np.arange(len(low.slack)) < n
@@ -190,8 +194,8 @@ def _split(low: Plan, high: Plan) -> Plan:
 class OracleParameters:
     """Settings of `policy=oracle`."""
 
-    epoch_requests: int = 1  # consecutive requests that share a model; more only where batches form
-    batch_limit: int | None = None  # None: the server's own limit; 1 for the bound
+    epoch_requests: int = 1  # consecutive requests that share a model; more than 1 only makes sense with batches
+    batch_limit: int | None = None  # None means the server's own limit; set 1 for the bound
 
     def __post_init__(self) -> None:
         check_positive("epoch_requests", self.epoch_requests)
@@ -199,13 +203,13 @@ class OracleParameters:
 
 
 class OraclePolicy:
-    """Plans once, at the start, and is never asked again."""
+    """The oracle's decisions: it plans once, at the start, and is never asked again."""
 
     def __init__(self, parameters: OracleParameters) -> None:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the requests to come are not known, or no model meets the floor."""
+        """Deploys the plan. Raises UserError if the requests to come are not known, or no model meets the floor."""
         requests = () if situation.outlook is None else situation.outlook.requests()
         if not requests:
             allowed = "the requests to come and their exits must be known, and there must be one"
@@ -235,15 +239,16 @@ class OraclePolicy:
 
 
 def _meets_absolute_floor(candidate: Candidate, objective: Objective) -> bool:
-    """Whether full depth is within it, as recorded beforehand; true where none is known or set."""
+    """Whether recorded bits at full depth are within the absolute floor; true if bits or floor are not known."""
     bits, most = candidate.offline.bits_per_char, objective.max_bits_per_char
     return bits is None or most is None or bool(bits[-1] <= most)
 
 
 def token_times(situation: Situation, model: str, requests: Sequence[Request]) -> TokenTimes:
-    """Times alone on the card: the first token is its prompt's prefill, token j (from 0) reads prompt + j tokens.
+    """Times and losses of all answer tokens, each request alone on the card.
 
-    What they lose is bits where the objective's floor follows a reference, else agreement with full depth.
+    The first token is the prompt's prefill; token j (from 0) reads prompt + j tokens. The loss is in bits if the
+    objective's floor follows a reference, else in agreement with full depth.
     """
     assert situation.outlook is not None
     candidate = situation.candidates[model]
@@ -271,9 +276,10 @@ def token_times(situation: Situation, model: str, requests: Sequence[Request]) -
 
 
 def reference_bits(situation: Situation, requests: Sequence[Request]) -> NDArray[np.float64]:
-    """(R,) bits of each request's text under the reference at full depth; the best single model where none is named.
+    """Bits of each request's text under the reference at full depth, (R,); by default that is the best single model.
 
-    A policy whose reference is the best candidate at any time needs no more than that in all.
+    The best single model has the least sum of bits, so a policy that may follow a better reference at any time is not
+    allowed more bits in all.
     """
     assert situation.outlook is not None
     outlook, named = situation.outlook, situation.objective.bits_reference
@@ -292,7 +298,7 @@ def _bits(outlook: Outlook, model: str, request: Request) -> NDArray[np.float64]
 
 
 def _decode_alone_s(profile: Profile, layers: int, contexts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(K,) seconds of one token at each context."""
+    """Seconds of one token at each context length, (K,)."""
     one = np.ones((len(contexts), 1), dtype=np.int64)
     composition = Composition((layers,), one, contexts[:, None].astype(np.int64), sampled_tokens=one[:, 0])
     return profile.iteration_time_s(composition)

@@ -1,9 +1,9 @@
-"""What a placement would achieve under a load: arithmetic on profile and exits.
+"""Predicted performance of a placement under a load: arithmetic on profile and exits.
 
-Two things are left out on purpose, since they are common to all candidates: prompts are priced on their own although
-they share iterations with decodes, and a request occupies its whole KV from the start (no preemption and no sharing is
-counted on). Where prefixes are cached, the share of prompts that was found lately is not computed. That holds for every
-candidate: another one finds as much when its cache is warm, and warming it is part of the way there (`transition`).
+Two simplifications are deliberate, since they affect all candidates alike. Prompts are priced on their own, although
+they share iterations with decodes. And a request occupies its whole KV from the start, without preemption or sharing.
+With prefix caching, the share of prompt tokens that were recently found is not computed, for any candidate: another
+candidate finds as many once its cache is warm, and warming the cache is part of the `transition`.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ class Load:
     output_chars: float
     arrival_rate_per_s: float | None = None
     users: int | None = None
-    queued_requests: int = 0  # waiting now; counts under open arrivals
-    cached_share: float = 0.0  # of prompt tokens, whose K and V a warm prefix cache holds
+    queued_requests: int = 0  # waiting now; only counts under open arrivals
+    cached_share: float = 0.0  # share of prompt tokens with K and V in a warm prefix cache
 
     def prompt_tokens(self, candidate: Candidate) -> float:
         """Mean prompt length in the candidate's tokens, at least 1."""
         return max(1.0, self.prompt_chars / candidate.profile.model.chars_per_token)
 
     def cached_tokens(self, candidate: Candidate) -> int:
-        """Tokens of a mean prompt that a warm cache holds: never the last, which is computed in any case."""
+        """Tokens of a mean prompt that a warm cache holds, but never the last token, which is always computed."""
         prompt = round(self.prompt_tokens(candidate))
         return min(round(prompt * self.cached_share), prompt - 1)
 
     def output_tokens(self, candidate: Candidate) -> float:
-        """Mean answer length in the candidate's tokens, at least 1: the trace that replays answers counts them."""
+        """Mean answer length in the candidate's tokens, at least 1, by the trace that replays answers."""
         return max(1.0, self.output_chars / candidate.offline.chars_per_token)
 
 
 def expected_load(situation: Situation) -> Load:
-    """Before anything was seen: what the operator expects.
+    """The load that the operator expects, before any telemetry.
 
-    Without an expectation, prompts and answers are as long as the recorded prompts' answers are on average, and the
-    queue is full: lengths then matter only in so far as they rank candidates.
+    Without an expectation, prompts and answers are as long as the recorded prompts' answers on average, and the queue
+    is full: lengths then only serve to rank candidates.
     """
     expected = situation.expected
     if expected is None:
@@ -65,7 +65,7 @@ def expected_load(situation: Situation) -> Load:
 
 
 def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> Load:
-    """From telemetry; what it has not seen yet is as expected."""
+    """The load by telemetry, with expected values for all that telemetry has not seen yet."""
     expected = expected_load(situation)
     active = situation.candidates[active_model]
     prompt, output = telemetry.prompt_tokens_mean, telemetry.output_tokens_mean
@@ -80,7 +80,7 @@ def seen_load(situation: Situation, telemetry: Telemetry, active_model: str) -> 
     )
 
 
-STRATA = 64  # rows per batch when tokens leave at different exits
+STRATA = 64  # iterations averaged per batch size if tokens leave at different exits
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,9 @@ class Depths:
     """Bands of layers and the share of tokens that run each. Prompts run all bands."""
 
     bounds: tuple[int, ...]  # depth at the end of each band, ascending
-    reach: tuple[float, ...]  # share of tokens that run the band; the first is 1, and they do not rise
-    checked: Confidence | None = None  # an exit check of this kind at the end of every band but the last
-    propagated: bool = False  # K and V of tokens that left are computed in the bands above
+    reach: tuple[float, ...]  # share of tokens that run the band; the first is 1, and shares do not rise
+    checked: Confidence | None = None  # measure of the exit check at the end of every band but the last
+    propagated: bool = False  # whether K and V of tokens that left are computed in the bands above
 
     @property
     def layers(self) -> int:
@@ -103,7 +103,7 @@ class Depths:
 
 
 class Paced(Protocol):
-    """Another way to decode, of which each token takes a known time on average: `drafts.Drafts`."""
+    """Another way to decode, with a known mean time per token; `drafts.Drafts` is one."""
 
     @property
     def layers(self) -> int: ...
@@ -118,12 +118,12 @@ class Paced(Protocol):
 
 
 def fixed_depth(layers: int) -> Depths:
-    """All tokens run `layers`: full depth or a fixed cap, whose confidence comes with the token's own logits."""
+    """Depths if all tokens run `layers`: full depth, or a fixed cap with confidences from the token's own logits."""
     return Depths((layers,), (1.0,))
 
 
 def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
-    """Tokens leave alone, all layers loaded, in the recorded shares."""
+    """Depths if each token leaves alone, all layers loaded, in the recorded shares."""
     left = np.concatenate([[0.0], np.cumsum(offline.exit_share)[:-1]])
     reach = tuple(np.clip(1.0 - left, 0.0, 1.0).tolist())
     return Depths(offline.exits, reach, checked=offline.confidence, propagated=propagated)
@@ -132,10 +132,10 @@ def per_token_depths(offline: OfflineExits, propagated: bool = True) -> Depths:
 def decode_time_s(
     profile: Profile, depths: Depths | Paced, batch: NDArray[np.int64], context_tokens: float
 ) -> NDArray[np.float64]:
-    """(K,) mean seconds of a decode iteration at each batch size.
+    """Mean seconds of a decode iteration at each batch size, (K,).
 
-    With tokens that leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly
-    over (0, 1): unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
+    If tokens leave at different exits, the rows of a band are floor(batch x reach + u) with u spread evenly over
+    (0, 1): this is unbiased, nested from band to band, and at batch 1 exactly the mixture of the exits.
     """
     if not isinstance(depths, Depths):
         return depths.decode_time_s(profile, batch, context_tokens)
@@ -149,7 +149,7 @@ def decode_time_s(
 def decode_floor_s(
     profile: Profile, depths: Depths | Paced, batch: NDArray[np.int64], context_tokens: float
 ) -> NDArray[np.float64]:
-    """(K,) its roofline floor."""
+    """Roofline floor of `decode_time_s`, (K,)."""
     if not isinstance(depths, Depths):
         return depths.decode_floor_s(profile, batch, context_tokens)
     if depths.is_fixed:
@@ -167,7 +167,7 @@ def _kv_tokens(rows: NDArray[np.int64], context_tokens: float) -> NDArray[np.int
 
 
 def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) -> Composition:
-    """Iterations at each batch size, one after the other; several of each where tokens leave at different exits."""
+    """Iterations at each batch size, one after the other; `STRATA` of each if tokens leave at different exits."""
     strata = 1 if len(depths.bounds) == 1 else STRATA
     u = (np.arange(strata) + 0.5) / strata
     rows = np.floor(batch[:, None, None] * np.asarray(depths.reach) + u[None, :, None]).astype(np.int64)
@@ -188,10 +188,10 @@ def _decodes(depths: Depths, batch: NDArray[np.int64], context_tokens: float) ->
 
 
 def probe_time_s(candidate: Candidate, load: Load) -> float:
-    """Seconds in which the whole model scores one text of mean length, every token at every exit."""
+    """Seconds for the whole model to score one text of mean length, every token at every exit."""
     exits, rows = candidate.offline.exits, round(load.output_tokens(candidate))
     checked = np.full((1, len(exits)), rows, np.int64)
-    checked[0, -1] = 0  # the last exit is sampled from
+    checked[0, -1] = 0  # the last exit's logits are counted as sampled tokens
     none = np.zeros((1, len(exits)), np.int64)
     chunk = PrefillChunk(round(load.prompt_tokens(candidate)) + rows, 0, exits[-1])
     composition = Composition(
@@ -202,26 +202,26 @@ def probe_time_s(candidate: Candidate, load: Load) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one placement under one load. "Busy" is the time of a request's share of iterations."""
+    """Predicted performance of one placement under one load. "Busy" time is a request's share of iterations."""
 
-    batch: float  # requests running at once; below 1 where the server is sometimes idle
-    batch_capacity: int  # requests that may run at once: memory and limits
-    throughput_requests_per_s: float  # delivered: under open arrivals no more than arrive
-    capacity_requests_per_s: float  # at the operating batch of a full queue (closed loop: of its users)
+    batch: float  # requests running at once; below 1 if the server is sometimes idle
+    batch_capacity: int  # requests that may run at once, by memory and limits
+    throughput_requests_per_s: float  # delivered rate; under open arrivals at most the arrival rate
+    capacity_requests_per_s: float  # highest rate over possible batches; at the batch in use if the load fixes it
     response_time_s: float
     prefill_s: float
     decode_iteration_s: float  # at the operating batch
     busy_s_per_request: float
-    energy_j_low: float | None  # per request, busy time only; None where idle power or TDP is not known
+    energy_j_low: float | None  # per request, busy time only; None if idle power or TDP is not known
     energy_j_high: float | None
     tdp_w: float | None
 
     @property
     def energy_rank_j(self) -> float:
-        """What the energy objective compares: the middle of the band.
+        """The figure that the energy objective compares: the middle of the band.
 
-        Without idle power there is no band; busy time at TDP then ranks, an upper bound that is no estimate. Without
-        TDP busy time itself ranks: the same order, since all candidates run on one device.
+        Without idle power there is no band; then busy time at TDP is compared, an upper bound and no estimate. Without
+        TDP busy time itself is compared: the order is the same, since all candidates run on one device.
         """
         if self.energy_j_low is None or self.energy_j_high is None:
             return self.busy_s_per_request * (1.0 if self.tdp_w is None else self.tdp_w)
@@ -241,13 +241,13 @@ def predict(
     batch_limit: int | None = None,
     horizon_requests: int = 150,
 ) -> Prediction | None:
-    """None when the placement leaves no room for one request of mean length.
+    """Predicts a placement's performance; None if it leaves no room for one request of mean length.
 
-    X(B) = 1 / (p + (n - 1) d(B) / B) requests per second at B running, with p the prompt's seconds, n the answer's
-    tokens and d(B) a decode iteration at mean context; R(B) = B / X(B). Closed loop of N users: B = min(N, capacity)
-    and the response is N / X (Little). Open arrivals at rate a: the smallest B with X(B) >= a, since B = a R(B). Full
-    queue: B = capacity. The wait under open arrivals is `_wait_s`; `horizon_requests` bounds it where the queue
-    grows.
+    X(B) = 1 / (p + (n - 1) d(B) / B) requests per second with B running, where p is the prompt's seconds, n the
+    answer's tokens and d(B) a decode iteration at mean context; R(B) = B / X(B). Closed loop of N users:
+    B = min(N, capacity), and the response time is N / X (Little). Open arrivals at rate a: the smallest B with
+    X(B) >= a, since B = a R(B). Full queue: B = capacity. The wait under open arrivals is `_wait_s`; it is bounded by
+    `horizon_requests` if the queue grows.
     """
     candidate = situation.candidates[placement.model]
     profile = candidate.profile
@@ -302,7 +302,7 @@ def batch_capacity(
     standby: Iterable[Placement] = (),
     batch_limit: int | None = None,
 ) -> int:
-    """Requests of that many tokens that may run at once, 0 if not one fits. A model is resident once."""
+    """Number of requests of `request_tokens` tokens that may run at once, 0 if not one fits. A model is loaded once."""
     layers = {placement.model: placement.held_layers}
     for other in standby:
         layers[other.model] = max(other.held_layers, layers.get(other.model, 0))
@@ -317,10 +317,11 @@ def batch_capacity(
 def _wait_s(load: Load, most_per_s: float, slots: int, horizon_requests: int) -> float:
     """Mean wait of the next `horizon_requests` under open arrivals, with variation 1 of gaps and service.
 
-    Below saturation the smaller of Sakasegawa's approximation of M/M/c (1977; exact for one slot, whose service is
-    slots / X) and what a queue that starts empty reaches at load 1 within the horizon: the mean over it of reflected
-    Brownian motion, 2/3 sqrt(4 H / pi) requests. Above it the queue also grows by (1/X - 1/a) per request.
-    Requests that wait now are worked off at the spare rate.
+    Below saturation it is the smaller of two waits. One is Sakasegawa's approximation of M/M/c (1977; exact for one
+    slot; a slot's service time is slots / X). The other is reached at load 1 within the horizon by a queue that starts
+    empty: the mean over the horizon of reflected Brownian motion, 2/3 sqrt(4 H / pi) requests. Above saturation it is
+    the latter, and the queue also grows by (1/X - 1/a) per request. Requests that wait now are worked off at the spare
+    rate.
     """
     assert load.arrival_rate_per_s is not None
     rho = load.arrival_rate_per_s / most_per_s
@@ -336,6 +337,6 @@ def _wait_s(load: Load, most_per_s: float, slots: int, horizon_requests: int) ->
 
 
 def _energy_j(profile: Profile, busy_s: float, floor_s: float) -> tuple[float | None, float | None]:
-    """Joules of a request's busy time, at least and at most."""
+    """Least and most joules of a request's busy time; (None, None) if the card's power is not known."""
     watts = profile.hardware.busy_w(min(1.0, floor_s / busy_s))
     return (None, None) if watts is None else (busy_s * watts[0], busy_s * watts[1])

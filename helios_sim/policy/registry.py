@@ -1,4 +1,4 @@
-"""Policies by name, and their parameters from plain settings."""
+"""Registry of policies: policies by name, and their parameters made from plain settings."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class PolicyKind:
     """A policy that can be named in settings."""
 
     parameters: type[PolicyParameters]
-    make: Callable[[Any], Policy]  # from an instance of it
+    make: Callable[[Any], Policy]  # makes the policy from an instance of `parameters`
     about: str  # one line for tables
     fixed: Mapping[str, Any] = field(default_factory=dict)  # parameters that the name implies; they cannot be changed
-    is_bound: bool = False  # knows what will come: not a policy to deploy
+    is_bound: bool = False  # a bound that knows the future, not a policy to deploy
 
 
 POLICIES: Mapping[str, PolicyKind] = {
@@ -79,7 +79,7 @@ POLICIES: Mapping[str, PolicyKind] = {
     "custom": PolicyKind(CustomParameters, load_custom, "a policy of your own"),
 }
 
-VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # names of a policy with some of its settings
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # further names, each for a policy with some of its settings
     "early_exit_lazy": ("early_exit", {"batching": "lazy"}),
     "early_exit_rebatch": ("early_exit", {"batching": "rebatch"}),
     "load_only": ("helios", {"on_breach": "load_only"}),
@@ -96,7 +96,7 @@ class PolicyConfig:
     parameters: PolicyParameters
 
     def make(self) -> Policy:
-        """A policy with its own state, for one replica in one run."""
+        """Makes a policy with its own state, for one replica in one run."""
         return self.kind.make(self.parameters)
 
     @property
@@ -104,7 +104,7 @@ class PolicyConfig:
         return POLICIES[self.name]
 
     def told(self) -> dict[str, Any]:
-        """Parameters that differ from the policy's defaults, or have none; not those that the name implies."""
+        """Parameters that have no default or differ from it, without the parameters that the name implies."""
         fixed, found = self.kind.fixed, {}
         for f in fields(self.parameters):
             value = getattr(self.parameters, f.name)
@@ -115,7 +115,7 @@ class PolicyConfig:
 
 
 def policy_config(name: str, settings: Mapping[str, Any] | None = None) -> PolicyConfig:
-    """From plain values (text, numbers, None); enums go by their values.
+    """Makes the parameters of a policy from plain values (text, numbers, None); enums are given by their values.
 
     UserError for an unknown name, an unknown or missing parameter, or a value of the wrong kind or range.
     """
@@ -143,7 +143,7 @@ def policy_config(name: str, settings: Mapping[str, Any] | None = None) -> Polic
 
 
 def make_policy(name: str, settings: Mapping[str, Any] | None = None) -> Policy:
-    """A policy with its own state from plain values. UserError as in `policy_config`."""
+    """Makes a policy with its own state from plain values. UserError as in `policy_config`."""
     return policy_config(name, settings).make()
 
 
@@ -167,7 +167,7 @@ def _hints(parameters: Any) -> dict[str, Any]:
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:
-    """`value` as the type that the field declares: a union of None, bool, int, float, str, an Enum or a mapping."""
+    """Converts `value` to the field's declared type: a union of None, bool, int, float, str, an Enum or a mapping."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         kind = typing.get_origin(option) or option

@@ -1,4 +1,4 @@
-"""Where it pays to split a batch at an exit: DREX's rule, arXiv 2512.15705, on a profile."""
+"""DREX's rule (arXiv 2512.15705) for when it pays to split a batch at an exit, applied to a profile."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from helios_sim.profile.profile import Profile
 
 
 def split_shares(profile: Profile, exits: Sequence[int], batch: int, context_tokens: int) -> tuple[float, ...]:
-    """c / t_deep at each exit before the last: tokens leave where they are more than this share of the batch.
+    """The share c / t_deep at each exit before the last: tokens leave there if they exceed this share of the batch.
 
-    t_deep is what the layers after the exit take for the whole batch, each request with so many tokens in the KV cache.
-    To let b' of b go saves b' / b of it, since the others run these layers later in a batch of as many. It costs c:
-    what regrouping takes (`runtime.regroup_s`), and what an iteration takes whatever it runs, since there is one more
-    of them. At most 1: then tokens leave all together or not at all.
+    t_deep is the time of the layers after the exit for the whole batch, each request with `context_tokens` in the KV
+    cache. If b' of b requests leave, b' / b of t_deep is saved, since the others run these layers later in a batch of
+    the same size. The cost c is the time to regroup (`runtime.regroup_s`) and the fixed time of an iteration, since
+    there is one iteration more. The share is at most 1: then tokens leave all together or not at all.
     """
     cost_s = profile.runtime.regroup_s + _of_any_iteration_s(profile)
     times_s = [_decode_s(profile, layers, batch, context_tokens) for layers in exits]
@@ -29,6 +29,6 @@ def _decode_s(profile: Profile, layers: int, batch: int, context_tokens: int) ->
 
 
 def _of_any_iteration_s(profile: Profile) -> float:
-    """Of one in which nothing runs: the host's part, and the gap after it."""
+    """The fixed time of an iteration, even if it runs no tokens: the host's part, and the gap after it."""
     nothing = np.zeros((1, 1), np.int64)
     return float(profile.iteration_time_s(Composition((profile.model.n_layers,), nothing, nothing, nothing[0]))[0])

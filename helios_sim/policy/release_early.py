@@ -1,4 +1,7 @@
-"""Answers leave at a ramp while the model goes on, whose verdicts tune the thresholds: Apparate, arXiv 2312.05385."""
+"""The policy release_early (Apparate, arXiv 2312.05385): tokens are delivered at ramps while the model runs on.
+
+The whole model's own tokens then tell which were right, and tune the thresholds.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ from helios_sim.policy.prediction import decode_time_s, expected_load, fixed_dep
 from helios_sim.policy.telemetry import Candidate, Released, Situation, Telemetry
 from helios_sim.profile.composition import Composition
 
-STEP = 0.01  # by which a threshold is lowered
+STEP = 0.01  # each step lowers a threshold by this
 CLOSED = 1.01  # a threshold that no confidence reaches
-LEAST_TOKENS = 200  # at a ramp, before its threshold or its place is judged
+LEAST_TOKENS = 200  # observed tokens before thresholds and ramps are reviewed
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseEarlyParameters:
     """Settings of `policy=release_early`."""
 
-    max_disagreement: float = 0.01  # share of all tokens whose answer may differ from the whole model's
-    ramps: int = 2  # at most so many exits are checked
+    max_disagreement: float = 0.01  # share of all tokens that may be delivered unlike the whole model's
+    ramps: int = 2  # most exits that check
     review_requests: int = 30  # completed requests between two reviews of thresholds and ramps
     window_tokens: int = 4000  # latest tokens by which thresholds are tuned
-    fixed_threshold: float | None = None  # of every ramp, and nothing is tuned; None: thresholds are tuned
+    fixed_threshold: float | None = None  # one threshold for every ramp; None means thresholds are tuned
     confidence: Confidence = Confidence.MAX_PROBABILITY
-    model: str | None = None  # None: the only candidate
-    batch_limit: int | None = None  # None: the server's own limit
+    model: str | None = None  # None means the only candidate
+    batch_limit: int | None = None  # None means the server's own limit
 
     def __post_init__(self) -> None:
         for name in ("ramps", "review_requests", "window_tokens", "batch_limit"):
@@ -47,18 +50,20 @@ class ReleaseEarlyParameters:
 
 
 class ReleaseEarlyPolicy:
-    """Thresholds begin closed. A review lowers them greedily, one by `STEP` at a time: the one that saves most time for
-    each further answer that differs, as long as those of the latest tokens stay within the budget, by one standard
-    deviation. A ramp whose checks cost later answers more time than it saves is given up for the next deeper exit that
-    has not been tried, or for a shallower one.
+    """Tuning of thresholds and ramps.
+
+    Thresholds begin closed. A review lowers them greedily, one threshold by one `STEP` at a time: the one that saves
+    most time for each further token that differs from the whole model's. It stops before the number of such tokens
+    among the latest ones, plus one standard deviation, exceeds the budget. A ramp is given up if its checks cost later
+    tokens more time than it saves. The next deeper exit that has not been tried takes its place, or a shallower one.
     """
 
     def __init__(self, parameters: ReleaseEarlyParameters) -> None:
         self.parameters = parameters
-        self._latest: deque[tuple[NDArray[np.float32], NDArray[np.bool_]]] = deque()  # at the ramps now
+        self._latest: deque[tuple[NDArray[np.float32], NDArray[np.bool_]]] = deque()  # at the present ramps
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the model is not among the candidates, or has one exit alone."""
+        """Deploys the first ramps. Raises UserError if the model is not among the candidates, or has only one exit."""
         p, self._situation = self.parameters, situation
         self._model = find_model(situation, p.model)
         self._exits = self._candidate.offline.exits[:-1]
@@ -74,7 +79,7 @@ class ReleaseEarlyPolicy:
         return self._deployment()
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """Thresholds and ramps until the next review; None where they stay."""
+        """Sets thresholds and ramps until the next review; None if they stay."""
         for seen in telemetry.observations:
             if isinstance(seen, Released) and seen.confidences.shape[1] == len(self._ramps):
                 self._latest.append((seen.confidences, seen.agrees))
@@ -98,7 +103,7 @@ class ReleaseEarlyPolicy:
         return self._situation.candidates[self._model]
 
     def _saved_s(self, batch: int) -> NDArray[np.float64]:
-        """(ramps,) by how much a token that leaves there comes earlier."""
+        """Seconds by which a token that leaves at each ramp comes earlier, (ramps,)."""
         profile = self._candidate.profile
         *early_s, whole_s = (
             float(decode_time_s(profile, fixed_depth(layers), np.array([batch]), self._context)[0])
@@ -107,21 +112,25 @@ class ReleaseEarlyPolicy:
         return np.array([whole_s - each_s for each_s in early_s])
 
     def _check_s(self, batch: int) -> float:
-        """What the check of a ramp adds to an iteration."""
+        """Seconds that the check of a ramp adds to an iteration."""
         profile, p = self._candidate.profile, self.parameters
         rows = np.array([[batch]], np.int64)
         plain = Composition(
             (profile.model.n_layers,), rows, rows * self._context, np.zeros(1, np.int64), host_sync_at_checks=False
         )
-        # A check on the hidden state does not say whether the ramp is right: its head is asked as well.
+        # A check on the hidden state does not tell whether the ramp's token is right, so its head is run as well.
         checked = replace(plain, check_tokens=rows, classifier_tokens=None if p.confidence.by_head else rows)
         return float(profile.iteration_time_s(checked)[0] - profile.iteration_time_s(plain)[0])
 
     def _review(self, shares: NDArray[np.float64], saved_s: NDArray[np.float64], check_s: float) -> None:
-        """Utility of a ramp: what leaves there x time saved - what leaves later x the cost of its check."""
+        """Replaces the first ramp with a negative utility.
+
+        The utility is the share of tokens that leave at the ramp x the time saved, minus the share that leaves later x
+        the cost of the ramp's check.
+        """
         later = 1.0 - np.cumsum(shares)
         poor = [ramp for ramp, u in zip(self._ramps, shares * saved_s - later * check_s, strict=True) if u < 0]
-        for ramp in poor[:1]:  # one at a time: the next review sees what became of it
+        for ramp in poor[:1]:  # one at a time: the next review sees the effect
             self._given_up.add(ramp)
             others = [each for each in self._exits if each not in self._given_up and each not in self._ramps]
             others.sort(key=lambda each: (each < ramp, abs(each - ramp)))
@@ -152,7 +161,7 @@ class ReleaseEarlyPolicy:
 
 
 def released_shares(confidences: NDArray[np.float32], thresholds: Sequence[float]) -> NDArray[np.float64]:
-    """(ramps,) share of tokens that leave first at each ramp; `confidences` (tokens, ramps)."""
+    """Share of tokens that leave at each ramp, (ramps,), given `confidences` (tokens, ramps)."""
     leaf = _leaves(confidences, np.array(thresholds))
     return np.bincount(leaf, minlength=len(thresholds) + 1)[:-1] / len(confidences)
 
@@ -160,7 +169,8 @@ def released_shares(confidences: NDArray[np.float32], thresholds: Sequence[float
 def tuned(
     confidences: NDArray[np.float32], agrees: NDArray[np.bool_], saved_s: NDArray[np.float64], budget: float
 ) -> tuple[float, ...]:
-    """Thresholds (ramps,) by greedy steps from closed ones, see `ReleaseEarlyPolicy`; tables are (tokens, ramps)."""
+    """Tunes thresholds (ramps,) by greedy steps from closed ones, see `ReleaseEarlyPolicy`; tables are (tokens, ramps).
+    """
     n, ramps = confidences.shape
     steps = np.full(ramps, round(CLOSED / STEP))
     known = np.column_stack([agrees, np.ones(n, np.bool_)])
@@ -192,6 +202,6 @@ def tuned(
 
 
 def _leaves(confidences: NDArray[np.float32], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(tokens,) the first ramp where a token is sure enough; the number of ramps where it is at none."""
+    """The first ramp at which each token is confident, (tokens,), or the number of ramps if there is none."""
     sure = confidences >= thresholds.astype(np.float32)
     return np.asarray(np.where(sure.any(axis=1), sure.argmax(axis=1), confidences.shape[1]), np.int64)

@@ -1,4 +1,5 @@
-"""One model that drafts with its first layers and verifies with all of them: LayerSkip, arXiv 2404.16710."""
+"""The policy self_speculation (LayerSkip, arXiv 2404.16710): a model drafts with its first layers, verifies with all.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from helios_sim.policy.telemetry import Candidate, Situation, Telemetry
 class SelfSpeculationParameters:
     """Settings of `policy=self_speculation`."""
 
-    draft_tokens: int = 4  # of one pass; with review_requests the most
-    exit_layer: int | None = None  # None: the one with the best predicted rate of one request
-    largest_batch: int | None = None  # where more requests decode none drafts; None: however many do
-    review_requests: int | None = None  # so many completed requests between two choices of the drafts; None: fixed
-    model: str | None = None  # None: the only candidate
-    batch_limit: int | None = None  # None: the server's own limit
-    resident_layers: int | None = None  # on the card; those above come from host memory for each pass; None: all
+    draft_tokens: int = 4  # drafts of one pass; with review_requests, the most
+    exit_layer: int | None = None  # exit that drafts; None means the one predicted to be best for one request
+    largest_batch: int | None = None  # if more requests decode, none drafts; None means no such limit
+    review_requests: int | None = None  # completed requests between two choices of the number of drafts; None: fixed
+    model: str | None = None  # None means the only candidate
+    batch_limit: int | None = None  # None means the server's own limit
+    resident_layers: int | None = None  # on the card; layers above come from host memory for each pass; None means all
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "largest_batch", "review_requests", "batch_limit"):
@@ -36,17 +37,18 @@ class SelfSpeculationParameters:
 
 
 class SelfSpeculationPolicy:
-    """Lossless: every token is the whole model's.
+    """Lossless drafting by the model's own first layers: every token is the whole model's.
 
-    With `review_requests` the number of drafts follows what was accepted since the last review, and the running
-    requests: the number that by the profile gives most tokens a second, which may be none (`DraftReview`).
+    With `review_requests` the number of drafts follows the acceptance since the last review and the number of running
+    requests: it is the number that by the profile gives most tokens a second, which may be 0 (`DraftReview`).
     """
 
     def __init__(self, parameters: SelfSpeculationParameters) -> None:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the model is not among the candidates, or the layer is none of its exits."""
+        """Chooses the exit that drafts. Raises UserError if the model is not among the candidates, or the given layer
+        is not one of its exits."""
         p = self.parameters
         self._model = find_model(situation, p.model)
         situation, self._placement = whole_model(situation, self._model, p.resident_layers)
@@ -71,7 +73,7 @@ class SelfSpeculationPolicy:
         return self._deployment(p.draft_tokens, f"{reason}; recorded agreement there {share:.3f}")
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """The drafts until the next review; None where they stay."""
+        """Sets the number of drafts until the next review; None if it stays."""
         if not isinstance(cause, Completed):
             return None
         batch, load = max(1, telemetry.running_requests), seen_load(self._situation, telemetry, self._model)

@@ -1,4 +1,4 @@
-"""HELIOS's cap chosen once from what was recorded offline, no adaptation: isolates what adapting adds."""
+"""The policy static_cap: HELIOS's cap, chosen once from offline records, to show what adaptation adds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class StaticCapParameters:
     """Settings of `policy=static_cap`."""
 
     threshold: float  # below it a token that leaves at the cap counts as a breach
-    model: str | None = None  # None: the candidate with the best predicted objective at its cap
-    cap_layers: int | None = None  # None: by the cap rule
+    model: str | None = None  # None means the candidate with the best predicted objective at its cap
+    cap_layers: int | None = None  # None means by the cap rule
     confidence: Confidence = Confidence.MAX_PROBABILITY
-    batch_limit: int | None = None  # None: the server's own limit
+    batch_limit: int | None = None  # None means the server's own limit
 
     def __post_init__(self) -> None:
         require_threshold("policy.threshold", self.threshold)
@@ -31,13 +31,13 @@ class StaticCapParameters:
 
 
 class StaticCapPolicy:
-    """Loads one model up to one cap and stays there."""
+    """A fixed decision: it loads one model up to one cap and stays there."""
 
     def __init__(self, parameters: StaticCapParameters) -> None:
         self.parameters = parameters
 
     def start(self, situation: Situation) -> Deployment:
-        """Raises UserError if the model is unknown, the cap is no exit, or nothing fits."""
+        """Chooses model and cap. Raises UserError if the model is unknown, the cap is no exit, or nothing fits."""
         p = self.parameters
         if p.cap_layers is not None:
             model = find_model(situation, p.model)

@@ -1,4 +1,4 @@
-"""What a policy may see: before the run (`Situation`) and at each decision (`Telemetry`)."""
+"""Inputs of a policy: the `Situation` before the run, and `Telemetry` at each decision."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Goal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a policy is to reach, and the share of tokens that may change for it."""
+    """The goal of a policy, and the share of tokens that may change for it."""
 
     goal: Goal
     max_disagreement: float  # epsilon: share of tokens that may differ from full depth of the same model
-    max_bits_per_char: float | None = None  # floor across models, where bits per character are known
-    max_bits_ratio: float | None = None  # the same, over those of `bits_reference` at full depth on the same text
-    bits_reference: str | None = None  # a candidate; None: the best one
-    max_response_time_s: float | None = None  # predicted mean; where no candidate keeps it, the quickest serves
+    max_bits_per_char: float | None = None  # quality floor across models, if bits per character are known
+    max_bits_ratio: float | None = None  # floor relative to the bits of `bits_reference`, at full depth on this text
+    bits_reference: str | None = None  # a candidate; None means the best one
+    max_response_time_s: float | None = None  # predicted mean; if no candidate keeps it, the quickest serves
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model in the repository: what it costs here and what was recorded about its exits beforehand."""
+    """A model that may serve: its costs on this card and the offline records of its exits."""
 
     profile: Profile
     offline: OfflineExits
@@ -51,81 +51,84 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedLoad:
-    """What the operator expects before anything was seen; telemetry takes its place as soon as there is some."""
+    """The load that the operator expects; telemetry replaces it as soon as there is some."""
 
     prompt_chars: float  # mean of a request
     output_chars: float
-    arrival_rate_per_s: float | None = None  # open arrivals; None: a full queue, or a closed loop
-    closed_loop_users: int | None = None  # each sends the next request when the last is answered; None: open
+    arrival_rate_per_s: float | None = None  # of open arrivals; None with a full queue or a closed loop
+    closed_loop_users: int | None = None  # each sends the next request when the last is answered; None if open
 
 
 class Outlook(Protocol):
-    """What no real policy can know: the requests to come and the exits of their answers. For the oracle only."""
+    """Knowledge of the future, for the oracle only: the requests to come and the exits of their answers."""
 
     def requests(self) -> Sequence[Request]:
         """All requests of the run, in order of arrival."""
         ...
 
     def agreement(self, model: str, request: Request) -> NDArray[np.bool_]:
-        """(n, E) for the n answer tokens of this model: does the exit predict what full depth predicts."""
+        """Whether each exit predicts full depth's token, (n, E), for the n answer tokens of this model."""
         ...
 
     def bits(self, model: str, request: Request) -> NDArray[np.float64] | None:
-        """(n, E) of the text's own tokens at each exit; None unless people wrote the text and it was recorded."""
+        """Bits of the text's own tokens at each exit, (n, E); None unless people wrote the text and bits are recorded.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Fixed for the run."""
+    """Facts that are fixed for the run."""
 
     candidates: Mapping[str, Candidate]  # by model name, in the order of the configuration
     memory: MemoryBudget
     objective: Objective
     max_running_requests: int  # the server's own batch limit
     max_batch_tokens: int  # token budget of an iteration
-    seed: int  # for whatever the policy draws
-    expected: ExpectedLoad | None = None  # None: nothing is known beforehand
+    seed: int  # for random draws of the policy
+    expected: ExpectedLoad | None = None  # None if the operator expects no particular load
     outlook: Outlook | None = None
-    schedule_ahead: int = 0  # 1: the next iteration is planned while one runs, unless exits must be seen first
-    order: str = "fcfs"  # of the waiting line: fcfs, priority, shortest_prompt
-    vllm_v1: bool = False  # as vLLM v1: who is done ahead of a plan keeps its place in it, and freed blocks are found
+    schedule_ahead: int = 0  # 1 if the next iteration is planned while one runs, unless exits must be seen first
+    order: str = "fcfs"  # of the waiting queue: fcfs, priority, shortest_prompt
+    vllm_v1: bool = False  # as vLLM v1: a request done ahead of a plan keeps its place in it; freed blocks are found
     prefill_first: bool = False  # as SGLang: an iteration has prompts or decodes, and prompts come first
     keeps_answers: bool = False  # as TensorRT-LLM: a request enters when there is memory for its whole answer
     wait_iterations: int = 0  # TensorRT-LLM's batch_wait: beside decodes, prompts wait for so many iterations
     wait_tokens: int = 0  # or until an iteration has so many tokens
     whole_prompts: bool = False  # a prompt waits until the token budget has room for all of it
-    prefix_caching: bool = True  # with vllm_v1; false: a preempted request finds none of its freed blocks again
+    prefix_caching: bool = True  # with vllm_v1; if false, a preempted request finds none of its freed blocks again
     shares: bool = False  # KV blocks of equal beginnings of prompts are shared
-    prefixes: SharedPrefixes | None = None  # what prompts begin with
-    slo: Slo = NO_SLO  # of the study; its bounds are None where it has none
-    # Watts of the replica's card, or group: idle and at the board's limit. None where they are not known; of a live run
-    # where its device has no energy counter, else from 0 to 100 kW.
+    prefixes: SharedPrefixes | None = None  # common beginnings of prompts
+    slo: Slo = NO_SLO  # of the study; a bound is None if it is not set
+    # Watts of the replica's card, or group: idle and at the board's limit; None if not known. In a live run it is 0 to
+    # 100 kW, or None if the device has no energy counter.
     power_w: tuple[float, float] | None = None
-    busy_w: tuple[float, float] | None = None  # between which its kernels run, where that was measured
+    busy_w: tuple[float, float] | None = None  # least and most watts while its kernels run, if measured
 
     @property
     def refinds(self) -> bool:
-        """Whether freed blocks keep what they hold, for a preempted request."""
+        """Whether a preempted request may find its freed KV blocks again."""
         return self.vllm_v1 and self.prefix_caching and not self.shares
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Tokens of one request that ran at full depth with every exit observed (or were scored by a probe)."""
+    """An observation: n tokens of one request that ran at full depth with every exit observed, or that a probe scored.
+    """
 
     model: str
     request_id: int
-    time_ns: int  # when the last of them was observed
-    confident: NDArray[np.bool_]  # (n, E) the rule's threshold would let it leave here; without one, `agrees`
-    agrees: NDArray[np.bool_]  # (n, E) the exit's prediction equals full depth's
-    bits: NDArray[np.float32] | None  # (n, E) of the text's own token; None unless the text is human reference text
+    time_ns: int  # when the last of the tokens was observed
+    confident: NDArray[np.bool_]  # (n, E) whether the rule's threshold lets the token leave; without one, `agrees`
+    agrees: NDArray[np.bool_]  # (n, E) whether the exit's prediction equals full depth's
+    bits: NDArray[np.float32] | None  # (n, E) bits of the text's own token; None unless people wrote the text
     chars: int  # characters that the n tokens cover
 
 
 @dataclass(frozen=True, slots=True)
 class Released(Observation):
-    """Tokens of one answer that was delivered under ReleaseEarly, without the first; columns are the rule's ramps."""
+    """An observation of one answer delivered under ReleaseEarly, without its first token; columns are the rule's ramps.
+    """
 
     confidences: NDArray[np.float32]  # (n, E)
 
@@ -133,7 +136,7 @@ class Released(Observation):
     def recorded(
         cls, model: str, request_id: int, trace: ExitTrace, rows: NDArray[np.int64], rule: ReleaseEarly, time_ns: int
     ) -> Released:
-        """Of these rows of a trace."""
+        """Makes the observation from these rows of a trace."""
         ramps = [trace.exits.index(ramp) for ramp in rule.ramps]
         confidences = trace.recorded(rule.confidence)[rows][:, ramps]
         return cls(
@@ -147,11 +150,11 @@ class Released(Observation):
 class LatestRequests:
     """Times of the latest completed requests, up to 256, oldest first, in seconds, (n,) each.
 
-    What an operator's window shows follows from them: `np.percentile(latest.ttft_s, 95)`, or the share that met a
-    bound, `np.mean(latest.tpot_s <= 0.05)`.
+    The usual figures of an operator follow from them: `np.percentile(latest.ttft_s, 95)`, or the share of requests that
+    met a bound, `np.mean(latest.tpot_s <= 0.05)`.
     """
 
-    # (n, 5) arrival, scheduled, first and last token; output tokens
+    # (n, 5) times of arrival, scheduling, first and last token; number of output tokens
     moments_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 5), np.int64))
     slo: Slo = NO_SLO
 
@@ -160,7 +163,7 @@ class LatestRequests:
 
     @property
     def queue_s(self) -> NDArray[np.float64]:
-        """First scheduled - arrival."""
+        """Time from arrival until first scheduled."""
         return self._seconds(1, 0)
 
     @property
@@ -170,7 +173,7 @@ class LatestRequests:
 
     @property
     def e2e_s(self) -> NDArray[np.float64]:
-        """Last token - arrival."""
+        """Time from arrival to the last token."""
         return self._seconds(3, 0)
 
     @property
@@ -182,7 +185,7 @@ class LatestRequests:
 
     @property
     def slo_attainment(self) -> float | None:
-        """The share of them that met every SLO of the study; None without SLOs, or before one has completed."""
+        """Share of these requests that met every SLO of the study; None without SLOs, or before one has completed."""
         if not self.slo.any or not len(self):
             return None
         good = np.ones(len(self), np.bool_)
@@ -199,15 +202,16 @@ class LatestRequests:
 
 @dataclass(frozen=True, slots=True)
 class Energy:
-    """What the replica's card, or group of cards, has drawn: on a device by its counter, which counts all that it does.
+    """Energy and power drawn by the replica's card, or group of cards.
 
-    A simulated card has no measured source: this is the middle of the band that a report shows. Above idle power it
-    draws half of the rest up to the board's limit while an iteration runs, and the other half for the time that the
-    same work takes at the card's ceilings.
+    A device is read by its energy counter, which counts all that the device does. A simulated card draws the middle of
+    the band that a report shows. Above idle power it draws half of the rest up to the board's limit while an iteration
+    runs, and the other half for the time that the same work takes at the card's ceilings. If the power of its kernels
+    was measured (`Situation.busy_w`), it draws the middle of that range while an iteration runs.
     """
 
     joules: float  # since the run began
-    watts: float  # on average over the last 10 s, or since the run began
+    watts: float  # mean over the last 10 s, or since the run began
 
 
 def _not_known() -> Energy | None:
@@ -216,48 +220,51 @@ def _not_known() -> Energy | None:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """Read at the end of an iteration, or of the wait of an idle server."""
+    """Telemetry of a replica, read at the end of an iteration or when an idle server wakes."""
 
     now_ns: int
     completed_requests: int  # since the run began
     queued_requests: int
     running_requests: int
-    batch_mean: float | None  # running requests while some decode, by time, since the last placement change
+    batch_mean: float | None  # running requests, time-averaged while some decode, since the last placement change
     prompt_tokens_mean: float | None  # of the latest completed requests (up to 256), in the active model's tokens
     output_tokens_mean: float | None
     arrival_rate_per_s: float | None  # over the latest 256 arrivals
-    breaches_in_window: int  # of the trigger that fired, or of the deployment's first breach limit
+    breaches_in_window: int  # in the window of the trigger that fired, or of the deployment's first breach limit
     observations: tuple[Observation, ...]  # new since the last decision
-    kv_used_share: float = 0.0  # of the KV blocks that the placement has room for
+    kv_used_share: float = 0.0  # share of the KV blocks that the placement has room for
     latest: LatestRequests = LatestRequests()
-    # Of the prompt tokens of the latest completed requests (up to 256), those that were found in the prefix cache; None
-    # where nothing is shared. vLLM's prefix_cache_hits over prefix_cache_queries, in a window.
+    # Share of the prompt tokens of the latest completed requests (up to 256) that were found in the prefix cache; None
+    # if nothing is shared. It is vLLM's prefix_cache_hits over prefix_cache_queries, in a window.
     prefix_hit_share: float | None = None
-    prefix_cached_tokens: int = 0  # whose K and V are cached and held by no request
-    # Drafts since the run began that full depth has looked at, up to the first of a pass that it refused, and those of
-    # them that it accepted.
+    prefix_cached_tokens: int = 0  # tokens with K and V in the prefix cache that no request holds
+    # Drafts since the run began that full depth tested (in each pass, up to the first that it refused), and accepted.
     tested_drafts: int = 0
     accepted_drafts: int = 0
-    read_energy: Callable[[], Energy | None] = _not_known  # asks a device's counter, which takes its time
+    read_energy: Callable[[], Energy | None] = _not_known  # reads a device's counter, which takes time
 
     @property
     def slo_attainment(self) -> float | None:
-        """Of the latest completed requests (up to 256), the share that met every SLO; None where there are no SLOs."""
+        """Share of the latest completed requests (up to 256) that met every SLO; None without SLOs, or before one has
+        completed."""
         return self.latest.slo_attainment
 
     @property
     def energy(self) -> Energy | None:
-        """None where the card's power is not known, or the device has no counter."""
+        """Energy drawn so far; None if the card's power is not known, or the device has no counter."""
         return self.read_energy()
 
 
 class Policy(Protocol):
-    """One arm's decisions. State lives in the object; one object serves one replica in one run."""
+    """The interface of a policy. State lives in the object; one object serves one replica in one run."""
 
     def start(self, situation: Situation) -> Deployment:
-        """The deployment at time 0. The server loads it before the first request, at no charge."""
+        """Returns the deployment at time 0. The server loads it before the first request, at no charge."""
         ...
 
     def decide(self, cause: Cause, telemetry: Telemetry) -> Deployment | None:
-        """Called when one of the deployment's triggers fires, and with LoadFailed. None: what is in force stays."""
+        """Returns the next deployment, or None to keep the one in force.
+
+        The server calls it when one of the deployment's triggers fires, and with LoadFailed.
+        """
         ...

@@ -1,4 +1,4 @@
-"""What it takes to go from one placement to another."""
+"""Predicted cost of a transition from one placement to another."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from helios_sim.policy.telemetry import Situation
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """`lost_s` is the time in which the server serves nothing, its total until it works at the new rate."""
+    """Predicted cost of a transition. `lost_s` is all serving time lost until the server works at the new rate."""
 
     load_bytes: int
-    load_s: float  # the transfer alone, the channel free
-    drain_s: float  # until requests in flight are done, 0 where none has to wait for it
-    prefill_s: float  # texts in flight that are computed again
+    load_s: float  # transfer time on a free channel
+    drain_s: float  # time until requests in flight are done; 0 if the transition does not wait for them
+    prefill_s: float  # time to prefill the texts in flight again
     lost_s: float
-    cache_s: float = 0.0  # prompts that would have found their beginnings cached: what they compute again
+    cache_s: float = 0.0  # time to compute beginnings of prompts that the lost prefix cache held
 
     def to_json(self) -> dict[str, Any]:
-        """`cache_s` only where something cached is lost."""
+        """The fields as JSON values, with `cache_s` only if it is not 0."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "cache_s" or self.cache_s}
 
 
@@ -32,13 +32,13 @@ NO_TRANSITION = Transition(0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Underway:
-    """What is resident and running when a transition would start."""
+    """Placements in memory and requests running when a transition would start."""
 
     active: Placement
     standby: tuple[Placement, ...]
     running_requests: int
     decode_iteration_s: float  # of the active placement
-    cached_tokens: int = 0  # whose K and V are in the prefix cache, held by no request
+    cached_tokens: int = 0  # tokens with K and V in the prefix cache that no request holds
 
     @property
     def resident(self) -> dict[str, int]:
@@ -56,15 +56,15 @@ def transition(
     in_flight: InFlight = InFlight.DRAIN,
     requests: int | None = None,
 ) -> Transition:
-    """Predicted, at mean lengths, for so many requests to come (None: without end).
+    """Predicts a transition at mean lengths, for `requests` requests to come (None means no end).
 
-    Another model, or more layers of the same one, loses the prefix cache: as many prompts as it held, but no more than
-    are to come, then compute what a warm cache would have held of them. That time is part of `lost_s`.
+    Another model, or more layers of the same model, loses the prefix cache. As many prompts as it held, but no more
+    than are to come, then compute the tokens that a warm cache would have held. That time is part of `lost_s`.
 
-    Requests in flight have uniform shares of their answers left, so B of them drain in T B / (B + 1), with T the
-    whole decode of one, and T (B - 1) / (2 (B + 1)) of that is lost to places left empty. A change of model loads
-    while it drains if both fit beside the KV in use, else afterwards. More layers of the same model load while
-    serving goes on, slowed; then the texts in flight are prefilled again, as they are after a migration.
+    Requests in flight have uniform shares of their answers left. So B of them drain in T B / (B + 1), with T the whole
+    decode of one, and T (B - 1) / (2 (B + 1)) of that is lost to empty places in the batch. A switch of the model loads
+    while it drains if both models fit beside the KV in use, else afterwards. More layers of the same model load while
+    serving goes on more slowly; then the texts in flight are prefilled again, as after a migration.
     """
     found = _without_cache(situation, now, to, load, in_flight)
     if to.model == now.active.model and to.layers <= now.active.layers:
@@ -74,7 +74,7 @@ def transition(
 
 
 def _cache_s(situation: Situation, now: Underway, to: Placement, load: Load, requests: int | None) -> float:
-    """Seconds of prompts that a warm cache would have saved them, for as many as the lost one held."""
+    """Seconds that a warm cache would have saved the next prompts, for as many prompts as the lost cache held."""
     candidate = situation.candidates[to.model]
     cached, prompt = load.cached_tokens(candidate), round(load.prompt_tokens(candidate))
     if not cached or not now.cached_tokens:
