@@ -63,8 +63,8 @@ def replay(trace: ExitTrace, rule: ExitRule, layers: int) -> Replay:
       depends on the request.
     - Clairvoyant: a token leaves at the first exit that gives the full-depth prediction, else at the last one loaded;
       never a breach.
-    - ReleaseEarly: an answer leaves at the first ramp where the token's confidence reaches the ramp's threshold, else
-      at the last layer; never a breach.
+    - ReleaseEarly: a token is delivered at the first ramp where its confidence reaches the ramp's threshold, else at
+      the last layer; never a breach.
     - SelfSpeculation, DraftModel: every token is the whole model's. The replay of accepted drafts is exact: a draft
       counts only if all tokens before it are the whole model's, and those are the recorded text.
 

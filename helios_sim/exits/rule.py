@@ -18,7 +18,7 @@ reads it, and settings accept its name.
 - predictor: SpecEE's (arXiv 2504.08850). The head of the first exit proposes `WORDS` words. A small network reads an
   exit's logits of these words (and how their shares have changed since the exit before), and predicts whether one of
   them is both the exit's word and full depth's. If it is sure, the head is run, and the token leaves if the head's word
-  is one of the proposed words. If it is not, the measure is negative, and the head was run in vain.
+  is one of the proposed words. If it is another word, the measure is negative, and the head was run in vain.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ class ReleaseEarly:
     ramps: tuple[int, ...]  # layers, ascending, before the last
     thresholds: tuple[float, ...]  # one for each ramp; above 1 nothing is released there
     confidence: Confidence = Confidence.MAX_PROBABILITY
-    tells_all: bool = False  # the policy gets an observation of each complete answer, all its tokens at all ramps
+    tells_all: bool = False  # the policy observes each complete answer, all tokens but the first, at all ramps
 
 
 ExitRule = FullDepth | FixedCap | PerToken | Clairvoyant | SelfSpeculation | DraftModel | ReleaseEarly

@@ -57,8 +57,8 @@ class CapControl:
     """Control of the exits that may serve as a model's cap, by comparing served tokens with full depth.
 
     An exit is barred when bets that it changes more than `limit` of the tokens have won, and freed when bets that it
-    changes less have won. Each decision is ever wrong with a probability of at most `failure`. The last exit is full
-    depth, which is never barred.
+    changes less have won. Each of these is wrong with a probability of at most `failure`, however often one looks. The
+    last exit is full depth, which is never barred.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Answers to a task were judged, by a router that learns from them. It only occurs as a cause in the log."""
+    """A judgement of answers to a task, by a router that learns from them. It only occurs as a cause in the log."""
 
     task: str
 
@@ -176,7 +176,7 @@ MOST_FLUSH_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Regrouping:
-    """When BatchingRule.REBATCH splits a batch at an exit, and how long the rest waits there (DREX, arXiv 2512.15705).
+    """The rule by which BatchingRule.REBATCH splits a batch at an exit, and the rest waits (DREX, arXiv 2512.15705).
 
     A batch that reaches an exit is split there if more than the share `split_above` of it wants to leave; that share is
     the cost of regrouping over the time of the remaining layers. If all tokens want to leave, all leave; if too few

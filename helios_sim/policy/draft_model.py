@@ -31,7 +31,7 @@ class DraftModelParameters:
     model: str | None = None  # the verifying model; None means the candidate with most layers
     draft_tokens: int = 4  # drafts of one pass; with review_requests, the most
     largest_batch: int | None = None  # if more requests decode, none drafts; None means no such limit
-    review_requests: int | None = None  # completed requests between two choices of the number of drafts; None: fixed
+    review_requests: int | None = None  # completed requests between two reviews of the drafts; None means no review
     drafter_on: DraftsOn | None = None  # use of a card of the drafter's own; None means it is on the model's card
     exchange_s: float | None = None  # seconds to pass tokens to the other card, if the drafter has its own
     fused_with: list[str] | None = None  # further drafters that propose each token too, each on its own card

@@ -88,8 +88,7 @@ def pass_time_with(profile: Profile, drafter: Profile, drafts: int, batch: int, 
 
 
 def _step_s(profile: Profile, batch: int, context_tokens: int, more: int = 0, drafting: bool = False) -> float:
-    """Seconds of one step of a whole model in which each request has a row, and `more` rows that read the same K and V.
-    """
+    """Seconds of one step of a whole model. Each request has a row, and `more` rows that read the same K and V."""
     rows = np.array([[batch]], np.int64)
     step = Composition(
         bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * context_tokens,

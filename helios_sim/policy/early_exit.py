@@ -47,9 +47,9 @@ class EarlyExitParameters:
     kv_rule: KvRule | None = None  # None means propagate, or copy with rebatch, as in DREX
     batch_limit: int | None = None  # None means the server's own limit
     resident_layers: int | None = None  # on the card; layers above come from host memory in iterations that run them
-    flush_requests: int | None = None  # rebatch: requests at an exit that run on; None: as many as do not wait
+    flush_requests: int | None = None  # rebatch: requests at an exit that run on; None means as many as decode
     flush_s: float | None = None  # rebatch: the longest wait; None means that of LONGEST_WAIT iterations
-    review_requests: int | None = None  # rebatch: completed requests between two reviews of splits; None: no review
+    review_requests: int | None = None  # rebatch: completed requests between two reviews; None means no review
 
     def __post_init__(self) -> None:
         for name in ("batch_limit", "flush_requests", "flush_s", "review_requests", "most_checks", "near_tokens"):

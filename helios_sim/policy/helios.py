@@ -213,8 +213,7 @@ class HeliosPolicy:
         evidence: Mapping[str, Any],
         next_best: Option | None = None,
     ) -> Deployment:
-        """A deployment that serves until `requests` more are completed, with a breach limit if it is below full depth.
-        """
+        """A deployment for the next `requests` completed requests, with a breach limit if it is below full depth."""
         triggers: tuple[Trigger, ...] = (Completed(requests),)
         if not self._chooser.is_whole(placement):
             triggers = (BreachLimit(self._constants.window_tokens, self._constants.limit), *triggers)

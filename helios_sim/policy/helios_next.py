@@ -79,7 +79,7 @@ class HeliosNextParameters:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to serve: a placement with its prediction, and drafts, or None if tokens run to its cap without them."""
+    """A way to serve: a placement with its prediction, and its drafts (None if tokens run to the cap without)."""
 
     option: Option
     drafts: Drafts | None
@@ -179,8 +179,7 @@ class HeliosNextPolicy:
         return self._deployment
 
     def _hear(self, telemetry: Telemetry) -> str:
-        """Takes in probes and drafts since the last decision. Returns why the cap in force is barred, or an empty text.
-        """
+        """Takes in probes and drafts since the last decision. Returns why the cap in force is now barred, or ""."""
         cap = self._now.placement
         control = self._caps[cap.model]
         before = self._allowed(cap)
@@ -281,8 +280,7 @@ class HeliosNextPolicy:
         return [way for way in ways if any(way.option is option for option in quick)]
 
     def _costs(self, ways: Sequence[Way], load: Load, in_system: int, requests: int) -> list[float]:
-        """The cost of each way over one horizon: `requests` requests, and the time that the first way needs for them.
-        """
+        """The cost of each way over one horizon: `requests` requests, and the time the first way needs for them."""
         horizon_s = requests / ways[0].option.prediction.throughput_requests_per_s
         return [self._assessor.cost(way.option, load, in_system, requests, horizon_s) for way in ways]
 

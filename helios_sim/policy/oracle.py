@@ -142,8 +142,7 @@ def _plan_at(
     request_ids: Sequence[int],
     epoch_requests: int,
 ) -> Plan:
-    """The plan at a price: each request (or epoch) on the model of least Lagrangian, each token at its cheapest exit.
-    """
+    """The plan at a price: each request (or epoch) on the model of least Lagrangian, tokens at their cheapest exits."""
     n_requests = len(request_ids)
     epochs = np.arange(0, n_requests, epoch_requests)
     exits, times, slacks, costs = [], [], [], []

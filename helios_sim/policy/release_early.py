@@ -123,7 +123,7 @@ class ReleaseEarlyPolicy:
         return float(profile.iteration_time_s(checked)[0] - profile.iteration_time_s(plain)[0])
 
     def _review(self, shares: NDArray[np.float64], saved_s: NDArray[np.float64], check_s: float) -> None:
-        """Replaces the first ramp with a negative utility.
+        """Replaces the first ramp with a negative utility, or drops it if no other exit is left.
 
         The utility is the share of tokens that leave at the ramp x the time saved, minus the share that leaves later x
         the cost of the ramp's check.
@@ -169,8 +169,7 @@ def released_shares(confidences: NDArray[np.float32], thresholds: Sequence[float
 def tuned(
     confidences: NDArray[np.float32], agrees: NDArray[np.bool_], saved_s: NDArray[np.float64], budget: float
 ) -> tuple[float, ...]:
-    """Tunes thresholds (ramps,) by greedy steps from closed ones, see `ReleaseEarlyPolicy`; tables are (tokens, ramps).
-    """
+    """Tunes thresholds (ramps,) by greedy steps, see `ReleaseEarlyPolicy`. Tables have the shape (tokens, ramps)."""
     n, ramps = confidences.shape
     steps = np.full(ramps, round(CLOSED / STEP))
     known = np.column_stack([agrees, np.ones(n, np.bool_)])

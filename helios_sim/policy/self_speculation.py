@@ -1,5 +1,4 @@
-"""The policy self_speculation (LayerSkip, arXiv 2404.16710): a model drafts with its first layers, verifies with all.
-"""
+"""The policy self_speculation (LayerSkip, arXiv 2404.16710): the first layers draft, and all layers verify."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ class SelfSpeculationParameters:
     draft_tokens: int = 4  # drafts of one pass; with review_requests, the most
     exit_layer: int | None = None  # exit that drafts; None means the one predicted to be best for one request
     largest_batch: int | None = None  # if more requests decode, none drafts; None means no such limit
-    review_requests: int | None = None  # completed requests between two choices of the number of drafts; None: fixed
+    review_requests: int | None = None  # completed requests between two reviews of the drafts; None means no review
     model: str | None = None  # None means the only candidate
     batch_limit: int | None = None  # None means the server's own limit
     resident_layers: int | None = None  # on the card; layers above come from host memory for each pass; None means all

@@ -36,7 +36,7 @@ class Objective:
     goal: Goal
     max_disagreement: float  # epsilon: share of tokens that may differ from full depth of the same model
     max_bits_per_char: float | None = None  # quality floor across models, if bits per character are known
-    max_bits_ratio: float | None = None  # floor relative to the bits of `bits_reference`, at full depth on this text
+    max_bits_ratio: float | None = None  # floor relative to the bits of `bits_reference` at full depth on the same text
     bits_reference: str | None = None  # a candidate; None means the best one
     max_response_time_s: float | None = None  # predicted mean; if no candidate keeps it, the quickest serves
 
@@ -71,8 +71,7 @@ class Outlook(Protocol):
         ...
 
     def bits(self, model: str, request: Request) -> NDArray[np.float64] | None:
-        """Bits of the text's own tokens at each exit, (n, E); None unless people wrote the text and bits are recorded.
-        """
+        """Bits of the text's own tokens at each exit, (n, E); None unless recorded, and people wrote the text."""
         ...
 
 
@@ -113,8 +112,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """An observation: n tokens of one request that ran at full depth with every exit observed, or that a probe scored.
-    """
+    """n tokens of one request that ran at full depth with every exit observed, or that were scored by a probe."""
 
     model: str
     request_id: int
@@ -127,8 +125,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Released(Observation):
-    """An observation of one answer delivered under ReleaseEarly, without its first token; columns are the rule's ramps.
-    """
+    """Tokens of one answer under ReleaseEarly, but the first, which passes no ramp. Columns are the rule's ramps."""
 
     confidences: NDArray[np.float32]  # (n, E)
 

@@ -42,8 +42,8 @@ class SharedPrefixes:
     def of_trace(cls, trace: RequestTrace, id_tokens: int, chars_per_token: float) -> SharedPrefixes | None:
         """Makes the rows from the hash_ids of a trace, each of which covers `id_tokens` tokens; None if it has none.
 
-        UserError if a prompt has more ids than its tokens can hold, or if the ids cover less than half of the median
-        prompt.
+        UserError if a prompt has more ids than its tokens can hold, or if in the median the ids cover less than half of
+        a prompt.
         """
         texts = trace.texts
         if texts is None:
