@@ -42,13 +42,13 @@ class WeightsError(UserError):
 
 
 class HardwareError(UserError):
-    """The setting that names a card names one that is not known, or a group of cards that cannot be."""
+    """A setting names a card that is not known, or a group of cards that cannot be."""
 
 
 class BeyondRoofline(UserError):
     """Iterations of a run were faster than the card can be."""
 
-    arm: str | None = None  # of the study that ran; None outside a study
+    arm: str | None = None  # the arm that ran; None outside a study
 
     def about(self, key: str) -> BeyondRoofline:
         found = super().about(key)

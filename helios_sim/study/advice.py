@@ -1,4 +1,4 @@
-"""The answer of a capacity plan: which fleet to take, what other cards and policies need, and what it hangs on."""
+"""The answer of a capacity plan: which fleet to take, what other cards and policies need, and its reservations."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from helios_sim.request import Slo
 from helios_sim.study.capacity_plan import CapacityPlan, replays
 
 FULL_DEPTH = "full_depth"
-NEAR = 1.1  # times the planned load, below which a fleet has little room
+NEAR = 1.1  # a fleet that cannot serve this many times the planned load has little room
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-WORTH = 0.99  # of its cards, above which a fleet that is autoscaled saves nothing worth it
-SOME = 0.001  # of prompt tokens that are cached, from which the plan counts on them
-LONG_ENOUGH = 10  # times the mean time of a request that arrivals must last
+WORTH = 0.99  # share of its cards that are on, above which autoscaling a fleet saves too little to count
+SOME = 0.001  # share of prompt tokens that are cached, from which the verdict mentions them
+LONG_ENOUGH = 10  # arrivals must last this many times the mean time of a request
 
 
 def advised_plan(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> FleetPlan | None:
-    """The cheapest fleet whose answers are good enough: by dollars where they are known, else by cards that are on.
+    """Return the cheapest fleet with good enough answers: by dollars if known, else by cards that are on.
 
-    Among equals the one that changes fewer tokens, then the one whose replicas are always on, then the order of the
-    cards and arms. None where there is none.
+    Among equals it is the fleet that changes fewer tokens, then one with replicas that are always on, then the first
+    in the order of cards and arms. None if no fleet keeps the SLOs with good enough answers.
     """
     good = [it for it in plans if it.replicas is not None and _is_good(plan, it) and not _is_bound(plan, it)]
     return min(good, key=_price, default=None)
@@ -61,9 +61,9 @@ def _is_bound(plan: CapacityPlan, it: FleetPlan) -> bool:
 
 
 def why_not(requirements: Sequence[Requirement], slo: Slo, at: Tried) -> str:
-    """What is missed with as many replicas as may be tried."""
+    """Return a sentence on the requirements that are missed with as many replicas as may be tried."""
     missed = [it.metric for it in requirements if not it.kept(at.metrics)]
-    if ATTAINMENT in missed:  # and which of the SLOs are
+    if ATTAINMENT in missed:  # name the SLOs that are missed too
         times = [Requirement(f"{name}_p99", bound) for name in TIMES if (bound := getattr(slo, name)) is not None]
         missed += [it.metric for it in times if not it.kept(at.metrics)]
     said = [f"{fmt.label(name)} is {fmt.metric(name, at.metrics.get(name))}" for name in missed]
@@ -71,7 +71,7 @@ def why_not(requirements: Sequence[Requirement], slo: Slo, at: Tried) -> str:
 
 
 def verdict(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Sequence[Advice]) -> tuple[str, ...]:
-    """For each load the advised fleet, then the other cards and the other policies; then what was left out."""
+    """Return sentences: for each load the advised fleet, other cards and other policies; then what was left out."""
     found: list[str] = []
     for load in plan.config.capacity.loads:
         of_load = [it for it in plans if it.load == load]
@@ -106,7 +106,7 @@ def _take(advice: Advice) -> str:
 
 
 def _where_off(advice: Advice) -> Iterator[str]:
-    """How many are needed where the times of the profile are off."""
+    """Say how many replicas are needed if the profile's times are off."""
     if advice.band is None or not advice.at_ends:
         return
     factors = " and ".join(f"{factor:.2f}" for factor, _ in advice.at_ends)
@@ -116,7 +116,7 @@ def _where_off(advice: Advice) -> Iterator[str]:
 
 
 def _whole(plan: CapacityPlan, plans: Sequence[FleetPlan], chosen: FleetPlan) -> Iterator[str]:
-    """The cheapest fleet that changes no token, where the advised one changes some."""
+    """Name the cheapest fleet that changes no token, if the advised fleet changes some."""
     whole = [it for it in plans if it.at is not None and it.at.metrics.get("agreement") == 1.0]
     best = advised_plan(plan, whole)
     if best is not None and chosen not in whole:
@@ -177,13 +177,13 @@ def _times(factor: float) -> str:
 
 
 def _one(card: str) -> str:
-    """The name of one card of a group: h100-80gb of 4xh100-80gb."""
+    """Return the name of one card of a group: h100-80gb of 4xh100-80gb."""
     number, _, name = card.partition("x")
     return name if number.isdigit() else card
 
 
 def _policies(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | None) -> Iterator[str]:
-    """What the other arms need on the advised card, or where there is none on each card."""
+    """Say what each arm needs on the advised card; nothing if no fleet is advised."""
     for card in [advice.plan.card] if advice is not None else []:
         of_card = [it for it in plans if it.card == card and it.at is not None]
         if len(of_card) < 2:
@@ -203,9 +203,9 @@ def _needs(it: FleetPlan) -> str:
 
 
 def _scaled(plan: CapacityPlan, plans: Sequence[FleetPlan], advice: Advice | None) -> Iterator[str]:
-    """What replicas that come and go save beside as many as the same policy needs when all are always on.
+    """Say what autoscaling saves compared with as many replicas as the same policy needs if all are always on.
 
-    Of several numbers of requests for each replica the cheapest is told, and what the others take.
+    With several values of `autoscale.requests_per_replica` the cheapest is told, and what the others take.
     """
     scaled = [it for it in plans if it.of is not None and it.at is not None]
     if advice is not None:
@@ -245,7 +245,7 @@ def _cached(advice: Advice | None) -> Iterator[str]:
 
 
 def _struck(plan: CapacityPlan, advice: Advice | None) -> Iterator[str]:
-    """What the faults did that every fleet of the plan meets."""
+    """Say what the faults that strike every fleet of the plan did to the advised one."""
     kinds = ", ".join(kind.replace("_", " ") for kind in plan.config.workload.faults.strikes)
     if kinds and advice is not None and advice.plan.at is not None:
         metrics = advice.plan.at.metrics
@@ -257,7 +257,7 @@ def _struck(plan: CapacityPlan, advice: Advice | None) -> Iterator[str]:
 
 
 def _none_fits(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> str:
-    """The best that was missed, card by card; a fleet whose answers differ too much is named too."""
+    """Say what each card and arm missed; a fleet that is large enough but changes too many tokens is named too."""
     tried = [it for it in plans if it.at is not None]
     told = [
         f"{it.arm} on {it.card}: {it.why_not}"
@@ -270,7 +270,7 @@ def _none_fits(plan: CapacityPlan, plans: Sequence[FleetPlan]) -> str:
 
 
 def reservations_of(plan: CapacityPlan, result: CapacityResult) -> CapacityResult:
-    """The result with what its reader has to take care of."""
+    """Return the result with warnings about what limits it."""
     found = [*result.warnings, *of_inputs(result)]
     if result.seeds == 1 and not replays(plan.config):
         found.append(
@@ -319,7 +319,7 @@ def _requests(at: Tried) -> float:
 
 
 def _least_requests(requirement: Requirement) -> int:
-    """Of fewer requests one alone decides: a hundred for 99 % of them, or for the time of 99 %."""
+    """Return the fewest requests at which one alone does not decide: a hundred for 99 % of them, or for a p99."""
     statistic = requirement.metric.rpartition("_")[2]
     share = requirement.bound if requirement.metric == ATTAINMENT else QUANTILES.get(statistic, 0.0)
     return ceil(1 / max(1 - share, 1e-3) - 1e-6)
@@ -331,7 +331,7 @@ def _is_short(at: Tried) -> bool:
 
 
 def _out_of_order(result: CapacityResult) -> Iterator[str]:
-    """Where fewer replicas kept the SLOs, but others between them and the answer did not."""
+    """Warn if fewer replicas than planned kept the SLOs, although a number in between did not."""
     for it in result.plans:
         if it.replicas is None:
             continue

@@ -1,4 +1,4 @@
-"""Routers that go by answers, made from settings: which kinds they have, and what they read from the exit traces."""
+"""Makes routers that go by answers from settings: their kinds, and what they read from the exit traces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OfKind:
 
 
 def check_cluster(config: Config) -> None:
-    """UserError where the cluster is told what its router does not ask for, or not told what it does."""
+    """Raise UserError if settings of the cluster do not fit its router, or the router lacks one that it needs."""
     cluster, router = config.cluster, config.server.router
     for name, told, meant in (
         ("tasks", dict(cluster.tasks), "by_task"),
@@ -70,7 +70,7 @@ def check_cluster(config: Config) -> None:
 
 
 def _check_names(key: str, named: Sequence[str], kinds: Collection[str]) -> None:
-    """Every kind is named, and once."""
+    """Raise UserError unless every kind is named exactly once."""
     unknown = [name for name in named if name not in kinds]
     missing = [str(name) for name in kinds if name not in named]
     if unknown or missing or len(set(named)) < len(named):
@@ -86,7 +86,7 @@ def _check_numbers(key: str, given: Mapping[str, float]) -> None:
 
 
 def answer_router(config: Config, kinds: Mapping[str, OfKind]) -> ByAnswer:
-    """The router of these settings, which `check_cluster` has seen. UserError where a trace does not know enough."""
+    """Return the router of settings that passed `check_cluster`. UserError if a trace lacks what the router reads."""
     from helios_sim.by_answer import Bandit, BestAnswer, Cascade, Mixed
 
     cluster, members = config.cluster, tuple(kind.replicas for kind in kinds.values())
@@ -118,7 +118,7 @@ def _require_bits(config: Config, kinds: Mapping[str, OfKind], why: str) -> None
 
 
 class AnswerConfidence:
-    """How sure a model was of an answer: the largest probability at its last layer, in the mean over the tokens."""
+    """How sure a model was of an answer: the largest probability at its last layer, averaged over the tokens."""
 
     def __init__(self, models: Mapping[str, ModelData]) -> None:
         self._models = models
@@ -133,7 +133,7 @@ class AnswerConfidence:
 
 
 def require_whole(record: RequestRecord) -> None:
-    """UserError for an answer of which tokens left early: how sure the model was of them is known at its last layer."""
+    """Raise UserError for an answer with early tokens: the model's confidence is recorded at its last layer alone."""
     if record.early_tokens:
         raise UserError(
             "server.router", "cascade", f"whole answers of {record.model}: it left {record.early_tokens} tokens of "
@@ -144,9 +144,9 @@ def require_whole(record: RequestRecord) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hears:
-    """A router that hears of each answer the bits of the request's own text, as recorded of the model at full depth.
+    """A router that judges each answer by the bits of the request's own text, as recorded of the model at full depth.
 
-    It is what users would say of the answer, since of the words that a model writes itself no bits are known.
+    They stand for the user's verdict, since a live answer is the model's own text, for which no bits are recorded.
     """
 
     router: ByAnswer
@@ -172,7 +172,7 @@ class _Hearing:
 
 
 def _recorded_microbits(data: ModelData, request: Request) -> int:
-    """Millionths of a bit of the request's text at full depth."""
+    """Return the cost of the request's text at full depth, in millionths of a bit."""
     microbits = data.trace.trace.microbits
     assert microbits is not None
     span = data.trace.locate(request.task, request.text_start, request.output_chars)
@@ -180,7 +180,7 @@ def _recorded_microbits(data: ModelData, request: Request) -> int:
 
 
 class _FewestBits:
-    """Millionths of a bit of a request's text by the best model of each kind, at full depth."""
+    """The cost of a request's text by the best model of a kind, at full depth, in millionths of a bit."""
 
     def __init__(self, kinds: tuple[tuple[ModelData, ...], ...]) -> None:
         self._kinds = kinds

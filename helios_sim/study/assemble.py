@@ -1,4 +1,4 @@
-"""Puts finished jobs together into one result: arms, points, published figures beside ours, gates, the verdict."""
+"""Assembles finished jobs into one result: arms, points, published figures beside ours, gates, the verdict."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from helios_sim.study.verdict import conditions, offered_requests_per_s, survive
 from helios_sim.study.workload import statement, task_names
 
 Results = Mapping[str, JobResult]  # by job key
-NEAR = 0.05  # a published ratio within 5 % of ours, or within our interval, is said to follow
+NEAR = 0.05  # a published ratio within 5 % of ours or of our interval counts as consistent
 
 
 def assemble(settled: Settled, provenance: Mapping[str, Any]) -> ExperimentResult:
-    """The result of a study whose plan has passed `check_study`."""
+    """Return the result of a study with a plan that has passed `check_study`."""
     plan, results = settled.plan, settled.results
     config = plan.config
     compared, without = _Compared(results), plan.without_faults
@@ -119,7 +119,7 @@ def _with_verdict(result: ExperimentResult, compared: _Compared, settled: Settle
 def _trust(
     result: ExperimentResult, subject: str, ratios: Mapping[str, Ratio], compared: _Compared, settled: Settled
 ) -> Trust:
-    """What the subject's answer hangs on."""
+    """Return how far the subject's answer can be trusted: at other times of iterations, loads and promises."""
     metric, over, ends = headline_metrics(result)[0], result.baseline_of(subject), settled.ends
     at_ends = []
     for factor, (ours, theirs) in (ends.pairs or {}).items():
@@ -137,8 +137,8 @@ def _trust(
 
 
 def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What an arm changes of load or hardware. Its objective, and how it shares out the cards that it has, do not
-    count; whether it has as many is checked with the kinds."""
+    """Return what an arm changes of load or hardware. Its objective does not count, nor how it shares out its cards;
+    whether it has as many cards is checked with the kinds."""
     own = ("objective.", "server.router", "cluster.tasks")
     changed = {key: value for key, value in overrides.items() if not key.startswith(own)}
     kinds = changed.get("cluster.kinds")
@@ -148,7 +148,7 @@ def _conditions(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Compared:
-    """Ratios between arms, each pair once."""
+    """Ratios between arms; each pair is compared once."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
@@ -204,7 +204,7 @@ def _arm(
 
 
 def _waits(jobs: Sequence[Job], replicates: Sequence[Records]) -> tuple[WaitFigures, ...]:
-    """Queue times by priority or by quarters of prompt length; none where the line is in order of arrival."""
+    """Return queue times by priority or by quarters of prompt length; none if the line is in order of arrival."""
     order = jobs[0].config.server.order
     if order == "fcfs":
         return ()
@@ -220,7 +220,7 @@ def _waits(jobs: Sequence[Job], replicates: Sequence[Records]) -> tuple[WaitFigu
 
 
 def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
-    """What long runs do not keep."""
+    """Return a sentence for each arm with decisions that its log left out, as in long runs."""
     left_out = {name: results[jobs[0].key].decisions_left_out for name, jobs in arms.items()}
     return [
         f"{name}: {count:,} of its decisions are not in the log, which holds the first {MOST_DECISIONS // 2:,} and the "
@@ -231,7 +231,7 @@ def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
 
 
 def _description(arm: Arm, study: Config) -> str:
-    """The experiment's own words, or the policy's with whatever this arm sets differently from its defaults."""
+    """Return the experiment's description of an arm, else the policy's with the settings that are not the defaults."""
     if arm.description:
         return arm.description
     about, told = arm.policy.kind.about, arm.policy.told()

@@ -1,6 +1,6 @@
-"""Whether an answer stands where a profile is off: the subject and its baseline again, at both ends of its band.
+"""Tests whether an answer holds if a profile is off: runs the subject and its baseline at both ends of its time band.
 
-Every iteration of both arms takes so many times as long, whatever the model, and the policies know it; arrivals,
+At an end, every iteration of both arms takes a factor as long, whatever the model, and the policies know it; arrivals,
 lengths and loads of weights stay. A profile says how far its times may be off (`Profile.time_band`), or the settings do
 (`profile_band`). No end is quicker than the card: utilisation stays below 1.
 """
@@ -19,16 +19,16 @@ from helios_sim.study.modes import SIMULATE
 from helios_sim.study.plan import StudyPlan
 from helios_sim.study.schema import AUTO, NONE, Config
 
-# Requests of both arms and all seeds together up to which profile_band=auto runs them again: a second or two.
+# Most requests, of both arms and all seeds together, with which profile_band=auto runs them again: a second or two.
 MOST_REQUESTS = 50_000
-FASTEST = 0.999  # utilisation up to which an end may go
+FASTEST = 0.999  # highest utilisation at an end
 
-Pair = tuple[tuple[Job, ...], tuple[Job, ...]]  # the subject's and its baseline's, one for each seed
+Pair = tuple[tuple[Job, ...], tuple[Job, ...]]  # jobs of the subject and of its baseline, one for each seed
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The pair at each factor on the times of iterations, or why there is none."""
+    """The pair's jobs by factor on the times of iterations, or why there are none."""
 
     band: TimeBand | None = None
     pairs: Mapping[float, Pair] | None = None
@@ -38,7 +38,7 @@ class Ends:
 def run_ends(
     plan: StudyPlan, pair: Pair, results: Mapping[str, JobResult], run: Callable[[Sequence[Job]], None]
 ) -> Ends:
-    """Run the pair at both ends of the band, or say why not; its results as they are must be there."""
+    """Run the pair at both ends of the band, or say why not. `results` must hold its results at factor 1."""
     asked = plan.config.profile_band
     if asked == NONE or any(job.config.mode != SIMULATE for jobs in pair for job in jobs):
         return Ends()
@@ -62,7 +62,7 @@ def run_ends(
 
 
 def band_of(config: Config, jobs: Sequence[Job]) -> TimeBand | None:
-    """That of the settings, else the widest of the profiles that the jobs use; None where one of them has none."""
+    """Return the band of the settings, else the widest of the profiles that the jobs use; None if one has no band."""
     if config.profile_band != AUTO:
         low, high = map(float, config.profile_band)
         return TimeBand(low, high, "profile_band")
@@ -78,7 +78,7 @@ def band_of(config: Config, jobs: Sequence[Job]) -> TimeBand | None:
 
 
 def possible(band: TimeBand, share: float) -> TimeBand:
-    """The band without times at which runs would use more than the card has; `share`: what they use of it now."""
+    """Return the band without times at which runs would use more than the whole card; `share`: what they use now."""
     return replace(band, low=min(1.0, max(band.low, share / FASTEST)))
 
 
@@ -92,5 +92,5 @@ def _at(job: Job, factor: float) -> Job:
 
 
 def time_factor(config: Config, factor: float) -> float:
-    """The `profile_time_factor` with which iterations take so many times as long as with the one that is set."""
+    """Return the `profile_time_factor` that makes iterations take `factor` times as long as the one that is set."""
     return min(max(config.profile_time_factor * factor, FACTORS[0]), FACTORS[1])

@@ -1,4 +1,4 @@
-"""Turns settings into the parts of a run: models with their exits, situation, and an arm's policy."""
+"""Turns settings into the parts of a run: models with their exits, the situation, and an arm's policy."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from helios_sim.workload import (
     Workload,
 )
 
-PROFILE_RUNTIME = "profile"  # a preset's name: host costs as the profile has them, which a measured one measured
+PROFILE_RUNTIME = "profile"  # name of a preset: the profile's own host costs, measured if the profile is
 
 _Enum = TypeVar("_Enum", bound=StrEnum)
 _Value = TypeVar("_Value", float, int, str)
-MOST_COUNTED_W = 1e5  # by a device's counter
-# Of an entry; the rest are the policy's parameters.
+MOST_COUNTED_W = 1e5  # largest power that a device's counter can tell
+# Keys of an arm's entry that are not parameters of its policy.
 OF_THE_ARM = ("policy", "description", "baseline", "overrides", "sweeps_only")
 
 
@@ -58,13 +58,13 @@ class Parts:
     workload: Workload
     models: Mapping[str, ModelData]
     situation: Situation
-    recorded: Mapping[str, ExitTrace]  # by model, what policies know beforehand: all that is served, or a part apart
+    recorded: Mapping[str, ExitTrace]  # by model, exits that policies know beforehand: all, or a part set apart
 
 
 def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Parts:
-    """`tasks`: what its replicas are meant for, of the workload's (None: all of them).
+    """Build the parts. `tasks`: the workload's tasks that the replicas are meant for; None for all.
 
-    UserError where a setting is missing, unknown or out of range, or a file cannot be read.
+    Raises UserError if a setting is missing, unknown or out of range, or a file cannot be read.
     """
     shares = config.server.enable_prefix_caching
     workload = build_workload(config.workload, shares=shares)
@@ -72,7 +72,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
     models, candidates, recorded = {}, {}, {}
     for name, profile in profiles.items():
         recorded[name], trace = recorded_and_served(config, name, profile)
-        # of texts like those to be served, whatever else was recorded
+        # on texts of the served tasks, whatever else was recorded
         offline = known_offline(config, recorded[name], tasks or workload.mix.tasks)
         if trace.provenance.provenance_class is ProvenanceClass.MEASURED:
             profile = _with_tokens_of(offline.chars_per_token, profile)
@@ -82,7 +82,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
     workload = build_workload(config.workload, served.chars_per_token, shares)
     card = next(iter(profiles.values())).hardware
     situation = Situation(
-        candidates=MappingProxyType(candidates),  # shared by arms and seeds: a policy that takes some out keeps its own
+        candidates=MappingProxyType(candidates),  # read-only, since arms and seeds share it
         memory=MemoryBudget(card.hbm_bytes, config.server.memory_utilisation, config.server.block_tokens),
         objective=objective_of(config, candidates),
         max_running_requests=config.server.max_running_requests,
@@ -114,7 +114,7 @@ def build(config: Config, seed: int, tasks: Collection[str] | None = None) -> Pa
 
 
 def _power_w(config: Config, card: HardwareSpec) -> tuple[float, float] | None:
-    """Idle, and at the board's limit, of a replica's card; live all that a counter can tell. None: not known."""
+    """Return a replica's power, idle and at its card's limit; live, the range of a counter. None if it is not known."""
     if config.mode == LIVE:
         return (0.0, MOST_COUNTED_W) if all(map(may_be_counted, config.live.used)) else None
     return None if card.idle_w is None or card.tdp_w is None else (card.idle_w, card.tdp_w)
@@ -148,7 +148,7 @@ def objective_of(config: Config, candidates: Mapping[str, Candidate]) -> Objecti
 def build_profile(config: Config, model: str) -> Profile:
     if config.profile_folder is None:
         profile = find_profile(model, config.device, precision=config.precision, kernels=config.server.kernels)
-    else:  # who names a folder means its profiles and no others
+    else:  # a named folder means its profiles and no others
         profile = load_profile(f"{model}@{config.device}", Path(config.profile_folder).expanduser())
         profile = in_precision(profile, config.precision)
     profile = profile.with_runtime(build_runtime(config, profile.runtime))
@@ -164,19 +164,19 @@ def build_profile(config: Config, model: str) -> Profile:
 
 
 def _with_tokens_of(chars_per_token: float, profile: Profile) -> Profile:
-    """Prompts in tokens as long as they were measured to be on these texts, which a profile can only assume."""
+    """Return the profile with the characters per token measured on these texts, in place of its assumption."""
     model = replace(profile.model, chars_per_token=chars_per_token)
     return replace(profile, model=model, provenance=profile.provenance.without(["chars_per_token"]))
 
 
 def build_runtime(config: Config, of_profile: Runtime) -> Runtime:
-    """The named host costs, or those that came with the profile."""
+    """Return the host costs of the named preset, or those of the profile, changed as the settings say."""
     runtime = of_profile if config.runtime.preset == PROFILE_RUNTIME else preset(config.runtime.preset)
     return runtime.changed(**config.runtime.costs())
 
 
 def threshold(config: Config) -> float:
-    """The one that is given, the published one, or the lowest that keeps what is promised with every model."""
+    """Return the given threshold, else the published one; with a promise, the lowest that keeps it for all models."""
     if config.exits.guarantee.max_disagreement is not None:
         return max(certified.threshold for certified in promised(config).values())
     return THRESHOLD if config.exits.threshold is None else config.exits.threshold
@@ -187,7 +187,7 @@ _offline: WeakKeyDictionary[ExitTrace, dict[_Asked, OfflineExits]] = WeakKeyDict
 
 
 def known_offline(config: Config, recorded: ExitTrace, tasks: Collection[str]) -> OfflineExits:
-    """What policies know of a model's exits beforehand. Summed once for all arms, seeds and designs of a process."""
+    """Return what policies know of a model's exits beforehand, summed once for all runs of a process."""
     of_trace = _offline.setdefault(recorded, {})
     asked = threshold(config), confidence(config), frozenset(tasks)
     if asked not in of_trace:
@@ -199,7 +199,7 @@ def known_offline(config: Config, recorded: ExitTrace, tasks: Collection[str]) -
 
 
 def recorded_and_served(config: Config, model: str, profile: Profile) -> tuple[ExitTrace, ExitTrace]:
-    """The exits that settings may be chosen by, and those of requests: the same unless something is promised."""
+    """Return the exits by which settings are chosen, and those of requests; they differ only if there is a promise."""
     trace, guarantee = exit_trace(config, model, profile), config.exits.guarantee
     if guarantee.max_disagreement is None:
         return trace, trace
@@ -210,9 +210,9 @@ _promised: dict[str, Mapping[str, Certified]] = {}
 
 
 def promised(config: Config) -> Mapping[str, Certified]:
-    """By model, what keeps the promise of `exits.guarantee`: for the mix of tasks and for that to which it drifts.
+    """Return by model what keeps the promise of `exits.guarantee`, for the mix of tasks and the one it drifts to.
 
-    UserError where published exits, which have one threshold, do not keep it there.
+    Raises UserError if published exits, which have one threshold, do not keep the promise at it.
     """
     mix, guarantee = config.workload.mix, config.exits.guarantee
     key = repr((config.models, config.exits, mix.tasks, mix.after, config.profile_folder, config.hardware))
@@ -243,7 +243,7 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
         return no_exits(profile.model)
     if exits.source == "stated":
         return stated_exits(profile.model, **_stated(exits.parameters, config.models, model))
-    recorded = named_format(model)[0] if exits.source == "published" else model  # published ones are of bf16
+    recorded = named_format(model)[0] if exits.source == "published" else model  # published for bf16 weights
     trace = load_trace(recorded, exits.source.replace("{model}", model), **exits.parameters)
     if trace.n_layers != profile.model.n_layers:
         allowed = f"exits of the model profiled: those there end at layer {trace.n_layers}, its last is"
@@ -253,7 +253,7 @@ def exit_trace(config: Config, model: str, profile: Profile) -> ExitTrace:
 
 
 def _stated(parameters: Mapping[str, Any], models: Collection[str], model: str) -> dict[str, Any]:
-    """The parameters of a model's stated exits: its own group, or those of all. UserError for others."""
+    """Return the parameters of a model's stated exits: its own group, or all models'. UserError for unknown ones."""
     known = ("layers", "unchanged", "confident", "seed", "drafted")
     if any(isinstance(value, Mapping) for name, value in parameters.items() if name != "drafted"):
         if not set(parameters) >= set(models):
@@ -276,12 +276,12 @@ class Arm:
     name: str
     policy: PolicyConfig
     description: str | None = None
-    baseline: str | None = None  # an arm of its own to be compared with
+    baseline: str | None = None  # the arm to compare with, if not the study's baseline
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the study's settings, by dotted path
 
 
 def arm_of(name: str, entry: Mapping[str, Any], config: Config) -> Arm:
-    """UserError, which names the arm, where the policy does not know a parameter or its value cannot be."""
+    """Return an arm from its entry. UserError, which names the arm, for an unknown parameter or a wrong value."""
     with in_arm(name, config):
         return Arm(
             name,
@@ -293,7 +293,7 @@ def arm_of(name: str, entry: Mapping[str, Any], config: Config) -> Arm:
 
 
 def policy_of(entry: Mapping[str, Any], config: Config) -> PolicyConfig:
-    """The entry's policy. Threshold and confidence come from the exits' settings unless it has its own."""
+    """Return the entry's policy, with the threshold and confidence of the exits' settings unless it has its own."""
     name = str(entry["policy"])
     settings = {key: value for key, value in entry.items() if key not in OF_THE_ARM}
     for key, value in (("threshold", threshold(config)), ("confidence", confidence(config).value)):
@@ -304,10 +304,10 @@ def policy_of(entry: Mapping[str, Any], config: Config) -> PolicyConfig:
 
 @contextmanager
 def in_arm(name: str, config: Config) -> Iterator[None]:
-    """Says in a UserError which of the experiment's arms it is about."""
+    """Name the arm in a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
-        if name not in config.arms:  # the one that `policy` added
+        if name not in config.arms:  # the arm that `policy` added
             raise
         raise error.about(f"arms.{name}: {error.key}") from error

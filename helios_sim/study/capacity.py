@@ -1,7 +1,7 @@
-"""A capacity plan from its settings to its result: for every load, card and arm the fewest replicas that keep the SLOs.
+"""Runs a capacity plan: finds the fewest replicas that keep the SLOs for every load, card and arm.
 
-All searches go on together, so that the runs that they ask for can share the cores, and every run is kept in the
-folder's journal. Then the advised fleet of each load meets higher and higher loads, until it keeps the SLOs no longer.
+All searches go on together, so that their runs can share the cores, and every run is kept in the folder's journal. Then
+the advised fleet of each load meets higher and higher loads, until it no longer keeps the SLOs.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from helios_sim.vary.least import Answers, Found, Search, least, together
 from helios_sim.vary.runner import Journal, OnDone, at_work_in, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
-STEP = 1.02  # from one load to the next, where the largest is looked for
-MOST_TIMES = 16.0  # the planned load, up to which it is looked for
+STEP = 1.02  # factor from one load to the next in the search for the largest load
+MOST_TIMES = 16.0  # times the planned load at which that search ends
 
 _Key = TypeVar("_Key")
 
@@ -65,12 +65,12 @@ class _Case(NamedTuple):
 
 
 def capacity(config: Config) -> CapacityResult:
-    """Plan from Python, without files. UserError where settings cannot be run."""
+    """Plan from Python, without files. Raises UserError if settings cannot be run."""
     return run_plan(plan_capacity(config), None, {"seeds": list(config.seeds)}, lambda task, outcome, kept: None)
 
 
 def run_capacity(config: Config, folder: Path) -> int:
-    """Runs, writes and prints. Returns 0. UserError before anything is written, or where nothing can run."""
+    """Run, write and print a plan. Returns 0. UserError before anything is written, or if nothing can run."""
     plan = plan_capacity(config)
     lines = StateLines("runs", "a run failed")
     with at_work_in(folder):
@@ -95,7 +95,7 @@ def _show(result: CapacityResult) -> None:
 def run_plan(
     plan: CapacityPlan, folder: Path | None, made: Mapping[str, Any], on_done: OnDone[Job, Outcome]
 ) -> CapacityResult:
-    """Runs what the folder's journal does not hold. UserError where the machine gives too little for it."""
+    """Run what the folder's journal does not hold. Raises UserError if the machine gives too little for it."""
     job = plan.jobs(plan.options[plan.possible[0]], plan.config.capacity.loads[0], 1)[0]
     make_ready(job, plan.requests(job) * len(plan.possible) * 10 * len(plan.config.seeds))
     with closing(Workers(Place("processes", processes(plan.config), setting="jobs"))) as workers:
@@ -123,7 +123,7 @@ def run_plan(
 
 
 def evaluate(job: Job) -> Outcome:
-    """Metrics of one run, and their intervals within it. Never raises an error of the run's own."""
+    """Return the metrics of one run, and their intervals within it. Errors of the run are returned, not raised."""
 
     def figures() -> tuple[Any, Any]:
         records, metrics = figures_of(job)
@@ -136,7 +136,7 @@ def evaluate(job: Job) -> Outcome:
 
 @dataclass(slots=True)
 class _Fleets:
-    """Fleets that were tried, each run once."""
+    """Fleets that were tried; each is run once."""
 
     plan: CapacityPlan
     journal: Journal[Outcome]
@@ -145,7 +145,7 @@ class _Fleets:
     tried: dict[_Case, Tried] = field(default_factory=dict)
 
     def answers(self, asked: Mapping[_Key, Mapping[int, _Case]]) -> dict[_Key, dict[int, Answers]]:
-        """For each number of each search whether its fleet keeps the SLOs: in the mean, then under each seed."""
+        """Return for each number of each search whether its fleet keeps the SLOs: in the mean, then under each seed."""
         found = self.of([case for cases in asked.values() for case in cases.values()])
         return {
             key: {number: (found[case].kept, *found[case].kept_by_seed) for number, case in cases.items()}
@@ -199,9 +199,9 @@ def _fleet_plan(plan: CapacityPlan, place: int, load: float, found: Found | None
 
 
 def _advice(plan: CapacityPlan, plans: Sequence[FleetPlan], fleets: _Fleets) -> tuple[Advice, ...]:
-    """The advised fleet of each load, how far it goes, and what it would be where the profile is off.
+    """Return the advised fleet of each load, its largest load, and its size if the profile is off.
 
-    Loads are STEP apart, so that the search for the largest is one for numbers.
+    Loads are powers of STEP apart, so that the search for the largest is one for whole numbers.
     """
     steps = math.ceil(math.log(MOST_TIMES) / math.log(STEP))
     settings, chosen = plan.config.capacity, {}
@@ -212,7 +212,7 @@ def _advice(plan: CapacityPlan, plans: Sequence[FleetPlan], fleets: _Fleets) -> 
     bands = {place: _band(plan, place % len(plan.options), it) for place, it in chosen.items()}
 
     def case(place: int, factor: float | None, number: int) -> _Case:
-        """`factor` None: loads, from the largest down to the planned one, so that the later ones keep the SLOs."""
+        """Return the case of a number. With `factor` None larger numbers are smaller loads, down to the planned one."""
         it, option = chosen[place], place % len(plan.options)
         assert it.replicas is not None
         if factor is None:
@@ -240,7 +240,7 @@ def _advice(plan: CapacityPlan, plans: Sequence[FleetPlan], fleets: _Fleets) -> 
 
 
 def _band(plan: CapacityPlan, place: int, it: FleetPlan) -> TimeBand | None:
-    """How far the times of the option's profile may be off, as far as its card can be that quick."""
+    """Return how far the times of the option's profile may be off, but no quicker than its card can be."""
     if plan.config.profile_band == NONE or it.at is None or it.replicas is None:
         return None
     band = band_of(plan.config, plan.jobs(plan.options[place], it.load, it.replicas))

@@ -1,4 +1,4 @@
-"""What a capacity plan is going to run: loads, cards, the arms that are known well enough, and when SLOs are kept."""
+"""Plans what a capacity plan runs: loads, cards, arms that can be planned, and what keeping the SLOs means."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from helios_sim.vary.settings import with_settings
 DRAWN = ("poisson", "gamma", "constant")
 NOT_OF_A_PLAN = ("sweeps", "figures", "published", "gates", "baseline", "subject", "headline_metrics")
 NEEDS_NO_EXITS = ("full_depth", "custom")
-ONE_MODEL = ("full_depth", "early_exit")  # policies of one model, of which there is an arm for each candidate
+ONE_MODEL = ("full_depth", "early_exit")  # policies of one model: each candidate gets an arm of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """An arm on a card."""
 
-    card: str  # of a replica, with the number of its cards if it has several
+    card: str  # card of a replica, with their number if it has several: 2xh100-80gb
     cards_per_replica: int
     arm: str
     config: Config  # with this arm and this card alone
-    is_bound: bool = False  # knows what will come, as no policy that one could deploy
-    least: int | None = None  # replicas that are always on, where the others come and go; None: all are
-    of: str | None = None  # the arm of the same with all replicas always on, where it is planned too
+    is_bound: bool = False  # its policy knows what will come, so it cannot be deployed
+    least: int | None = None  # replicas that are always on, if the others come and go; None if all are always on
+    of: str | None = None  # with `least`: the same arm with all replicas always on, if that is planned too
     why_not: str | None = None  # why it cannot run at all
 
 
@@ -50,14 +50,14 @@ class CapacityPlan:
     config: Config
     requirements: tuple[Requirement, ...]
     options: tuple[Option, ...]  # card by card
-    requests_per_s: float  # of the workload as it is set
+    requests_per_s: float  # rate of the workload as it is set, at load 1
     conditions: str
     notices: tuple[str, ...]
-    without_exits: str | None  # why arms were left out, and what would let them be planned; None: none were
+    without_exits: str | None  # why arms were left out, and how to plan them; None if none was
 
     @property
     def possible(self) -> tuple[int, ...]:
-        """Places of the options that can run."""
+        """Indices of the options that can run."""
         return tuple(place for place, option in enumerate(self.options) if option.why_not is None)
 
     def rate_at(self, load: float) -> float:
@@ -67,7 +67,7 @@ class CapacityPlan:
         return shared_fleet(job.config, job.seed).parts.workload.requests
 
     def jobs(self, option: Option, load: float, replicas: int, factor: float = 1.0) -> Sequence[Job]:
-        """The option with so many replicas under a load, a job for each seed. UserError for what cannot be.
+        """Return a job for each seed: the option with so many replicas under a load. UserError if they cannot run.
 
         `factor`: iterations take so many times as long as the profiles say.
         """
@@ -80,7 +80,7 @@ class CapacityPlan:
 
 
 def plan_capacity(config: Config) -> CapacityPlan:
-    """UserError where the plan is not what it should be; nothing has run or been written by then."""
+    """Check the settings and plan. UserError for wrong ones; nothing has run or been written by then."""
     _check_kind(config)
     requirements = requirements_of(config)
     arms, without_exits = _arms(config)
@@ -108,7 +108,7 @@ def plan_capacity(config: Config) -> CapacityPlan:
                     most = {"server.replicas": least, "autoscale.least": least}
                     shared_fleet(jobs_of(own, arm, most)[0].config, job.seed)
             except UserError as error:
-                if of is not None and options[-1].why_not is None:  # the same runs with all replicas always on
+                if of is not None and options[-1].why_not is None:  # the arm runs if all replicas are always on
                     raise
                 errors.append(error)
                 option = replace(option, why_not=str(error))
@@ -131,7 +131,7 @@ def plan_capacity(config: Config) -> CapacityPlan:
 
 
 def _same_texts(config: Config, changes: Mapping[str, Any]) -> Config:
-    """With characters a token of the first arm's model for all arms, so that all see the same texts."""
+    """Return settings with the characters per token of the first arm's model, so that all arms see the same texts."""
     first = {**changes, "hardware": config.capacity.cards[0], **at_load(config, config.capacity.loads[0])}
     with _of_cards():
         fleet = shared_fleet(with_settings(config, first), config.seeds[0])
@@ -139,11 +139,11 @@ def _same_texts(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def at_load(config: Config, load: float) -> dict[str, Any]:
-    """The settings that make the study's arrivals so many times as many."""
+    """Return the settings that multiply the study's arrival rate by `load`."""
     arrivals = config.workload.arrivals
     if arrivals.kind == "trace":
         return {"workload.arrivals.rate_scale": arrivals.rate_scale * load}
-    if arrivals.rate_per_s is None:  # which the workload refuses
+    if arrivals.rate_per_s is None:  # the workload refuses this later
         return {}
     changes: dict[str, Any] = {"workload.arrivals.rate_per_s": arrivals.rate_per_s * load}
     if config.capacity.seconds is not None:
@@ -152,7 +152,7 @@ def at_load(config: Config, load: float) -> dict[str, Any]:
 
 
 def requirements_of(config: Config) -> tuple[Requirement, ...]:
-    """What must be kept. UserError where nothing is asked for, or nothing that says how long requests may wait."""
+    """Return what must be kept. UserError if there is no SLO, or none that limits how long requests may wait."""
     slo = {name: bound for name, bound in vars(config.slo).items() if bound is not None}
     if not slo:
         fix = "set slo.ttft_s (first token), slo.tpot_s (each further one) or slo.e2e_s (last one), in seconds"
@@ -208,11 +208,11 @@ _Arm = tuple[str, dict[str, Any], Mapping[str, Any]]  # name, changes of the stu
 
 
 def _always_on_or_not(config: Config, arms: Sequence[_Arm]) -> Iterator[tuple[_Arm, int | None, str | None]]:
-    """Each arm; with `autoscale`, once with all replicas always on and once with replicas that come and go.
+    """Yield each arm; with `autoscale`, once with all replicas always on and once with replicas that come and go.
 
-    With each the least number of those that are always on, and the arm of the first kind that it goes with. Of several
-    `autoscale.requests_per_replica` each is an arm. An arm that says itself how its replicas come and go is planned so
-    alone.
+    Yields the arm, the least number of replicas that are always on (None for all), and for an autoscaled arm its arm
+    with all always on. Each of several `autoscale.requests_per_replica` is an arm. An arm with `autoscale.least` of its
+    own is planned only so.
     """
     least = config.autoscale.least
     always_on = {} if least is None else {"autoscale.least": None}
@@ -232,9 +232,9 @@ def _always_on_or_not(config: Config, arms: Sequence[_Arm]) -> Iterator[tuple[_A
 
 
 def _arms(config: Config) -> tuple[list[_Arm], str | None]:
-    """The arms that can be planned: those that need exits only with models that have some.
+    """Return the arms that can be planned, and why others cannot: arms that need exits get only models that have some.
 
-    A policy of one model that names none becomes an arm for each. UserError where no arm is left.
+    A policy of one model that names none becomes an arm for each model. UserError if no arm is left.
     """
     with_exits = [model for model in config.models if _has_exits(config, model)]
     found: list[_Arm] = []
@@ -286,7 +286,7 @@ def _without_exits(config: Config, left_out: Sequence[str], missing: Sequence[st
 
 @contextmanager
 def _of_cards() -> Iterator[None]:
-    """Says in a UserError about hardware under which setting a plan has it."""
+    """Name capacity.cards in place of hardware in a UserError that is raised inside."""
     try:
         yield
     except HardwareError as error:
@@ -294,7 +294,7 @@ def _of_cards() -> Iterator[None]:
 
 
 def _prices(config: Config, names: Sequence[str]) -> dict[str, float]:
-    """By card of a replica, for each of its cards. UserError where cards and prices do not match."""
+    """Return the price of one card, by card of a replica. UserError if cards and prices do not match."""
     price = config.cost.usd_per_card_hour
     if price is None:
         return {}
@@ -309,7 +309,7 @@ def _prices(config: Config, names: Sequence[str]) -> dict[str, float]:
 
 
 def _rate(config: Config, fleet: Fleet) -> float:
-    """Requests a second of the workload as it is set. UserError where all of them come at once."""
+    """Return the requests per second of the workload as it is set. UserError if all of them come at once."""
     arrivals = config.workload.arrivals
     if arrivals.kind in DRAWN:
         assert arrivals.rate_per_s is not None
@@ -317,7 +317,7 @@ def _rate(config: Config, fleet: Fleet) -> float:
     rate = expected_load(fleet.parts.workload, config.seeds[0]).arrival_rate_per_s
     if rate is None:
         raise UserError("workload.arrivals.trace", arrivals.trace, "arrivals at different times", "take another trace")
-    return rate / config.capacity.loads[0]  # the fleet is one of the first load
+    return rate / config.capacity.loads[0]  # the fleet was built with the first load
 
 
 def _conditions(config: Config, names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""One study from its settings to a result, and on the command line to its files and the lines on stdout."""
+"""Runs one study from its settings to a result, and on the command line to its files and the lines on stdout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIBRARIES = ("numpy", "scipy", "simpy")
 
 
 def run_study(config: Config, folder: Path) -> int:
-    """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before anything is written."""
+    """Run, write and print a study. Returns 0, or 2 if a gate failed. UserError before anything is written."""
     plan = first_plan(config)
     if config.trace:
         from helios_sim.study.traced import check_trace
@@ -67,7 +67,7 @@ def _run_jobs(jobs: Sequence[Job], journal: Journal[JobResult], config: Config) 
 
 
 def _show(result: ExperimentResult, ratios: Comparisons) -> None:
-    """The table, the answer, and what was not read or left out."""
+    """Print the table, the sources of times, the answer and the warnings."""
     print_table(result, ratios)
     for name, source in result.inputs.items():
         if TIMES_FROM in source.details:
@@ -77,12 +77,12 @@ def _show(result: ExperimentResult, ratios: Comparisons) -> None:
 
 
 def processes(config: Config) -> int | None:
-    """A live run has the device for itself."""
+    """Return the number of processes; a live run has the device for itself."""
     return 1 if config.mode == LIVE else config.jobs
 
 
 def provenance(config: Config) -> dict[str, object]:
-    """What made the run: command, versions, machine, time and settings."""
+    """Return what made the run: command, versions, machine, time and settings."""
     return {
         "command": command_given("helios_sim"),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -98,14 +98,14 @@ def provenance(config: Config) -> dict[str, object]:
 
 
 def with_read(made: Mapping[str, Any], journal: Journal[Any]) -> dict[str, Any]:
-    """What made the run, with the files that the user's own code opened for what the journal holds."""
+    """Return what made the run, with the files that the user's own code opened for the results in the journal."""
     return {**made, "made_of": {**made.get("made_of", {}), **named(journal.read)}} if journal.read else dict(made)
 
 
 def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gates: Sequence[Gate] = ()) -> int:
-    """Prints what is to be shown, the gates and the folder. Returns 0, or 2 when a gate failed.
+    """Print the result by `show`, the gates and the folder. Returns 0, or 2 if a gate failed.
 
-    summary.json is the last line for programs: where standard output is no terminal, or where `--json` asked for it.
+    The summary is the last line, for programs: if standard output is no terminal, or `--json` was given.
     """
     try:
         show()
@@ -119,12 +119,12 @@ def end(show: Callable[[], None], folder: Path, summary: Mapping[str, Any], gate
         if JSON_ASKED.get() or not sys.stdout.isatty():
             print(json.dumps(summary, allow_nan=False))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader left, as `head` does; the files are there
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does; the files are there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if all(gate.passed for gate in gates) else 2
 
 
 def run(config: Config) -> ExperimentResult:
-    """Runs every arm of the study under every seed, and its sweeps. UserError where settings cannot be run."""
+    """Run every arm of the study under every seed, and its sweeps. UserError if settings cannot be run."""
     settled = settle(first_plan(config), config, lambda jobs: {job.key: run_job(job) for job in jobs})
     return assemble(settled, {"seeds": list(settled.plan.config.seeds)})

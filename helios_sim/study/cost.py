@@ -1,4 +1,4 @@
-"""What the cards of a run cost, by the prices in the settings. No price is assumed: without one nothing is counted."""
+"""Costs of the cards of a run, by the prices in the settings. No price is assumed: without one nothing is counted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PRICE, CARBON = "cost.usd_per_card_hour", "cost.gco2e_per_kwh"
 
 
 def card_sets(policy: PolicyConfig | None) -> int:
-    """How many times its cards a replica has: one more for each drafter on a card of its own."""
+    """Return how many sets of cards a replica has: one, and one more for each drafter on a card of its own."""
     return policy.parameters.cards if policy and isinstance(policy.parameters, DraftModelParameters) else 1
 
 
 def costs_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = None) -> Costs:
-    """Dollars an hour of all cards, and grams of CO2e a kWh. UserError where a setting says nothing of this run.
+    """Return dollars per hour of all cards, and grams of CO2e per kWh. UserError if prices or known power do not fit.
 
-    `policy`: that of kinds without their own.
+    `policy` is that of kinds without a policy of their own.
     """
     price, carbon = config.cost.usd_per_card_hour, config.cost.gco2e_per_kwh
     if carbon is not None and config.mode == SIMULATE:
@@ -47,6 +47,6 @@ def costs_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = None) -
 
 
 def _cards(kind: Kind) -> tuple[int, str]:
-    """How many cards a replica has, and the name of one."""
+    """Return how many cards a replica has, and the name of one."""
     number, name = group_of(kind.card.name)
     return number, name.lower()

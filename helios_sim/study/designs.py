@@ -1,8 +1,8 @@
-"""What a sweep of designs is going to run: the arm that is designed, its parameters, the arms beside it, the search.
+"""Plans a sweep of designs: the arm that is designed, its parameters, the arms beside it, the search.
 
-A generation of a search is asked for as a whole and told in the order in which it was asked. Which designs come
-therefore depends on the seed and the size of a generation alone, not on how many workers there are or which ends first,
-and a search that starts again asks for the same designs and finds their outcomes in the journal."""
+A search asks for a generation as a whole and is told its outcomes in the order in which it asked. Its designs therefore
+depend on the seed and the size of a generation alone, not on the number of workers or which of them ends first. A
+search that starts again asks for the same designs and finds their outcomes in the journal."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from helios_sim.study.schema import Config
 from helios_sim.vary.axis import Axis, Choice, Range, axes_of, choose, grid
 from helios_sim.vary.workers import need
 
-SAME_FOR_ALL = ("seeds", "auto_seeds", "sweep", "name", "jobs")  # settings that no design may have for itself
+SAME_FOR_ALL = ("seeds", "auto_seeds", "sweep", "name", "jobs")  # settings that a design may not change
 NOT_OF_A_SWEEP = ("sweeps", "figures", "published", "gates")
 Costs = Sequence[float]
-Answer = Callable[[Sequence[Choice]], Sequence[Costs]]  # costs to be made small, in order; infinite: failed
+Answer = Callable[[Sequence[Choice]], Sequence[Costs]]  # costs to minimise, in order; infinite: failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +35,20 @@ class SweepPlan:
     arm: str
     parameters: tuple[Axis, ...]
     references: Mapping[str, Sequence[Job]]  # every arm at the study's own settings, a job for each seed
-    designs: tuple[Choice, ...] | None  # of a grid; None: a search asks for them
+    designs: tuple[Choice, ...] | None  # designs of a grid; None if a search asks for them
 
     @property
     def n_designs(self) -> int:
-        """How many there are at most: a search may ask for one twice."""
+        """Largest number of designs: a search may ask for one twice."""
         return self.config.sweep.designs if self.designs is None else len(self.designs)
 
     def jobs(self, design: Choice) -> Sequence[Job]:
-        """The design under every seed. UserError where its settings cannot be."""
+        """Return the jobs of a design, one for each seed. UserError if its settings cannot be."""
         return jobs_of(self.config, self.arm, design.changes)
 
 
 def plan_sweep(config: Config) -> SweepPlan:
-    """UserError where the study or its sweep is not what it should be; nothing has run or been written by then."""
+    """Check the settings and plan. UserError for wrong ones; nothing has run or been written by then."""
     study = plan_study(config)
     for key in NOT_OF_A_SWEEP:
         if getattr(config, key):
@@ -73,7 +73,7 @@ def plan_sweep(config: Config) -> SweepPlan:
 
 
 def _arm_of_policy(config: Config, parameters: Sequence[Axis]) -> str | None:
-    """The arm that `policy` adds, where a parameter is one of its settings: no other arm has them."""
+    """Return the arm that `policy` adds, if a parameter is one of its settings, which no other arm has; else None."""
     of_policy = any(path.startswith("policy.") for parameter in parameters for path in parameter.settings)
     return next((name for name in entries_of(config) if name not in config.arms), None) if of_policy else None
 
@@ -89,7 +89,7 @@ def _check_names(parameter: Axis) -> None:
 
 
 def _check_parameter(plan: SweepPlan, parameter: Axis) -> None:
-    """UserError where none of its values can be, the rest being as it is, or where all that can be are the same."""
+    """Raise UserError if no value of a parameter can run with the other settings, or if it changes nothing."""
     values = parameter.values
     first: UserError | None = None
     keys: list[str] = []
@@ -111,7 +111,7 @@ def _check_parameter(plan: SweepPlan, parameter: Axis) -> None:
 
 
 def _key(plan: SweepPlan, changes: Mapping[str, Any]) -> str:
-    """What tells one design from another. UserError where its settings cannot be."""
+    """Return a key that differs between different designs. UserError if the settings cannot be."""
     job = plan.jobs(Choice({}, changes))[0]
     job.arm.policy.make()
     shared_fleet(job.config, job.seed)
@@ -129,9 +129,9 @@ def _check_objectives(config: Config) -> None:
 
 
 def search(parameters: Sequence[Axis], config: DesignsConfig, answer: Answer) -> None:
-    """Asks for `config.designs` points in all, some of them possibly twice. UserError without Optuna."""
+    """Ask `answer` for `config.designs` points in all, some of them possibly twice. UserError without Optuna."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a library that it loads advises on progress bars in notebooks
+        warnings.simplefilter("ignore")  # importing it warns about progress bars in notebooks
         optuna = need("optuna", "sweep.method", config.method)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.sampler == "nsga2":
@@ -153,7 +153,7 @@ def search(parameters: Sequence[Axis], config: DesignsConfig, answer: Answer) ->
 
 
 def _distribution(distributions: Any, parameter: Axis) -> Any:
-    """Numbers in ascending order keep their order; anything else is a choice among names."""
+    """Return Optuna's distribution: numbers in ascending order keep their order, other values are mere names."""
     values = parameter.values
     if isinstance(values, Range):
         if values.whole:

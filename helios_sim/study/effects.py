@@ -1,4 +1,4 @@
-"""Which settings count under which others: one that a user gives although it would do nothing is refused."""
+"""Which settings have an effect under which other settings. A given setting that would do nothing is refused."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def _regroups(c: Config) -> bool:
 
 
 def _has_replicas(c: Config) -> bool:
-    """Whether any run of the study may have several; sweeps and arms of their own settings may."""
+    """Whether any run of the study may have several replicas, as by a sweep or an arm's own settings."""
     varied = (c.sweeps, c.sweep.parameters, c.arms)
     if c.server.router not in tuple(Router):
-        return True  # which has a message of its own
+        return True  # an unknown router has a message of its own
     named = any(name in repr(varied) for name in ("server.replicas", "cluster.kinds", "'replicas'", "'kinds'"))
     return c.server.replicas > 1 or bool(c.cluster.kinds) or _is_capacity(c) or named
 
@@ -81,7 +81,7 @@ _LENGTHS_OF_TRACE: tuple[_Counts, str] = (
 
 
 def _of_trace(given: tuple[_Counts, str]) -> tuple[_Counts, str]:
-    """The same, but not where a log is the trace."""
+    """Return the rule with a further condition: a log is not the trace."""
     counts, where = given
     return lambda c: counts(c) and not _is_from_log(c), f"{where}, and not with log=FILE"
 
@@ -136,7 +136,7 @@ _OF_ARMS: tuple[_Counts, str] = (
     lambda c: _is_simulated(c) and not c.sweep.parameters and not _is_capacity(c),
     "in a simulation of arms, not for designs or a capacity plan",
 )
-# Lists and mappings that ask for a kind of study by holding something.
+# Lists and mappings that ask for a kind of study unless they are empty.
 ASKING = {
     "sweep.parameters": "parameters, such as {limit: {settings: [arms.helios.limit], values: [40, 80]}}: without any "
     "there are no designs",
@@ -145,11 +145,11 @@ ASKING = {
 }
 BY_MODEL = ("live.weights", "live.heads")  # settings for each model by its name
 _OF_LOG: tuple[_Counts, str] = (lambda c: not c.fidelity.silicon, "only beside a log: fidelity.folder")
-# What counts beside published measurements, whose rows say everything else.
+# Settings that count in a comparison with published measurements, where the rows say everything else.
 OF_SILICON = ("fidelity", "jobs", "pictures", "report", "name", "title", "question", "hydra", "experiment")
 
 
-# By setting, or group of settings: where it counts, and how a message says that. Others always do.
+# By setting, or group of settings: where it counts, and how a message says that. All other settings always count.
 COUNTS: Mapping[str, tuple[_Counts, str]] = {
     "auto_seeds": (lambda c: c.seeds == AUTO, "only with seeds=auto"),
     "trace": _OF_ARMS,
@@ -287,7 +287,7 @@ def _evaluates(*how: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda own: own.get("evaluation", "probe" if "probe" in own["name"] else "serve") in how
 
 
-# The same of what a policy can be set to, by its own settings and its name.
+# By setting of a policy: where it counts, judged by the policy's settings and its name, and how a message says that.
 OF_POLICIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "raised_kv_rule": (lambda own: own.get("raised", "full_depth") == "early_exit", "only with raised=early_exit"),
     **{
@@ -301,7 +301,7 @@ OF_POLICIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 
 
 def _of_policy(config: Config, parts: Sequence[str]) -> Mapping[str, Any] | None:
-    """The settings of the policy that a setting of it belongs to, with its name; None where it belongs to none."""
+    """Return settings and name of the policy to which the setting at this path belongs; None if it belongs to none."""
     if len(parts) == 2 and parts[0] == "policy" and isinstance(config.policy, Mapping):
         return config.policy
     if len(parts) == 3 and parts[0] == "arms" and isinstance(own := config.arms.get(parts[1]), Mapping):
@@ -310,7 +310,7 @@ def _of_policy(config: Config, parts: Sequence[str]) -> Mapping[str, Any] | None
 
 
 def _of_no_model(config: Config, name: str, value: str) -> str | None:
-    """The models of the study, where a setting is given by model and names another one; None: it does not."""
+    """Return the study's models if a setting by model names a model that is none of them; else None."""
     group = next((key for key in BY_MODEL if name == key or name.startswith(f"{key}.")), None)
     if group is None:
         return None
@@ -321,7 +321,7 @@ def _of_no_model(config: Config, name: str, value: str) -> str | None:
 
 
 def _keys_of(value: str) -> list[str]:
-    """Of a mapping as the command line has it; none where it is not one."""
+    """Return the keys of a mapping that is written as on the command line; none if it is no mapping."""
     try:
         found = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -330,7 +330,7 @@ def _keys_of(value: str) -> list[str]:
 
 
 def check_effect(config: Config, words: Sequence[str]) -> None:
-    """UserError for a word of the command line that sets what does not count under the study's other settings."""
+    """Raise UserError for a word of the command line that has no effect under the study's other settings."""
     for word in words:
         key, equals, value = word.partition("=")
         name = key.lstrip("+")
@@ -355,21 +355,20 @@ def check_effect(config: Config, words: Sequence[str]) -> None:
                 raise UserError(name, value, f"does nothing here: it counts {where}", "leave it out, or set that too")
 
 
-# Groups that a user's file may hold for a command line that asks for them: seeds=auto, mode=live, trace=true, ...
+# Groups that a user's file may hold for command lines that ask for them: seeds=auto, mode=live, trace=true, ...
 FOR_COMMANDS = ("auto_seeds", "live", "fidelity_live", "report", "trace", "next_best", "profile_band")
-# Where settings count depends on other groups too, of these: what changes them may be the reason.
+# By group: groups that decide whether its settings count. A change of one of them may be why a setting does not count.
 _WITH = {"cluster": ("server", "cluster"), "server": ("server", "cluster"), "runtime": ("runtime", "arms", "policy")}
 
 
 def check_written(
     config: Config, written: Mapping[str, Any], changed: Collection[str], place: str, is_last: bool = True
 ) -> None:
-    """UserError for what a user's file sets although it does not count under the study's other settings.
+    """Raise UserError for a setting of a user's file that has no effect under the study's other settings.
 
-    `written`: what the file says. `is_last`: it is the experiment's, which comes after all others, so that arms, axes
-    and the mix of the study are looked at with it. `changed`: paths of settings that words of the command line change.
-    What these, arms or axes change may be the reason for which a setting does not count, so those that go with it are
-    left out.
+    `written`: what the file says. `is_last`: it is the experiment's file, which comes after all others, so arms, axes
+    and the mix of the study are checked with it. `changed`: paths of settings that words of the command line change.
+    A setting is not refused if the command line, an arm or an axis changes one on which its effect may depend.
     """
     given = [arm.get("overrides") for arm in config.arms.values() if isinstance(arm, Mapping)]
     of_arms = [path for own in given if isinstance(own, Mapping) for path, _ in _single(own)]
@@ -382,7 +381,7 @@ def check_written(
         value = _at(written, parts)
         if parts[0] in FOR_COMMANDS or value in (None, {}, []) or value == _at(usual, parts) or counts(config):
             continue
-        if _is_from_log(config) and value == "trace":  # as it is
+        if _is_from_log(config) and value == "trace":  # a log is a trace anyway
             continue
         if _is_known(config, parts) and not _varies(parts, others):
             allowed = f"does nothing here: it counts {where}"
@@ -419,7 +418,7 @@ def check_written(
 
 
 def _single(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The overrides of an arm one by one, where some are written as groups."""
+    """Yield the overrides of an arm one by one, with groups taken apart."""
     for key, value in overrides.items():
         path = f"{above}{key}"
         if isinstance(value, Mapping) and value:
@@ -429,7 +428,7 @@ def _single(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str
 
 
 def _in_vain(config: Config, parts: Sequence[str], others: Collection[str]) -> str:
-    """Where this path would count, if it does not; empty where it does, or where one of the others may be why."""
+    """Return where this path would count, if it does not; empty if it counts, or one of `others` may be the reason."""
     for above in (".".join(parts[: i + 1]) for i in range(len(parts))):
         counts, where = COUNTS.get(above, (None, ""))
         if counts is not None and not counts(config) and not _varies(parts, others) and _is_known(config, parts):
@@ -438,7 +437,7 @@ def _in_vain(config: Config, parts: Sequence[str], others: Collection[str]) -> s
 
 
 def _varies(parts: Sequence[str], others: Collection[str]) -> bool:
-    """Whether one of the other paths changes what this one may go with: its group, of workload the group in that."""
+    """Whether one of the other paths changes the group of this one (in workload, the group within it)."""
     if parts[0] == "workload":
         return any(tuple(parts[:2])[: len(other)] == other for path in others if (other := tuple(path.split(".")[:2])))
     groups = _WITH.get(parts[0], (parts[0],))
@@ -446,7 +445,7 @@ def _varies(parts: Sequence[str], others: Collection[str]) -> bool:
 
 
 def _is_known(config: Config, parts: Sequence[str]) -> bool:
-    """Whether the kinds of arrivals and lengths, by which it counts, are known ones; others are told elsewhere."""
+    """Whether the kinds of arrivals and lengths that decide are known; unknown ones are refused elsewhere."""
     workload = config.workload
     if parts[:2] == ["workload", "arrivals"]:
         return workload.arrivals.kind in ARRIVALS

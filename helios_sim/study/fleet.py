@@ -1,6 +1,6 @@
 """The replicas of a run: what each is made of, and which requests it is meant for.
 
-Without `cluster.kinds` all replicas are alike. A kind says in what its replicas differ from the study and the arm."""
+Without `cluster.kinds` all replicas are alike. A kind says how its replicas differ from the study and the arm."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from helios_sim.study.workload import build_faults, expected_load, task_names
 from helios_sim.workload.faults import FaultPlan
 
 WHERE_REPLICAS_GO = (Router.ROUND_ROBIN, Router.LEAST_LOADED, Router.POWER_OF_TWO)
-ALIKE = ""  # the only kind's name where all replicas are alike
+ALIKE = ""  # name of the only kind if all replicas are alike
 OF_ONE_SERVER = (
     "max_running_requests", "max_batch_tokens", "memory_utilisation", "schedule_ahead", "scheduler", "order",
     "batch_wait_iterations", "batch_wait_tokens", "tensor_parallel", "quantization", "kv_cache_dtype",
     "kernels",
 )  # fmt: skip
-OWN = ("count", "hardware", "models", "server", "policy")  # what a kind may have; with a policy, its settings too
-MOST_KEPT = 4  # different parts at a time, such as one for each seed
-MOST_USES = 200  # of the same parts: a trace remembers its replays, one for every threshold
+OWN = ("count", "hardware", "models", "server", "policy")  # keys of a kind; with a policy, its settings too
+MOST_KEPT = 4  # fleets that are kept at a time, such as one for each seed
+MOST_USES = 200  # of a kept fleet: its traces remember their replays, one for every threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Kind:
     name: str
     numbers: range  # of its replicas in the run
     parts: Parts
-    tasks: tuple[str, ...]  # of the workload, that they are meant for
-    policy: PolicyConfig | None  # its own; None: the arm's
+    tasks: tuple[str, ...]  # tasks of the workload that the replicas are meant for
+    policy: PolicyConfig | None  # the kind's own policy; None for the arm's
 
     @property
     def card(self) -> HardwareSpec:
@@ -65,8 +65,8 @@ class Fleet:
 
     kinds: tuple[Kind, ...]
     routing: Routing
-    faults: FaultPlan | None = None  # None: none are to strike
-    scaling: Scaling | None = None  # None: all replicas are always on
+    faults: FaultPlan | None = None  # None without faults
+    scaling: Scaling | None = None  # None if all replicas are always on
 
     @property
     def parts(self) -> Parts:
@@ -75,7 +75,7 @@ class Fleet:
 
     @property
     def models(self) -> dict[str, ModelData]:
-        """Models of all kinds; where a model is on several cards, the data of the first kind."""
+        """Models of all kinds; if several kinds have a model, with the data of the first kind."""
         return {name: data for kind in reversed(self.kinds) for name, data in kind.parts.models.items()}
 
     @property
@@ -97,7 +97,7 @@ class _Plan:
 
 
 def build_fleet(config: Config, seed: int) -> Fleet:
-    """UserError where a setting of the study or of a kind cannot be."""
+    """Build the replicas of a run. UserError for a wrong setting of the study or of a kind."""
     check_cluster(config)
     by_answer = config.server.router in ROUTERS
     if not by_answer:
@@ -142,7 +142,7 @@ def build_fleet(config: Config, seed: int) -> Fleet:
 
 
 def _share(config: Config, plan: _Plan, replicas: int) -> float:
-    """What part of all requests a replica of this kind is to expect: in a cascade, those of all that may come."""
+    """Return the share of all requests that a replica of this kind is to expect; in a cascade, all may reach it."""
     share = config.cluster.shares.get(plan.name)
     if config.server.router == AnswerRouter.CASCADE or share:
         return (share or 1.0) / len(plan.numbers)
@@ -150,7 +150,7 @@ def _share(config: Config, plan: _Plan, replicas: int) -> float:
 
 
 def _scaling(config: Config, faults: FaultPlan | None) -> Scaling | None:
-    """UserError where replicas cannot come and go."""
+    """Return how replicas come and go; None if all are always on. UserError for settings that do not allow it."""
     it, most = config.autoscale, config.server.replicas
     if it.least is None:
         return None
@@ -233,7 +233,7 @@ def _plan(name: str, first: int, entry: Mapping[str, Any], config: Config) -> _P
 def _kind(
     plan: _Plan, seed: int, tasks: tuple[str, ...] | None, share: float | list[float], before: list[Kind]
 ) -> Kind:
-    """`share`: what part of the requests one of its replicas gets, of all or of each task.
+    """Build a kind. `share`: the share of requests that one of its replicas gets, of all or of each task.
 
     Requests are those of the kinds `before` it, whichever models it serves.
     """
@@ -250,7 +250,7 @@ def _kind(
 
 
 def _by_map(config: Config, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The kinds of each task, as `cluster.tasks` says: every task has one and every kind has a task."""
+    """Return the kind of each task by `cluster.tasks`. UserError for a task without kind, or a kind without task."""
     meant, kinds = config.cluster.tasks, config.cluster.kinds
     for task, kind in meant.items():
         if task not in tasks:
@@ -270,7 +270,8 @@ def _by_map(config: Config, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]
 
 
 def _by_bits(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The kinds with the fewest bits per character of a task's text, by the best model that each has, at full depth."""
+    """Return by task the kinds with the fewest bits per character of its text, by each kind's best model at full depth.
+    """
     best: dict[str, list[float]] = {}
     for plan in plans:
         with of_kind(plan.name):
@@ -288,9 +289,9 @@ def _by_bits(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str,
 
 
 def _by_drafts(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The kinds whose drafter predicts most tokens of a task's text as the model that verifies them does.
+    """Return by task the kinds with the drafter that predicts most tokens of its text as the verifying model does.
 
-    A drafter for each task, as CoSine routes requests (arXiv 2503.10325). UserError where it was not recorded.
+    CoSine (arXiv 2503.10325) routes requests so, to a drafter for each task. UserError if drafts were not recorded.
     """
     missed: dict[str, list[float]] = {}
     for plan in plans:
@@ -307,7 +308,7 @@ def _by_drafts(plans: list[_Plan], seed: int, tasks: tuple[str, ...]) -> dict[st
 
 
 def _least(found: Mapping[str, list[float]], tasks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The kinds with the least of each task's figures; several where they are equal."""
+    """Return by task the kinds with the least figure; several if they are equal."""
     return {
         task: tuple(name for name, each in found.items() if each[place] == min(e[place] for e in found.values()))
         for place, task in enumerate(tasks)
@@ -316,7 +317,7 @@ def _least(found: Mapping[str, list[float]], tasks: tuple[str, ...]) -> dict[str
 
 @contextmanager
 def of_kind(name: str) -> Iterator[None]:
-    """Says in a UserError which kind of replicas it is about."""
+    """Name the kind of replicas in a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
@@ -337,7 +338,7 @@ _kept: OrderedDict[str, _Kept] = OrderedDict()
 
 
 def shared_fleet(config: Config, seed: int) -> Fleet:
-    """Return what `build_fleet` does, the same to the last bit, from what was built before where it can be."""
+    """Return what `build_fleet` returns, to the last bit, from parts that were built before if possible."""
     key = _key(config, seed)
     kept = _kept.pop(key, None)
     if kept is None or kept.uses >= MOST_USES:
@@ -350,7 +351,7 @@ def shared_fleet(config: Config, seed: int) -> Fleet:
 
 
 def _as_set(kind: Kind, config: Config) -> Kind:
-    """The kind with what its policy is told set anew: the objective, and sums over exits at the threshold."""
+    """Return the kind with its policy's inputs set anew: the objective, and sums over exits at the threshold."""
     parts = kind.parts
     with of_kind(kind.name):
         candidates = {
@@ -362,17 +363,17 @@ def _as_set(kind: Kind, config: Config) -> Kind:
 
 
 def what_counts(config: Config) -> dict[str, Any]:
-    """The settings that change a result, by name; the groups are the configuration's own."""
+    """Return the settings that change a result, by name; groups are not copied."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PRESENTATION}
 
 
 def in_json(settings: Any) -> str:
-    """The same text for the same settings, whatever their order."""
+    """Return settings as JSON; equal settings give equal texts, whatever their order."""
     return json.dumps(settings, sort_keys=True, default=_plain)
 
 
 def digest(settings: Any) -> str:
-    """A short text that is the same for the same settings only."""
+    """Return a short text that is equal for equal settings only."""
     return hashlib.sha256(in_json(settings).encode()).hexdigest()[:24]
 
 
@@ -383,9 +384,9 @@ def _plain(value: Any) -> Any:
 
 
 def _key(config: Config, seed: int) -> str:
-    """A text of all settings and files that parts are made of, but for what is set anew each time."""
+    """Return a text of all settings and files of which parts are made, except settings that `_as_set` sets anew."""
     settings = what_counts(config)
     del settings["objective"]
-    if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's own policy goes by the threshold
+    if not any("policy" in kind for kind in config.cluster.kinds.values()):  # a kind's policy may use the threshold
         settings["exits"] = {name: value for name, value in vars(config.exits).items() if name != "threshold"}
     return in_json([seed, settings, made_of(config)])

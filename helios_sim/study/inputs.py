@@ -1,6 +1,6 @@
-"""What a job's result is made of besides its settings: this program's code and the contents of every file it reads.
+"""Inputs of a job's result besides its settings: this program's code and the contents of every file it reads.
 
-A resumed run keeps only results that were made of the same.
+A resumed run keeps only results with equal inputs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ CODE = "the program"
 
 
 def made_of(config: Config, policy: PolicyConfig | None = None) -> dict[str, str]:
-    """Digests by name, such as "profile opt-1.3b@a100-40gb". What is not there is left to the loader that needs it."""
+    """Return digests by name, such as "profile opt-1.3b@a100-40gb". A missing file is left to the loader that needs it.
+    """
     own = policy.parameters if policy is not None else None
     return _made_of(config, [own.object] if isinstance(own, CustomParameters) else [])
 
 
 def inputs_of(config: Config) -> dict[str, str]:
-    """The same of a whole study: the policies of all its arms are among them."""
+    """Return digests by name of the inputs of a whole study, with the policies of all its arms."""
     arms = [arm for arm in (*config.arms.values(), config.policy) if isinstance(arm, Mapping)]
     found = _made_of(config, [str(arm["object"]) for arm in arms if arm.get("object")])
     named = {"log": config.from_log.log, "log folder": config.fidelity.folder, "rows": config.fidelity.rows}
@@ -64,11 +65,11 @@ def _made_of(config: Config, policies: Sequence[str]) -> dict[str, str]:
 
 
 def _digest_of(path: Path, config: Config) -> str:
-    """Of a GGUF file its header alone, unless the model is run: nothing else is read of a file that may be large."""
+    """Return a file's digest. Only the header of a GGUF file counts, which may be large, unless the model is run."""
     if path.suffix == ".gguf" and config.mode != LIVE:
         from helios_sim.profile.gguf_header import read_header
 
-        with suppress(UserError):  # which the loader says
+        with suppress(UserError):  # the loader reports it
             return digest(repr(read_header(path)).encode())
     return digest_of(path)
 
@@ -97,7 +98,7 @@ def _files(config: Config) -> Iterator[tuple[str, Path]]:
 
 def _models(kind: Mapping[str, Any], config: Config) -> list[str]:
     models = kind.get("models", config.models)
-    return list(map(str, models if isinstance(models, Sequence) else ()))  # what is none, the fleet refuses
+    return list(map(str, models if isinstance(models, Sequence) else ()))  # the fleet refuses other values
 
 
 def _kinds(config: Config) -> list[Mapping[str, Any]]:
@@ -126,13 +127,13 @@ def _code() -> str:
 
 
 def _sources(reference: str) -> list[Path]:
-    """Files of the module in "module:Name", and of those that it imports from neither libraries nor this package."""
+    """Return the files of the module in "module:Name" and of its imports, except libraries and this package."""
     found: dict[Path, None] = {}
     waiting = [reference.partition(":")[0]]
     while waiting:
         name = waiting.pop()
         spec = None
-        with suppress(Exception):  # whatever is wrong with it, the policy's loader says
+        with suppress(Exception):  # the policy's loader reports what is wrong with it
             spec = find_spec(name)
         path = Path(spec.origin).resolve() if spec is not None and spec.origin else None
         if spec is None or path is None or path in found or path.suffix != ".py" or _is_of_a_library(path):
@@ -144,7 +145,7 @@ def _sources(reference: str) -> list[Path]:
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:
-    """Names of modules that a source may import; some are of what is in a module."""
+    """Yield names of modules that a source may import; some may be names within a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,8 +1,8 @@
-"""What the next best option would have given: the run again with it at a decision, over the time until the next one.
+"""Reruns a decision with its next best option, and compares both over the time until the next decision.
 
-Everything up to the decision is the same to the last bit. From there on the branch serves with the other option and
-its policy is not asked again; what both gave is compared from this decision until the replica's next one. A policy says
-what else it weighed (`Deployment.next_best`); for one that never does, the other option is to go on as before.
+The rerun, called a branch, is the same to the last bit up to the decision. From there on it serves with the other
+option and its policy is not asked again; both runs are compared from this decision until the replica's next one. A
+policy names its second choice (`Deployment.next_best`); if it never does, the other option is to go on as before.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from helios_sim.study.runner import place_of
 from helios_sim.study.schema import AUTO, NONE
 from helios_sim.vary.workers import FORKS, Place, Workers
 
-MOST_REQUESTS = 30_000  # of all branches of a study together up to which next_best=auto runs them: a second or two
+MOST_REQUESTS = 30_000  # most requests, of all branches of a study together, that next_best=auto runs: a second or two
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """The option that is served in place of the `place`-th decision in the log, until the replica's next decision."""
+    """An option to serve in place of the `place`-th decision in the log, until the replica's next decision."""
 
     place: int
     decision: Decision
@@ -44,9 +44,10 @@ class Branch:
 def run_instead(
     arms: Mapping[str, Job], results: Mapping[str, JobResult], subject: str, processes: int | None = 1
 ) -> dict[str, dict[int, Instead]]:
-    """By arm and place in its log. The subject's come first; `auto` ends when they become too many.
+    """Run branches and return the comparisons by arm and place in its log. With `auto`, the subject's come first and
+    branches with too many requests in all are left out.
 
-    `processes`: as `run_jobs` takes them, though many branches run one after the other.
+    `processes` is as in `run_jobs`, but many branches run one after the other.
     """
     found: dict[str, dict[int, Instead]] = {}
     asked: dict[str, tuple[str, Job, Branch]] = {}
@@ -75,7 +76,7 @@ def _of_branch(asked: tuple[Job, Branch]) -> Records | None:
 
 
 def branches(result: JobResult) -> Iterator[Branch]:
-    """Of the decisions that a page shows, those beside which there was another option."""
+    """Yield a branch for each decision that a page shows and that had another option."""
     log = result.decisions
     ends_ns = _ends_ns(result.replicate.records)
     weighs = any(decision.deployment.next_best is not None for decision in log)
@@ -116,8 +117,8 @@ class _Branching:
 
 
 def _served(job: Job, branch: Branch) -> Records | None:
-    """The run with the other option, as far as it is looked at. None: a policy that does not repeat itself never came
-    to it."""
+    """Return the records of a branch, as far as they are compared. None if its policy, which then does not repeat
+    itself, never came to the decision."""
     log = RecordLog()
     branching: list[_Branching] = []
 
@@ -145,14 +146,14 @@ def _instead(branch: Branch, records: Records, other: Records) -> Instead:
 
 
 def over(records: Records, from_ns: int, until_ns: int) -> Over:
-    """What was completed in (from, until], and how many requests were there and not done at its end."""
+    """Return what was completed in (from, until], and how many requests were there and not done at the end."""
 
     def e2e_s(part: Records) -> NDArray[np.float64]:
         done_ns = part.last_token_ns.values
         here = part.completed & (done_ns > from_ns) & (done_ns <= until_ns)
         return np.asarray((done_ns - part.arrival_ns)[here] / NS_PER_S)
 
-    def unfinished(part: Records) -> int:  # what was dropped has left nobody waiting
+    def unfinished(part: Records) -> int:  # no user waits for a dropped request
         left = part.completed & (part.last_token_ns.values > until_ns)
         return int((left & (part.arrival_ns <= until_ns)).sum())
 

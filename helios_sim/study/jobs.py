@@ -1,4 +1,4 @@
-"""One job: one arm, one seed, one setting. It runs anywhere, and has the same key wherever its result is the same."""
+"""One job: one arm, one seed, one setting. It runs on any machine, and jobs with equal keys have equal results."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ from helios_sim.workload.faults import Struck
 if TYPE_CHECKING:
     from helios_sim.study.live import LiveRun
 
-ROOFLINE = 1.001  # sums over iterations are rounded to nanoseconds
-WORTH_COMPILING = 15_000  # requests: compiling takes some 10 s, and 300 of the quickstart's are 0.2 s quicker with it
+ROOFLINE = 1.001  # largest utilisation of a card, since sums over iterations are rounded to nanoseconds
+WORTH_COMPILING = 15_000  # requests: compiling takes some 10 s, and saves 0.2 s on 300 requests of the quickstart
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same result, by what its files held at first: two sweeps that share a job run it once."""
+        """A key of the result, by settings and the files' first contents: two sweeps that share a job run it once."""
         return digest([self.settings_key, self.made_of])
 
     @cached_property
     def settings_key(self) -> str:
-        """The same for the same settings and seed, whatever the files that they name have in them."""
+        """A key of settings and seed alone, whatever is in the files that the settings name."""
         shown = what_counts(self.config)
         shown["workload"] = {name: value for name, value in vars(self.config.workload).items() if name != "statement"}
         if self.config.mode == SIMULATE:
@@ -82,13 +82,13 @@ class Job:
 
 
 def make_job(arm: str, entry: Mapping[str, Any], config: Config, seed: int) -> Job:
-    """Make a job from an arm's entry in the settings. UserError where its policy does not take it."""
+    """Make a job from an arm's entry in the settings. UserError if its policy does not take a setting."""
     return Job(arm_of(arm, entry, config), config, seed)
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What is kept of one run."""
+    """The results of one run that are kept."""
 
     replicate: Replicate
     timeline: Timeline  # of the first replica
@@ -99,16 +99,16 @@ class JobResult:
     capacity_bytes: int
     inputs: Mapping[str, Provenance]
     assumptions: tuple[Assumption, ...]
-    notices: tuple[str, ...]  # what the reader of a trace has changed, what a live run could not measure
+    notices: tuple[str, ...]  # such as what the reader of a trace has changed, or a live run could not measure
     wall_s: float
     live: LiveNotes | None = None  # of a run on a device
     decisions_left_out: int = 0
-    faults: tuple[Struck, ...] | None = None  # what each fault did; None: there were to be none
-    scaled: Scaled | None = None  # None: all replicas were always on
+    faults: tuple[Struck, ...] | None = None  # what each fault did; None if none was planned
+    scaled: Scaled | None = None  # None if all replicas were always on
 
 
 def run_job(job: Job) -> JobResult:
-    """Runs the job, simulated or live. UserError where its settings cannot be run."""
+    """Run the job, simulated or live. UserError if its settings cannot be run."""
     started_s = perf_counter()
     config = job.config
     fleet = shared_fleet(config, job.seed)
@@ -160,13 +160,13 @@ def serve(
     policy_of: Callable[[int, Policy], Policy] | None = None,
     until_ns: int | None = None,
 ) -> Run:
-    """The loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
+    """Run the loop alone: arrivals, scheduling, pricing. `sink` gets each record as its request leaves.
 
     `fleet` is that of the job's configuration. `live`: on a device and by the wall clock. `pictures`: keep samples of
-    the servers' state over time. `compiled`, `stepwise`, `block_sink`: as `simulate` takes them. `on_server`: told of
-    each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes. `policy_of`:
-    what takes the place of a replica's policy. `until_ns`: nobody looks at what happens after it, so that requests that
-    arrive later are left out, but for the first, which keeps the run going until then. In a closed loop all come.
+    the first server's state over time. `compiled`, `stepwise`, `block_sink`: as in `simulate`. `on_server` is called
+    with each server before it begins. `warm_up_s`: how much longer the first iteration of each replica takes.
+    `policy_of` replaces a replica's policy. `until_ns`: the end of the time of interest. Requests that arrive later are
+    left out, except the first, which keeps the run going until then; in a closed loop none is left out.
     """
 
     def make_server(env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
@@ -211,14 +211,14 @@ def serve(
 
 
 def open_live(config: Config, fleet: Fleet, seed: int) -> LiveRun:
-    """torch is loaded here, and only for a live run."""
+    """Open a live run; torch is imported here, and only for a live run."""
     from helios_sim.study.live import LiveRun
 
     return LiveRun(config, fleet, seed)
 
 
 def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, MetricValue]:
-    """The metrics that the job's settings ask for. UserError where iterations are quicker than the card can be."""
+    """Compute the metrics that the job's settings ask for. UserError if iterations are quicker than the card can be."""
     cards = []
     for kind in fleet.kinds:
         power = _power(kind.card)
@@ -226,7 +226,7 @@ def measure(job: Job, fleet: Fleet, records: Records, run: Run) -> dict[str, Met
         beside = card_sets(kind.policy or job.arm.policy) - 1
         busy_ns = sum(s.verify_ns if beside else s.busy_ns for s in stats)
         cards.append(Cards(power, len(stats), busy_ns, sum(s.floor_ns for s in stats)))
-        if beside:  # of several that draft side by side, each is taken to be as busy as the slowest
+        if beside:  # if several cards draft side by side, each counts as busy as the slowest
             draft_ns, floor_ns = sum(s.draft_ns for s in stats), sum(s.draft_floor_ns for s in stats)
             cards.append(Cards(power, beside * len(stats), beside * draft_ns, beside * floor_ns, beside=True))
     transitions = {number: server.stats.transitions_ns for number, server in enumerate(run.servers)}
@@ -249,7 +249,7 @@ def _power(card: HardwareSpec) -> Power | None:
 
 
 def require_possible(metrics: Mapping[str, MetricValue], card: str, fix: str, arm: str | None = None) -> None:
-    """Raise BeyondRoofline if iterations were faster than the card can be."""
+    """Raise BeyondRoofline if iterations were quicker than the card can be."""
     share = metrics["roofline_fraction"]
     if isinstance(share, float) and share > ROOFLINE:
         allowed = f"at most 1 of what the card can do; iterations of this run are {share:.3g} times as fast"
@@ -288,7 +288,7 @@ def inputs_of(fleet: Fleet) -> dict[str, Provenance]:
 
 
 def notices_of(fleet: Fleet, config: Config) -> tuple[str, ...]:
-    """What inputs hold and nothing is made of, and settings that find nothing to do, in sentences."""
+    """Return sentences about parts of inputs that are not used, and settings that find nothing to do."""
     workload = fleet.parts.workload
     recorded = [p for p in (workload.arrivals, workload.lengths) if isinstance(p, TraceArrivals | TraceLengths)]
     notices = [notice for part in recorded for notice in part.trace.notices]
@@ -302,7 +302,7 @@ def notices_of(fleet: Fleet, config: Config) -> tuple[str, ...]:
 
 
 def _without_exits(job: Job, fleet: Fleet) -> tuple[str, ...]:
-    """That early exits of an arm find none."""
+    """Return a notice if an arm is to exit early, but no model has an exit before its last layer."""
     early = job.arm.policy.name in ("early_exit", "early_exit_lazy") and fleet.kinds[0].policy is None
     if not early or any(len(data.trace.trace.exits) > 1 for data in fleet.models.values()):
         return ()
@@ -310,9 +310,9 @@ def _without_exits(job: Job, fleet: Fleet) -> tuple[str, ...]:
 
 
 def assumptions_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = None) -> tuple[Assumption, ...]:
-    """Assumptions of the runtime, which models share unless it came with their profiles, and of the settings.
+    """Return the assumptions of the runtime, which models share unless their profiles bring it, and of the settings.
 
-    `policy`: that of kinds without their own.
+    `policy` is that of kinds without a policy of their own.
     """
     settable = {f.name for f in fields(RuntimeConfig)}
     found = list(dict.fromkeys(
@@ -344,9 +344,9 @@ def assumptions_of(config: Config, fleet: Fleet, policy: PolicyConfig | None = N
 
 
 def _decisions(fleet: Fleet, run: Run) -> tuple[Decision, ...]:
-    """Those of every replica, one after the other; with those of a router that learns, all in order of time.
+    """Return the decisions of every replica, one replica after the other; with a router that learns, in order of time.
 
-    What such a router decides stands as if the first replica of the kind decided it that it favours from then on.
+    A decision of such a router is logged as one of the first replica of the kind that it favours from then on.
     """
     found = [_logged(decision) for server in run.servers for decision in server.decisions]
     if run.answered is None or not run.answered.favoured:
@@ -365,7 +365,7 @@ def _decisions(fleet: Fleet, run: Run) -> tuple[Decision, ...]:
 
 
 def _logged(decision: Decision) -> Decision:
-    """The decision without the oracle's plan for every request, which no report shows."""
+    """Return the decision without the oracle's plan for every request, which no report shows."""
     plain = replace(decision.deployment, plan=None)
     return decision if decision.deployment.plan is None else replace(decision, deployment=plain)
 
@@ -377,8 +377,8 @@ def _plain(value: Any) -> float | str | None:
 
 
 def make_ready(job: Job, requests: int) -> None:
-    """One run of the job for its machine code, where runs with so many requests follow and there is none on disk."""
+    """Run the job once to compile the loop, if many `requests` follow and no machine code is on disk."""
     if requests < WORTH_COMPILING or is_made():
         return
-    with suppress(Exception):  # what fails here fails again where it is reported
+    with suppress(Exception):  # a failure comes again in the run that reports it
         serve(job, shared_fleet(job.config, job.seed), lambda record: None, pictures=False, compiled=True)

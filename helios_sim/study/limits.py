@@ -1,4 +1,4 @@
-"""What a run would take, before it is built: memory, and times that fit into whole nanoseconds."""
+"""Checks of what a run would take, before it is built: memory, and times that fit into whole nanoseconds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from helios_sim.request import LATEST_NS, NS_PER_S
 from helios_sim.study.schema import Config
 from helios_sim.workload import Workload
 
-MOST_REQUESTS = 2**31 - 1  # their numbers are 32 bits wide
+MOST_REQUESTS = 2**31 - 1  # request ids are 32 bits wide
 REQUEST_BYTES, REPLICA_BYTES, SLOT_BYTES = 200, 4_500_000, 450  # measured; a slot is a place for a running request
 REQUESTS_PER_S = 40_000  # about, on one core
-HOST_COSTS_S = 3600.0  # the most that any cost of the host can be set to
-FACTORS = (1e-3, 1e3)  # within which a profile's times can be scaled
+HOST_COSTS_S = 3600.0  # largest value of each cost of the host
+FACTORS = (1e-3, 1e3)  # range of factors on a profile's times
 
 
 def check_size(config: Config, replicas: int) -> None:
-    """UserError for a number of requests, replicas or places that no machine like this one can hold."""
+    """Raise UserError for a number of requests, replicas or places that no machine like this one can hold."""
     requests, slots = config.workload.n_requests or 0, config.server.max_running_requests
     needs = {
         "workload.n_requests": requests * REQUEST_BYTES,
@@ -41,7 +41,7 @@ def check_size(config: Config, replicas: int) -> None:
 
 
 def check_host_costs(config: Config) -> None:
-    """UserError for costs of the host and factors at which times would no longer fit."""
+    """Raise UserError for costs of the host and factors at which times would no longer fit."""
     for name in ("load_gb_per_s", "disk_gb_per_s"):
         rate = getattr(config.runtime, name)
         if rate is not None and not 1e-3 <= rate <= 1e5:
@@ -60,7 +60,7 @@ def check_host_costs(config: Config) -> None:
 
 
 def check_times(workload: Workload, models: Mapping[str, ModelData], situation: Situation) -> None:
-    """UserError where the run might last longer than times can be counted: every request one after the other."""
+    """Raise UserError if the run, with every request one after the other, might outlast what int64 ns can count."""
     expected = situation.expected
     for name, data in models.items():
         if expected is None:
@@ -74,7 +74,7 @@ def check_times(workload: Workload, models: Mapping[str, ModelData], situation: 
 
 
 def _longest_iteration_s(profile: Profile, situation: Situation) -> float:
-    """One decode for every place, each with the longest context, and all exits checked one after the other."""
+    """Return the time of one decode for every place, each with the longest context, with all exits checked in turn."""
     n, model = np.array([[situation.max_running_requests]]), profile.model
     full = Composition((model.n_layers,), n, n * model.max_context_tokens, n[0])
     return float(profile.iteration_time_s(full)[0]) + model.n_layers * profile.runtime.sync_s

@@ -1,7 +1,7 @@
 """One live run of a job: opens models and texts, makes an engine for each replica, starts the clock.
 
-Everything before `begin` has begun the last replica happens before time does: weights are read, kernels are warm, one
-replica after the other. torch is loaded here and only here, when a live run is asked for."""
+The clock starts when `begin` has begun the last replica. Before, one replica after the other reads its weights and
+warms up its kernels. torch is imported here and only here, when a live run is asked for."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
     from helios_sim.serving.server import Server
 
 
-# Metrics that a run cannot know while it serves, since full depth is not computed, and all layers are not there.
+# Metrics that a run cannot know while it serves, since full depth is not computed and not all layers are loaded.
 UNKNOWN = frozenset({"agreement", "bits_per_char", "late_time_fraction"})
-METER_LEAD_NS = 20_000_000  # before the first arrival
-OF_SIMULATIONS = ("tensor_parallel", "quantization", "kv_cache_dtype", "kernels")  # of a kind's own server
+METER_LEAD_NS = 20_000_000  # energy meters start this long before the first arrival
+OF_SIMULATIONS = ("tensor_parallel", "quantization", "kv_cache_dtype", "kernels")  # of a kind's own server settings
 
 
 class LiveRun:
     """All replicas of a run, each with its engine on its device."""
 
     def __init__(self, config: Config, fleet: Fleet, seed: int) -> None:
-        """Raises UserError as `check_settings`, `open_models` and `read_texts` do."""
+        """Open everything. Raises UserError as `check_settings`, `open_models` and `read_texts` do."""
         check_settings(config, fleet)
         self._config, self._fleet = config, fleet
         self.clock = WallClock()
@@ -64,7 +64,7 @@ class LiveRun:
         self.meters = {d: Meter(open_counter(d), ABSENT[d.partition(":")[0]]) for d in config.live.used}
         self.replicas: list[LiveReplica] = []
         self._undo_sharing: Callable[[], None] = lambda: None
-        self._models: dict[tuple[str, str], dict[str, LiveModel]] = {}  # of each kind, on each device
+        self._models: dict[tuple[str, str], dict[str, LiveModel]] = {}  # by kind and device
         requests = [r for block in generate(fleet.parts.workload, seed) for r in block.rows()]
         self._first_ns = requests[0].arrival_ns
         with ExitStack() as failed:
@@ -86,13 +86,13 @@ class LiveRun:
 
     @property
     def device_engine(self) -> LiveEngine:
-        """The first replica's."""
+        """The first replica's engine."""
         return self.replicas[0].device_engine
 
     def begin(self, number: int, make_server: Callable[[Engine], Server]) -> Server:
-        """The replica's server with its first deployment in memory and everything warm. With the last one time starts.
+        """Return the replica's server, with its first deployment loaded and warm. The last replica starts the clock.
 
-        Energy is counted from the first arrival to the last completion, as the span is. UserError where memory does not
+        Energy is counted from the first arrival to the last completion, like the span. UserError if memory does not
         suffice for the first deployment.
         """
         server = self.replicas[number].begin(make_server)
@@ -101,13 +101,13 @@ class LiveRun:
         if number == len(self.replicas) - 1:
             self._meter_from(self._first_ns)
             gc.collect()
-            gc.freeze()  # what has been opened is looked through no more: that takes up to 0.1 s in the middle of a run
+            gc.freeze()  # the collector skips what has been opened: searching it takes up to 0.1 s amid a run
             self.clock.sync()
         return server
 
     def routing(self, routing: Routing) -> Routing:
-        """The same, where a cascade judges answers by what was measured while they were decoded, and a bandit by the
-        bits that are recorded of the requests' own texts."""
+        """Return the routing with live judgement: a cascade goes by what was measured while an answer was decoded, a
+        bandit by the bits that are recorded of the requests' own texts."""
         cascade = routing.by_answer
         if isinstance(cascade, Bandit):
             return replace(routing, by_answer=Hears(cascade, self._fleet.models))
@@ -116,7 +116,7 @@ class LiveRun:
         recorded = cascade.confidence
 
         def measured(request: Request, record: RequestRecord) -> float:
-            if not self._is_judged(record.replica):  # its exits are those of a trace, too
+            if not self._is_judged(record.replica):  # its engine replays the exits of a trace
                 return recorded(request, record)
             require_whole(record)
             return fmean(self.replicas[record.replica].device_engine.answers[request.request_id].sure)
@@ -124,8 +124,8 @@ class LiveRun:
         return replace(routing, by_answer=replace(cascade, confidence=measured))
 
     def as_known(self, records: Records) -> Records:
-        """Records without the bits of the recorded text, which serving does not compute, and with the agreement with
-        full depth where that was computed afterwards."""
+        """Return records without the bits of the recorded text, which serving does not compute, and with the agreement
+        with full depth if that was computed afterwards."""
         known = replace(records, microbits=Maybe(records.microbits.values, np.zeros(len(records), np.bool_)))
         if not self._config.live.score:
             return known
@@ -141,8 +141,8 @@ class LiveRun:
         return replace(known, agreed_tokens=np.array(agreed_of, records.agreed_tokens.dtype))
 
     def measured(self, metrics: Metrics, records: Records) -> dict[str, MetricValue]:
-        """Metrics with energy from the devices' counters in place of the simulated band; null for what is not known."""
-        # Where answers leave at ramps, full depth has said of each token whether it would have given it.
+        """Return metrics with the devices' measured energy in place of the simulated band; unknown ones are None."""
+        # If answers leave at ramps, each token runs at full depth too, so its agreement is known.
         decisions = [decision for replica in self.replicas for decision in replica.server.decisions]
         judged = all(isinstance(decision.deployment.exit_rule, ReleaseEarly) for decision in decisions)
         unknown = UNKNOWN - {"agreement"} if judged or self._config.live.score else UNKNOWN
@@ -153,7 +153,7 @@ class LiveRun:
         return known | {"gco2e_per_million_tokens": gco2e_per_million(energy_j, carbon, tokens)}
 
     def inputs(self) -> dict[str, Provenance]:
-        """Where the energy comes from, and which kernels a card computed with."""
+        """Return the sources of energy figures, and the kernels with which a card computed."""
         found = {}
         if self._energy_j is not None:
             sources = ", ".join(dict.fromkeys(meter.source for meter in self.meters.values()))
@@ -163,7 +163,7 @@ class LiveRun:
         return found
 
     def notices(self) -> tuple[str, ...]:
-        """What a reader may miss."""
+        """Return notices for the reader: unknown energy, kernels, shared devices."""
         found = [f"Energy is not known: {meter.why}." for meter in self.meters.values() if meter.why]
         if kernels := self._kernels():
             found.append(f"The card ran {kernels}.")
@@ -175,7 +175,7 @@ class LiveRun:
         return tuple(dict.fromkeys(found))
 
     def end(self) -> LiveNotes:
-        """The run is over, and so is the counting of energy. Returns the sums of all replicas."""
+        """Stop counting energy at the end of the run, and return the sums of all replicas."""
         for meter in self.meters.values():
             meter.stop()
         return LiveNotes.together([replica.end() for replica in self.replicas])
@@ -192,12 +192,12 @@ class LiveRun:
 
     @property
     def _energy_j(self) -> float | None:
-        """Of all devices; None where one of them does not tell."""
+        """Energy of all devices; None if it is not known of one of them."""
         known = [meter.energy_j for meter in self.meters.values()]
         return None if None in known else sum(filter(None, known))
 
     def _kernels(self) -> str | None:
-        """Of cards; None: there is none."""
+        """Return the kernels with which cards compute; None without a card."""
         from helios_sim.live.kernels.choice import described
 
         used = dict.fromkeys(
@@ -213,7 +213,7 @@ class LiveRun:
         return isinstance(cascade, Cascade) and number not in cascade.stages[-1] and not replays
 
     def _opened(self, number: int) -> dict[str, LiveModel]:
-        """The replica's models: the same for a kind on a device, and weights in host memory are shared by name."""
+        """Return the replica's models, opened once for each kind and device; weights in host memory are shared."""
         kind, device = self._fleet.kind_of(number), self._devices[number]
         if (kind.name, device) not in self._models:
             known = {name: model for of_kind in self._models.values() for name, model in of_kind.items()}
@@ -221,14 +221,14 @@ class LiveRun:
         return self._models[kind.name, device]
 
     def _share_processors(self) -> None:
-        """Where several engines compute on a CPU, each has its share of the threads that one would have."""
+        """Give each of several engines on the CPU its share of the threads that one engine would have."""
         several = self._devices.count("cpu")
         if several > 1 and self._config.live.threads is None:
             check_packages("serving on a device")
             self._undo_sharing = share_threads(several)
 
     def _meter_from(self, arrival_ns: int) -> None:
-        """Asking a card takes some milliseconds, which are not to be the first request's."""
+        """Start the meters before the first arrival: asking a card takes milliseconds, which would delay a request."""
 
         def start() -> None:
             for meter in self.meters.values():
@@ -243,7 +243,7 @@ class LiveRun:
 
 
 def _share(meter: Meter, replicas: int) -> float | None:
-    """What one of so many replicas on a device has drawn: a counter does not tell them apart."""
+    """Return the energy in J of one of several replicas on a device: an equal share, as a counter sees only the sum."""
     joules = meter.so_far_j()
     return None if joules is None else joules / replicas
 
@@ -257,7 +257,7 @@ def opened(
 
 
 def check_live(config: Config, fleet: Fleet) -> None:
-    """UserError for whatever would stop a live run before its first request, found without reading any layer."""
+    """Raise UserError for anything that would stop a live run before its first request, without reading any layer."""
     check_settings(config, fleet)
     known: dict[str, LiveModel] = {}
     for number in range(fleet.replicas):
@@ -269,14 +269,14 @@ def check_live(config: Config, fleet: Fleet) -> None:
 
 
 def check_drafter(config: Config, parts: Parts, model: str, drafter: str) -> None:
-    """UserError for a drafter with other tokens than the model's."""
+    """Raise UserError for a drafter with other tokens than the model's."""
     from helios_sim.live.other_drafts import require_one_tokenizer
 
     require_one_tokenizer(opened(config, parts, config.live.used[0]), model, drafter)
 
 
 def check_judged(config: Config, kind: str, rule: ExitRule) -> None:
-    """UserError for a kind whose answers are judged, and whose rule lets tokens leave before the end."""
+    """Raise UserError for a kind with judged answers and an exit rule that lets tokens leave before the last layer."""
     asked = config.cluster.cascade.kinds[:-1]
     judged = asked if config.server.router != AnswerRouter.THOMPSON else config.cluster.kinds
     if kind in judged and not isinstance(rule, FullDepth | SelfSpeculation | DraftModel):
@@ -286,7 +286,7 @@ def check_judged(config: Config, kind: str, rule: ExitRule) -> None:
 
 
 def check_settings(config: Config, fleet: Fleet) -> None:
-    """UserError for what only a simulation can do."""
+    """Raise UserError for settings that only a simulation can follow."""
     server, live, several = config.server, config.live, fleet.replicas > 1
     if server.enable_prefix_caching:
         raise UserError("server.enable_prefix_caching", True, "false when mode=live: each request has a place of its "
@@ -327,7 +327,7 @@ def _no_ahead() -> UserError:
 
 
 def wanted(config: Config, models: Iterable[str] | None = None, device: str | None = None) -> OpenSettings:
-    """How these models are opened (None: the study's) on a device (None: the first replica's)."""
+    """Return how to open these models (None for the study's) on a device (None for the first replica's)."""
     live = config.live
     return OpenSettings(
         device or live.used[0], live.dtype, live.threads, dict(live.weights), dict(live.heads), live.kernels,
@@ -336,7 +336,7 @@ def wanted(config: Config, models: Iterable[str] | None = None, device: str | No
 
 
 def _predictors(config: Config, models: Iterable[str]) -> dict[str, Path]:
-    """By model, where its predictors lie, beside its trace; empty where no arm asks for them."""
+    """Return by model the folder of its predictors, which is that of its trace; empty if no arm asks for them."""
     entries = [config.policy or {}, *config.arms.values(), *config.cluster.kinds.values()]
     asked = [confidence(config).value, *(entry.get("confidence") for entry in entries)]
     if Confidence.PREDICTOR.value not in asked:

@@ -1,4 +1,4 @@
-"""One replica of a live run: its engine, what is noted of it, and the device's pace beside it."""
+"""One replica of a live run: its engine, notes of its iterations, and measurements of the device's pace."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from helios_sim.profile.spec import Anchor
     from helios_sim.serving.server import Server
 
-WARM_REQUESTS = 8  # at most, running together
+WARM_REQUESTS = 8  # most requests that run together in the warm-up
 KEPT_STEPS = 10_000  # of a few hundred bytes each
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
 class LiveReplica:
-    """`device_engine` serves it, `engine` is what its server sees of it."""
+    """A replica: `device_engine` computes, and `engine` is the wrapper of it that the replica's server uses."""
 
     server: Server  # from `begin` on
 
@@ -55,8 +55,8 @@ class LiveReplica:
         meter: Meter,
         alone: bool,
     ) -> None:
-        """`number`: of the replica. `requests`: the workload's. `alone`: it is the only replica, and its engine runs in
-        the environment's thread; others each have a thread of their own.
+        """Make the engine. `number` is the replica's, `requests` are the workload's. `alone`: it is the only replica,
+        and its engine runs in the environment's thread. Each of several engines has a thread of its own.
         """
         self._config, self._kind, self._clock, self.number = config, kind, clock, number
         self._requests = requests[:WARM_REQUESTS]
@@ -67,14 +67,14 @@ class LiveReplica:
         )
         profiles = {name: data.profile for name, data in kind.parts.models.items()}
         self._pace = Pace(self.device_engine, profiles, clock, meter, config.live.pace_every_s)
-        # While others compute, the clock is not stopped to add up the steps.
+        # With several replicas all steps are kept: to add them up, the clock would have to stop while others compute.
         kept = KEPT_STEPS if alone else None
         self._watched = WatchedEngine(self.device_engine, clock, self._pace.look_within, kept)
         self.engine: Engine = self._watched if self._thread is None else Handed(self._watched, self._thread)
 
     def begin(self, make_server: Callable[[Engine], Server]) -> Server:
-        """The server with its first deployment in memory and everything warm. UserError where memory does not suffice
-        for that."""
+        """Return the server, with its first deployment loaded and everything warm. UserError if memory does not
+        suffice."""
         from helios_sim.live.pace import warm_up
 
         self.server = server = make_server(self.engine)
@@ -96,7 +96,7 @@ class LiveReplica:
         return server
 
     def end(self) -> LiveNotes:
-        """Its sums, now that the run is over."""
+        """Return the replica's sums, at the end of the run."""
         work = self.device_engine.work
         self._in_thread(self._pace.look_beside)
         return replace(
@@ -110,7 +110,7 @@ class LiveReplica:
         )
 
     def close(self) -> None:
-        """Leave nothing of it on the device."""
+        """Leave nothing of the replica on the device."""
         self._pace.close()
         self._in_thread(self.device_engine.close)
         if self._thread is not None:
@@ -129,7 +129,7 @@ def make_engine(
     requests: Sequence[Request],
     clock: WallClock,
 ) -> LiveEngine:
-    """The live engine, with room for the workload's longest requests."""
+    """Make the live engine, with room for the workload's longest requests."""
     from helios_sim.live.engine import LiveEngine
     from helios_sim.live.replaying import ReplayingEngine
 
@@ -138,18 +138,18 @@ def make_engine(
     return engine(
         clock, models, texts, slots=slots, slot_tokens=_slot_tokens(config, models, requests),
         device=device, kernels=config.live.kernels,
-        kept_answers=None if config.live.score else SERVED_TEXTS,  # they are read once more when all is over
+        kept_answers=None if config.live.score else SERVED_TEXTS,  # scoring reads all answers after the run
     )  # fmt: skip
 
 
 def _slot_tokens(config: Config, models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:
-    """Tokens of a slot in whole blocks, and one block more: a text that changes its model half-way may grow."""
+    """Return the tokens of a slot: whole blocks, and one block more, as a text may grow when it changes its model."""
     block_tokens = config.server.block_tokens
     return (-(-_longest(models, requests) // block_tokens) + 1) * block_tokens
 
 
 def _longest(models: Mapping[str, LiveModel], requests: Sequence[Request]) -> int:
-    """Tokens of the longest request, prompt and answer, on whichever model makes most of it."""
+    """Return the tokens of the longest request, prompt and answer, by the model that needs the most tokens for it."""
     longest = 1
     for model in models.values():
         for request in requests:
@@ -159,7 +159,9 @@ def _longest(models: Mapping[str, LiveModel], requests: Sequence[Request]) -> in
 
 
 class Pace:
-    """Times the steps beside a run and in turns within it, now and then, when clock and meter are stopped for it."""
+    """Times a decode step and a prompt step before and after a run, or now and then within it, in turns and with clock
+    and meter stopped.
+    """
 
     def __init__(
         self, engine: LiveEngine, profiles: Mapping[str, Profile], clock: WallClock, meter: Meter, every_s: float | None
@@ -169,14 +171,14 @@ class Pace:
         self._due_ns = 0
         self._turns = cycle((DECODE, PROMPT))
         self._found: dict[str, list[float]] = {DECODE: [], PROMPT: []}
-        # the steps of a model, and of which layers they are
+        # by model and step: the layers of which the step was made, and the step
         self._ready: dict[tuple[str, str], tuple[list[LayerWeights], Step]] = {}
 
     def mean(self, anchor: str) -> float | None:
-        """Time of the step over its time beside the profile: above 1 is slower. None where the profile does not tell,
-        the device has no memory for the step, or a run ended before its turn.
+        """Return the step's time over its time when the profile was measured; above 1 is slower. None if the profile
+        has no such time, the device has no memory for the step, or the run ended before the step's turn.
 
-        The mean over the profile's median: tables hold medians, and what a run takes is a sum.
+        It is a mean over the profile's median: tables hold medians, and the time of a run is a sum.
         """
         known = self._found[anchor]
         return fmean(known) if known else None
@@ -186,7 +188,7 @@ class Pace:
         self._ready.clear()
 
     def look_beside(self) -> None:
-        """Time some steps before the run or after it, unless they are timed within; their median counts."""
+        """Time some steps before or after the run, unless they are timed within it; their median counts."""
         from helios_sim.live.pace import REPEATS
 
         if self._every_ns is None:
@@ -195,7 +197,7 @@ class Pace:
                 self._note(anchor, max(there, key=lambda model: there[model]), REPEATS)
 
     def look_within(self, name: str) -> None:
-        """One step of the model that runs next, if it is time for one. Nothing may be loading."""
+        """Time one step of the model that runs next, if a step is due. No transfer may be under way."""
         if self._every_ns is None or self._clock.wall_ns < self._due_ns:
             return
         with self._clock.stopped(), self._meter.left_out():
@@ -203,7 +205,7 @@ class Pace:
         self._due_ns = self._clock.wall_ns + self._every_ns
 
     def _note(self, name: str, of_model: str, repeats: int) -> None:
-        """`name` is an anchor's, `of_model` that of a model in memory."""
+        """Time the step of anchor `name` for `of_model`, a model in memory, and note its pace."""
         from helios_sim.live.pace import seconds
 
         known = self._profiles[of_model].anchors or Anchors()
@@ -219,13 +221,13 @@ class Pace:
             _log.warning("the device's pace is not known: %s", short)
 
     def _step(self, key: tuple[str, str], model: SegmentedModel, anchor: Anchor) -> Step:
-        """The one of last time, unless layers came or went since."""
+        """Return the step that was prepared last time, unless layers came or went since."""
         from helios_sim.live.pace import prepared
 
         known = self._ready.get(key)
         if known is not None and list(map(id, known[0])) == list(map(id, model.layers)):
             return known[1]
-        self._ready.pop(key, None)  # its memory first
+        self._ready.pop(key, None)  # free its memory first
         step: Step = prepared(model, self._engine.device, anchor)
         self._ready[key] = list(model.layers), step
         return step

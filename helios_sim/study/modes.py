@@ -1,4 +1,4 @@
-"""What further kinds of a study can be set to: live serving, comparisons with a real run, designs of one arm, capacity.
+"""Settings of further kinds of studies: live serving, comparisons with a real run, designs of one arm, capacity plans.
 
 The classes hold only plain types because Hydra fills them."""
 
@@ -28,21 +28,21 @@ SAMPLERS = ("nsga2", "tpe")
 
 @dataclass
 class LiveConfig:
-    """What `mode=live` needs beside the study's own settings; without it nothing here does anything."""
+    """Settings of `mode=live` beside the study's own; without that mode they have no effect."""
 
     device: str = "cpu"  # cpu, cuda, cuda:N; `device=...` for short
-    devices: list[str] = field(default_factory=list)  # of each replica, in their order; empty: all on `device`
+    devices: list[str] = field(default_factory=list)  # one for each replica, in order; empty: all on `device`
     dtype: str | None = None  # float32, bfloat16; null: as in the profile
-    kernels: str | None = None  # of decodes: triton, torch, flashinfer; null: triton on a card that can, else torch
-    threads: int | None = None  # of a CPU, for each replica on it; null: all that the process may use, shared out
+    kernels: str | None = None  # for decodes: triton, torch, flashinfer; null: triton on a card that can, else torch
+    threads: int | None = None  # of each replica on a CPU; null: an equal share of all that the process may use
     weights: dict[str, str] = field(default_factory=dict)  # by model: folder, .gguf file or hub id; else by its name
     heads: dict[str, str] = field(default_factory=dict)  # by model: folder of exit heads; else those shipped for it
     texts: str | None = None  # folder of TASK.txt, or one file for all tasks; null: those of `make models`
     warm_up: int = 3  # iterations of each kind before time begins
     score: bool = False  # afterwards read every answer once more at full depth: only then is agreement known
-    run: int = 0  # which of several runs of the same: they are different results
+    run: int = 0  # number of a run among several with equal settings, which give different results
     # Every so many seconds stop the clock and time one of the two steps that the calibration timed, in turns; null:
-    # both before and after the run only. What they draw is not counted as the run's energy.
+    # time both, only before and after the run. The energy of these steps is not counted as the run's.
     pace_every_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,13 +71,13 @@ class LiveConfig:
 
 @dataclass
 class LiveFidelityConfig:
-    """A comparison, if loads are given: every arm at every load, simulated, and served in passes over them all."""
+    """Comparison of live with simulated runs, if loads are given: every arm at every load, served in several passes."""
 
-    loads: list[float] = field(default_factory=list)  # over each arm's own capacity, as simulated; above 1: overload
-    seconds: float = 12.0  # of arrivals in each of them
-    least_requests: int = 12  # in each of them, however slow the arm
-    passes: int = 2  # everything is served so often; how far these runs differ is the noise floor
-    calibrate_s: float | None = None  # measure a profile just before, in so long for each model; null: as it is shipped
+    loads: list[float] = field(default_factory=list)  # over each arm's own simulated capacity; above 1: overload
+    seconds: float = 12.0  # of arrivals at each load
+    least_requests: int = 12  # at each load, however slow the arm
+    passes: int = 2  # times that everything is served; differences between passes are the noise floor
+    calibrate_s: float | None = None  # take so long to measure a profile of each model before; null: take the known one
 
     def __post_init__(self) -> None:
         require_finite(self, "fidelity_live.")
@@ -91,7 +91,7 @@ class LiveFidelityConfig:
 
 @dataclass
 class LinkConfig:
-    """Link between the cards of a tensor-parallel group. Null: from the table of cards, PCIe where that knows none."""
+    """Link between the cards of a tensor-parallel group. Null: from the table of cards, PCIe if that has none."""
 
     latency_s: float | None = None  # of one all-reduce, however small
     bytes_per_s: float | None = None  # in each direction of each card
@@ -99,29 +99,29 @@ class LinkConfig:
 
 @dataclass
 class FidelityConfig:
-    """A comparison, if a folder is given: the logged run beside its simulation from kernel times and settings.
+    """Comparison, if a folder is given, of a logged run with its simulation from kernel times and settings.
 
-    What is null comes from the folder, or from tables keyed by the names that it gives.
+    A null setting comes from the folder, or from tables by the names that the folder gives.
     """
 
-    compare: bool = False  # a log with its simulation, in place of the arms; a folder alone means the same
+    compare: bool = False  # true: compare a log, in place of running the arms; giving a folder means true
     folder: str | None = None  # meta.json, requests.jsonl, profile/, and if there timeseries.csv and workload.csv
     model: str | None = None  # the shape to use, by its name on Hugging Face
     hardware: str | None = None  # which card's memory and link to use
     memory_bytes: int | None = None  # of one card
-    memory_utilisation: float | None = None  # of it, given to the engine; 0.9 unless logged
-    kv_blocks: int | None = None  # of the engine; a logged count unless set
+    memory_utilisation: float | None = None  # share of it for the engine; 0.9 unless logged
+    kv_blocks: int | None = None  # of the engine; the logged count unless set
     tensor_parallel: int | None = None
     schedule_ahead: int | None = None  # 1: asynchronous scheduling, vLLM's default since 0.14
     link: LinkConfig = field(default_factory=LinkConfig)
-    estimate: bool = True  # of the quantities that no table has, from the first requests
-    estimate_from: int = 150  # so many requests, the first to arrive; at most half of the log
+    estimate: bool = True  # estimate quantities that no table has from the first requests
+    estimate_from: int = 150  # number of these first requests; at most half of the log
     mixed_term: bool = True  # decodes beside a prompt chunk as measured together; false: the sum of both alone
     unequal_kv_term: bool = True  # false: KV lengths enter by their mean
     scheduler: str = "vllm_v1"  # plain, vllm_v1
-    load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # of error against load
-    profile_error: float = 0.01  # the effect of so much is shown against load
-    # Published measurements of served models with their simulation, in place of the arms; beside it only `rows` counts
+    load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # for errors
+    profile_error: float = 0.01  # the effect of a profile error of this size is shown against load
+    # True: compare published measurements with their simulation, in place of the arms; beside it only `rows` counts
     silicon: bool = False
     rows: str | None = None  # a CSV file with the columns of data/silicon/handed.csv; null: that file
 
@@ -139,21 +139,21 @@ class FidelityConfig:
 
 @dataclass
 class FromLogConfig:
-    """A study of a log of real serving, if one is given: replayed, fitted to its first part, asked on its arrivals.
+    """Study of a log of real serving, if a log is given: replays it, fits to its first part, and asks what if.
 
     Every format that helios_sim/logs or a workload's trace reads is taken, and the folder of a vLLM run.
     """
 
-    replay: bool = False  # a log in place of the workload; a log alone means the same
+    replay: bool = False  # true: a log takes the place of the workload; giving a log means true
     log: str | None = None  # file or folder; `log=...` for short
-    part: int | None = None  # of a file with several runs (rates of a sweep), from 1
-    span_s: list[float] | None = None  # of ServeGen's clients: the seconds to draw requests for, [begin, end]
-    kernels: bool = True  # where the folder of a vLLM run has the kernel times of its card, those price the replay
-    engine_of_log: bool = True  # what the log states of the engine counts in place of server.*
+    part: int | None = None  # which run of a file with several (rates of a sweep), from 1
+    span_s: list[float] | None = None  # ServeGen's clients: the seconds to draw requests for, [begin, end]
+    kernels: bool = True  # price the replay by the card's kernel times in the folder of a vLLM run, if it has some
+    engine_of_log: bool = True  # engine settings that the log states override server.*
     kv_blocks: int | None = None  # of the engine; null: as logged, else what the card's memory has room for
-    estimate: bool = True  # host time and prices, from the requests of the first part
-    share: float = 0.5  # of the requests, by arrival, that are the first part
-    models: list[str] = field(default_factory=list)  # other models that are asked on the same arrivals, at full depth
+    estimate: bool = True  # estimate host time and prices from the requests of the first part
+    share: float = 0.5  # share of the requests, by arrival, in the first part
+    models: list[str] = field(default_factory=list)  # other models to simulate on the same arrivals, at full depth
     cards: list[str] = field(default_factory=list)  # other cards, as `hardware`, for the log's model
 
     def __post_init__(self) -> None:
@@ -173,21 +173,21 @@ class FromLogConfig:
 
 @dataclass
 class DesignsConfig:
-    """A study with `parameters` is a sweep: designs of one arm, the other arms beside them as they are."""
+    """Sweep of designs of one arm, if there are `parameters`; the other arms run beside it unchanged."""
 
     parameters: dict[str, AxisConfig] = field(default_factory=dict)  # by name; empty: an ordinary study
     method: str = "grid"  # grid: every combination; search: Optuna looks for the front
-    arm: str | None = None  # the one that is designed; null: the subject, else the last arm
+    arm: str | None = None  # the arm that is designed; null: the subject, else the last arm
     objectives: list[str] = field(
         default_factory=lambda: ["throughput_requests_per_s", "e2e_s_p99", "agreement"]
-    )  # metrics between which designs trade; where a metric is a band, its less favourable end counts
-    designs: int = 200  # search: how many are asked for
-    generation: int = 20  # search: designs that are asked for at a time; with `seed` it decides which they are
+    )  # metrics that designs trade off; of a metric that is a band, the less favourable end counts
+    designs: int = 200  # search: number of designs
+    generation: int = 20  # search: designs asked for at a time; with `seed` it decides which designs come
     sampler: str = "nsga2"  # search: nsga2, tpe
-    seed: int = 0  # search: of the sampler; the requests have the study's seeds
+    seed: int = 0  # search: seed of the sampler; the requests have the study's seeds
     backend: str = "serial"  # serial, processes: on this machine, ray: on a cluster
     workers: int | None = None  # null: one for each core, with ray one for each of the cluster's
-    address: str | None = None  # ray: of a running cluster; null: RAY_ADDRESS, else one is started here
+    address: str | None = None  # ray: of a running cluster; null: RAY_ADDRESS, else a cluster is started here
 
     def __post_init__(self) -> None:
         require_one_of("sweep.method", self.method, METHODS)
@@ -203,19 +203,19 @@ class DesignsConfig:
 
 @dataclass
 class CapacityConfig:
-    """A study with `cards` plans capacity: the fewest replicas of each card with which each arm keeps the SLOs.
+    """Capacity plan, if there are `cards`: the fewest replicas of each card with which each arm keeps the SLOs.
 
-    What each SLO bounds is in `slo`, what cards cost in `cost`.
+    SLOs are set in `slo`, prices of cards in `cost`.
     """
 
     cards: list[str] = field(default_factory=list)  # as `hardware`: [l40s, 4xh100-80gb]; empty: an ordinary study
-    loads: list[float] = field(default_factory=lambda: [1.0])  # times the arrivals of the workload; each is planned for
-    # When the SLOs are kept. requests: by the share of requests that meet all of them (vLLM's goodput); mean, p50, p90,
-    # p95, p99: by this statistic of the times that each of them bounds, or of each its own: {ttft_s: p95, tpot_s: mean}
+    loads: list[float] = field(default_factory=lambda: [1.0])  # times the workload's arrivals; each is planned for
+    # When the SLOs are kept. requests: by the share of requests that meet all SLOs (vLLM's goodput); mean, p50, p90,
+    # p95, p99: by this statistic of each time that has an SLO; a mapping gives each its own: {ttft_s: p95, e2e_s: mean}
     by: Any = BY_REQUESTS
-    attainment: float = 0.99  # by=requests: that share
+    attainment: float = 0.99  # by=requests: the share of requests that have to meet all SLOs
     seconds: float | None = 120.0  # of drawn arrivals, at every load; null: workload.n_requests, at every load
-    most_replicas: int = 64  # where these do not suffice, no number is given
+    most_replicas: int = 64  # if so many do not suffice, no number is given
     search: str = "bisection"  # bisection; every: all numbers of replicas are run, which takes long
     beyond: int = 2  # bisection: so many further numbers must keep the SLOs too (helios_sim/vary/least.py)
 

@@ -33,7 +33,7 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting; `jobs` by arm, one for each seed."""
+    """One combination of settings; `jobs` by arm, one for each seed."""
 
     settings: Mapping[str, Any]  # as figures name them; empty for the study itself
     baseline: str
@@ -55,7 +55,7 @@ class StudyPlan:
 
     @property
     def without_faults(self) -> dict[str, tuple[Job, ...]]:
-        """Of each arm that is to meet faults in a simulation: the same without."""
+        """Jobs without faults, for each simulated arm that is to meet faults."""
         return {
             name: tuple(_without_faults(job) for job in jobs)
             for name, jobs in self.headline.jobs.items()
@@ -69,7 +69,7 @@ def _without_faults(job: Job) -> Job:
 
 
 def plan_study(config: Config) -> StudyPlan:
-    """UserError where an arm, a baseline or an axis is not what it should be."""
+    """Plan the runs of a study. UserError for a wrong arm, baseline or axis."""
     arms = entries_of(config)
     own = {name: entry for name, entry in arms.items() if not entry.get("sweeps_only")}
     baseline = _known_arm("baseline", config.baseline or next(iter(own)), own)
@@ -85,7 +85,7 @@ def plan_study(config: Config) -> StudyPlan:
 
 
 def _check_overrides(arm: str, overrides: Any) -> None:
-    """UserError for what an arm cannot have of its own: seeds, or the requests differ; what is of the whole study."""
+    """Raise UserError for settings that no arm may override: seeds, which change requests, and those of all arms."""
     if not isinstance(overrides, Mapping):
         allowed = "settings by path, such as {server.max_running_requests: 64}"
         raise UserError(f"arms.{arm}.overrides", overrides, allowed, "write a mapping")
@@ -97,7 +97,7 @@ def _check_overrides(arm: str, overrides: Any) -> None:
 
 
 def check_axes(axes: Sequence[Axis]) -> None:
-    """UserError where an axis changes the requests by their seeds: what is compared would differ by chance."""
+    """Raise UserError if an axis changes the seeds: its points would differ by chance."""
     for axis in axes:
         for path in axis.settings:
             if path.split(".")[0] in ("seeds", "auto_seeds"):
@@ -106,7 +106,7 @@ def check_axes(axes: Sequence[Axis]) -> None:
 
 
 def point_at(plan: StudyPlan, settings: Mapping[str, Any]) -> Point:
-    """The first point with these settings; without any, the study itself. UserError where there is none."""
+    """Return the first point with these settings; without settings, the study itself. UserError if there is none."""
     if not settings:
         return plan.headline
     for point in plan.points:
@@ -116,7 +116,7 @@ def point_at(plan: StudyPlan, settings: Mapping[str, Any]) -> Point:
 
 
 def entries_of(config: Config) -> dict[str, Mapping[str, Any]]:
-    """The arms by name, as settings have them, with the one that `policy` adds. UserError where an entry is no arm."""
+    """Return the arms' entries by name, with the arm that `policy` adds. UserError if an entry is no arm."""
     arms: dict[str, Mapping[str, Any]] = {}
     for name, entry in config.arms.items():
         if entry is None:  # left out by the command line
@@ -138,7 +138,7 @@ def entries_of(config: Config) -> dict[str, Mapping[str, Any]]:
 
 
 def _check_sweeps_only(config: Config, name: str, entry: Mapping[str, Any]) -> None:
-    """UserError where an arm is for sweeps only, and none names it."""
+    """Raise UserError if an arm is for sweeps only, but no sweep names it, or it has a baseline of its own."""
     key, value = f"arms.{name}.sweeps_only", entry.get("sweeps_only", False)
     if not isinstance(value, bool):
         raise UserError(key, value, "true or false", "correct it")
@@ -150,9 +150,9 @@ def _check_sweeps_only(config: Config, name: str, entry: Mapping[str, Any]) -> N
 
 
 def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) -> tuple[Job, ...]:
-    """An arm under every seed, some settings changed. UserError where its settings cannot be.
+    """Return an arm's jobs, one for each seed, with some settings changed. UserError if its settings cannot be.
 
-    What is known of exits beforehand is summed up at the arm's own threshold and confidence, where it has them.
+    Exits that are known beforehand are summed up at the arm's own threshold and confidence, if it has them.
     """
     changes = changes or {}
     changed = with_settings(config, changes) if changes else config
@@ -173,13 +173,13 @@ def jobs_of(config: Config, arm: str, changes: Mapping[str, Any] | None = None) 
 
 def _entry(config: Config, arm: str) -> Mapping[str, Any]:
     entries = entries_of(config)
-    if arm not in config.arms:  # the one that `policy` adds, named by its model
+    if arm not in config.arms:  # the arm that `policy` adds, named by its model
         return list(entries.values())[-1]
     return entries[arm]
 
 
 def _added_arm(policy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Its name and entry. It is called by its policy, and by its model if it has one."""
+    """Return name and entry of the arm that `policy` adds. It is named by its policy, and its model if it has one."""
     settings = dict(policy)
     kind = settings.pop("name", None)
     if kind is None:
@@ -209,7 +209,7 @@ def _sweep(config: Config, sweep: SweepConfig, arms: Mapping[str, Any], baseline
 
 
 def _check_apart(points: Sequence[Point]) -> None:
-    """UserError where two points of a sweep are the same runs: what differs counts for none of its arms."""
+    """Raise UserError if two points of a sweep are equal runs: the settings that differ have no effect on its arms."""
     seen: dict[tuple[str, ...], Point] = {}
     for point in points:
         first = seen.setdefault(tuple(job.settings_key for jobs in point.jobs.values() for job in jobs), point)
@@ -225,9 +225,10 @@ def _point(
 
 
 def check_study(plan: StudyPlan) -> None:
-    """UserError for a name that means nothing here, a setting that cannot be, or an arm that cannot start.
+    """Raise UserError for an unknown name, a setting that cannot be, or an arm that cannot start.
 
-    Points of sweeps are built but not started: what does not fit there is found when it runs, with the rest kept.
+    Points of sweeps are built but not started: what does not fit into memory there is found when it runs, and finished
+    results are kept.
     """
     _check_names(plan)
     for job in {(job.arm.name, id(job.config)): job for job in plan.jobs}.values():
@@ -252,7 +253,7 @@ def check_study(plan: StudyPlan) -> None:
         job = jobs[0]
         for kind in built[in_json(what_counts(job.config))].kinds:
             policy = kind.policy or job.arm.policy
-            # one plans for all requests when it starts, the other is not ours to start twice
+            # an oracle plans for all requests when it starts, and a user's own policy is not ours to start twice
             if not policy.kind.is_bound and policy.name != CUSTOM:
                 parts, env = kind.parts, simpy.Environment()
                 live = job.config.mode == LIVE
@@ -268,7 +269,7 @@ def check_study(plan: StudyPlan) -> None:
 
 
 def _with_any_drafts(models: Mapping[str, ModelData]) -> dict[str, ModelData]:
-    """With traces that need not tell which drafts are accepted: live, that is found out."""
+    """Return models with traces that take any drafter: live, serving finds out which drafts are accepted."""
     found = {}
     for name, data in models.items():
         trace = data.trace.trace
@@ -278,7 +279,7 @@ def _with_any_drafts(models: Mapping[str, ModelData]) -> dict[str, ModelData]:
 
 
 def _check_threshold(parts: Parts, first: Deployment, config: Config) -> None:
-    """UserError where recorded exits cannot answer the rule of an arm's first deployment, or its cost is not known."""
+    """Raise UserError if the exit rule of an arm's first deployment lacks recorded exits or a known cost."""
     rule, live = first.exit_rule, config.mode == LIVE
     if isinstance(rule, PerToken) and config.exits.guarantee.max_disagreement is not None:
         allowed = "null with exits.guarantee: what is promised was shown for checks at every exit"

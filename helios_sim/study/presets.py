@@ -1,6 +1,6 @@
 """Words of the command line that stand for settings, without Hydra; among them presets of the server.
 
-A preset is what goes with an engine's version: a file of conf/engine.
+A preset holds the defaults of an engine's version: a file of conf/engine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from helios_sim.help import conf_folder
 from helios_sim.live.checkpoint.known import SHORT_NAMES
 from helios_sim.untrusted import parse_yaml
 
-_GROUPS = {"runtime": "runtime.preset", "objective": "objective.goal"}  # chosen by a name
+_GROUPS = {"runtime": "runtime.preset", "objective": "objective.goal"}  # groups that a name chooses
 _OF_THE_COMMAND_LINE = ("experiment", "hydra", "config_dir", "config-dir", "multirun")
 
 
 def settings_in_full(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted path for words that the command line takes: what a preset says first, then the others.
+    """Return settings by dotted path for words that the command line takes; a preset's settings yield to the others.
 
-    UserError for words that only the command line can take.
+    Raises UserError for words that only the command line can take.
     """
     found: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -55,21 +55,21 @@ def settings_in_full(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """All presets, by engine and version."""
+    """Return the names of all presets, sorted by engine and version."""
     names = (path.stem for path in _folder().glob("*.yaml"))
     return sorted(names, key=lambda name: (name.split("-")[0], _version(name)))
 
 
 @cache
 def preset_settings(name: str) -> Mapping[str, Any]:
-    """The preset's settings by dotted path. UserError for a name that there is not."""
+    """Return a preset's settings by dotted path. UserError for an unknown name."""
     require_one_of("server.preset", name, preset_names())
     groups: dict[str, dict[str, Any]] = parse_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     return {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
 
 
 def preset_of(engine: str, version: str) -> str | None:
-    """The preset for an engine's version: the latest that is not later, else the first; None: no such engine."""
+    """Return the preset for an engine's version: the latest that is not later, else the first; None without any."""
     own = [name for name in preset_names() if name.split("-")[0] == engine]
     earlier = [name for name in own if _version(name) <= _version(version)]
     return earlier[-1] if earlier else next(iter(own), None)
@@ -80,5 +80,5 @@ def _folder() -> Path:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """The first two numbers in it."""
+    """Return the first two numbers in a text."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

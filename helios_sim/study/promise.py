@@ -1,4 +1,7 @@
-"""What arms were promised to change at most (exits.guarantee), beside what they changed on prompts set apart."""
+"""The share of tokens that arms may change by promise (exits.guarantee), and what they changed on the served prompts.
+
+The prompts by which thresholds and caps were chosen are set apart, and not served.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from helios_sim.study.schema import Config
 
 
 def kept_promises(jobs: Mapping[str, Sequence[Job]], arms: Mapping[str, ArmResult]) -> tuple[KeptPromise, ...]:
-    """Of the arms whose thresholds and caps are those that keep it; an arm with others of its own is left out."""
+    """Return promises of arms with the thresholds and caps that keep them; an arm with other ones is left out."""
     found = []
     for name, (first, *_) in jobs.items():
         config, parameters = first.config, first.arm.policy.parameters
@@ -38,9 +41,9 @@ def kept_promises(jobs: Mapping[str, Sequence[Job]], arms: Mapping[str, ArmResul
 
 
 def _chosen(parameters: PolicyParameters, config: Config) -> bool:
-    """Whether the policy's exits are those that were chosen for the promise."""
+    """Whether the policy uses the exits that were chosen for the promise."""
     if isinstance(parameters, FullDepthParameters | SelfSpeculationParameters | DraftModelParameters):
-        return True  # every token is full depth's
+        return True  # every token is that of full depth
     if getattr(parameters, "cap_layers", None) is not None:
         return False
     chosen = threshold(config), confidence(config)
@@ -48,7 +51,7 @@ def _chosen(parameters: PolicyParameters, config: Config) -> bool:
 
 
 def told(promises: Sequence[KeptPromise]) -> list[str]:
-    """One sentence for each promise that was made, with the arms under it."""
+    """Return one sentence for each promise that was made, with its arms."""
     said = []
     for first in dict.fromkeys((p.max_disagreement, p.probability, p.prompts, p.threshold) for p in promises):
         most, probability, prompts, at = first

@@ -1,4 +1,4 @@
-"""Runs jobs of a study: where its settings say, keeping whole results until the study's own files are written."""
+"""Runs the jobs of a study where its settings say, and keeps whole results until the study's own files are written."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _In = TypeVar("_In")
 def run_jobs(
     jobs: Sequence[Job], journal: Journal[JobResult], processes: int | None, on_done: OnDone[Job, JobResult]
 ) -> dict[str, JobResult]:
-    """Results by job key. Jobs that the journal already holds are read, not run; the order does not matter.
+    """Return results by job key. Jobs that the journal already holds are read, not run; the order does not matter.
 
-    `processes`: None for one a core, which are forks where jobs are few and short. Raises the first job's UserError;
-    what was finished before stays in its folder.
+    `processes`: None for one per core, which are forks if jobs are few and short. Raises the first job's UserError;
+    finished results stay in the journal's folder.
     """
     tasks = [task_of((job,), {"arm": job.arm.name, "seed": job.seed}, job) for job in jobs]
     with closing(Workers(place_of(list({job.key: job for job in jobs}.values()), processes))) as workers:
@@ -44,23 +44,23 @@ def run_jobs(
 
 
 def place_of(jobs: Sequence[Job], processes: int | None) -> Place:
-    """Where so many different jobs run, by the setting `jobs`."""
+    """Return where different jobs run. `processes` is the setting `jobs`."""
     if processes is not None or len(jobs) >= JOBS_WORTH_A_POOL:
         return Place("processes", processes or os.cpu_count() or 1, setting="jobs")
     requests = [job.config.workload.n_requests for job in jobs if job.config.mode == SIMULATE]
     known = [n for n in requests if n is not None]
-    # Machine code is made once, in this process, and with it such jobs take no time.
+    # Machine code is made once, in this process, and makes such jobs quick.
     forks = len(known) == len(jobs) and sum(known) >= REQUESTS_WORTH_FORKS and not any(map(runs_compiled, known))
     return Place(FORKS if forks and can_fork() else "serial", os.cpu_count() or 1, setting="jobs")
 
 
 def journal_of(folder: Path) -> Journal[JobResult]:
-    """The jobs that the folder holds."""
+    """Open the journal of the jobs in a folder."""
     return Journal(folder, _Columns())
 
 
 def task_of(jobs: Sequence[Job], about: Mapping[str, Any], given: _In) -> Task[_In]:
-    """The task of running these jobs, with the same key for the same result."""
+    """Return the task of running these jobs; its key is equal for equal results."""
     key = jobs[0].key if len(jobs) == 1 else digest([job.key for job in jobs])
     return Task(key, about, given, digest([job.settings_key for job in jobs]), lambda: _made_of(jobs))
 
@@ -70,7 +70,7 @@ def _made_of(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def forget_jobs(folder: Path) -> None:
-    """Once the study's own files are written, they hold all results, and the jobs' (a quarter MB each) only take room.
+    """Remove the results of single jobs, a quarter MB each, once the study's own files hold all of them.
 
     The journal stays.
     """
@@ -78,7 +78,7 @@ def forget_jobs(folder: Path) -> None:
 
 
 def job_lines(total: int) -> OnDone[Job, JobResult]:
-    """A line for every job of a study."""
+    """Return a function that prints a line for every job of a study."""
     done = 0
 
     def line(task: Task[Job], result: JobResult, kept: bool) -> None:
@@ -94,7 +94,7 @@ def job_lines(total: int) -> OnDone[Job, JobResult]:
 
 
 class _Columns:
-    """A file of columns for each result; the journal's line is for people and other programs."""
+    """Keeps each result in a file of columns; its line in the journal is for people and other programs."""
 
     def save(self, folder: Path, key: str, result: JobResult) -> Mapping[str, Any]:
         files.write_parts(folder / FINISHED / f"{key}.columns", in_parts(result))
@@ -106,7 +106,7 @@ class _Columns:
 
 
 def _run(job: Job) -> JobResult:
-    """Says in a UserError which arm it is about."""
+    """Run a job. A UserError names the job's arm and seed."""
     try:
         return run_job(job)
     except UserError as error:

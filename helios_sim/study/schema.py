@@ -1,6 +1,6 @@
-"""What a study's settings are, in plain types, with the ranges of single values.
+"""The settings of a study, in plain types, with the ranges of single values.
 
-The classes are mutable and hold only plain types because Hydra fills them; everything behind them is frozen.
+The classes are mutable and hold only plain types because Hydra fills them; everything made from them is frozen.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PRESENTATION = (
 
 DISCARDED = 2  # server.sleep_level
 LATEST_FAULT_S = 1e9
-MOST_FAULTS_PER_HOUR = 1e6  # of a kind and a replica
+MOST_FAULTS_PER_HOUR = 1e6  # of one kind on one replica
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ArrivalsConfig:
     users: int | None = None  # closed_loop: each sends the next request when the last is answered
     trace: str | None = None  # trace: a file, here or in the folder of shared data
     rate_scale: float = 1.0  # trace: so many times as fast as recorded
-    time_unit: str | None = None  # trace: s, ms, us or ns, of numbers whose unit the file does not say
+    time_unit: str | None = None  # trace: s, ms, us or ns, for numbers without a unit in the file
 
 
 @dataclass
@@ -79,7 +79,7 @@ class LengthsConfig:
     output: LengthConfig = field(default_factory=LengthConfig)
     trace: str | None = None  # trace: a file, here or in the folder of shared data
     resample: bool = False  # trace: rows drawn with replacement; false: in the file's order
-    id_tokens: int = 512  # trace: tokens of each of its hash_ids, which say what prompts share; 512 in Mooncake's
+    id_tokens: int = 512  # trace: tokens per hash_id, which say what prompts share; 512 in Mooncake's
 
     def __post_init__(self) -> None:
         fits = 1 <= self.id_tokens < 2**31
@@ -88,18 +88,18 @@ class LengthsConfig:
 
 @dataclass
 class SessionsConfig:
-    """Users who take turns, request after request; each prompt is all that was said before and a new text."""
+    """Users who take turns, request after request; each prompt is the whole conversation so far and a new text."""
 
     users: int | None = None  # null: no sessions, each request is alone
-    turns: LengthConfig = field(default_factory=LengthConfig)  # of a session, then its user begins another
-    max_tokens: int | None = None  # a session ends before it would have more; null: no limit
+    turns: LengthConfig = field(default_factory=LengthConfig)  # per session; its user then begins another session
+    max_tokens: int | None = None  # a session ends before it would exceed this; null: no limit
 
 
 @dataclass
 class MixConfig:
-    """Which tasks requests are of, in which shares, and how that changes."""
+    """Shares of tasks among the requests, and how they change."""
 
-    # Shares by name, scaled to a sum of 1. Given whole, they take the place of the experiment's, as `after` does
+    # Shares by name, scaled to a sum of 1. Given whole, they replace the experiment's; so does `after`
     tasks: dict[str, float] = field(default_factory=dict, metadata={"whole": True})
     # Shares to which the mix drifts; empty: it does not
     after: dict[str, float] = field(default_factory=dict, metadata={"whole": True})
@@ -109,7 +109,7 @@ class MixConfig:
     end: float | None = None
     period: float | None = None  # periodic: length of a cycle
     per: str = "requests"  # requests: a position is the share of requests so far, 0 to 1; seconds: an arrival time
-    # By task, for server.order=priority: the lowest number is served first; tasks that are not named have 0
+    # By task, for server.order=priority: the lowest number is served first; tasks without an entry have 0
     priorities: dict[str, int] = field(default_factory=dict)
 
 
@@ -118,8 +118,8 @@ class FaultConfig:
     """When one kind of fault strikes: at these times, at random, or both; without either it does not."""
 
     at_s: list[float] = field(default_factory=list)  # on the run's clock
-    rate_per_hour: float | None = None  # of each replica, on average, at random
-    replicas: list[int] | None = None  # those that it strikes, from 0; null: all
+    rate_per_hour: float | None = None  # mean rate of each replica, at random times
+    replicas: list[int] | None = None  # numbers of the replicas that it strikes, from 0; null: all
 
 
 @dataclass
@@ -141,7 +141,7 @@ class FaultsConfig:
     """Faults that every arm meets at the same times; see workload/faults.py for what each kind does."""
 
     retries: int = 3  # how often a request that a fault hits is sent again before it is dropped
-    replica_dies: LastingFaultConfig = field(default_factory=LastingFaultConfig)  # lasts: until it serves again
+    replica_dies: LastingFaultConfig = field(default_factory=LastingFaultConfig)  # lasts_s: until it serves again
     iteration_fails: FaultConfig = field(default_factory=FaultConfig)
     out_of_memory: FaultConfig = field(default_factory=FaultConfig)
     load_fails: FaultConfig = field(default_factory=FaultConfig)
@@ -173,7 +173,7 @@ class FaultsConfig:
 
     @property
     def strikes(self) -> dict[str, FaultConfig]:
-        """The kinds that are on."""
+        """The kinds of faults that strike."""
         return {kind: f for kind, f in self.by_kind.items() if f.at_s or f.rate_per_hour is not None}
 
 
@@ -183,13 +183,13 @@ class WorkloadConfig:
 
     statement: str = ""  # one sentence for the reader: what this workload stands for
     n_requests: int | None = None  # null: all of a trace in its own order
-    # Of the tokenizer that counts lengths: a number; model: that of the model served, the first of `models`; null: they
-    # are in characters
+    # Tokenizer that counts lengths, by its characters per token: a number; model: as the served model, the first of
+    # `models`; null: lengths are in characters
     chars_per_token: int | float | str | None = "model"  # noqa: S105 - of text
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     mix: MixConfig = field(default_factory=MixConfig)
-    # By task: the length of a text that all of its prompts begin with, before what is drawn
+    # By task: the length of a text with which all of its prompts begin, before the drawn text
     system_prompts: dict[str, int] = field(default_factory=dict)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
@@ -210,8 +210,8 @@ class ServerConfig:
     # (...-FP8, ...-AWQ, ...-GPTQ-Int4) or its config.json says, else bf16
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # of K and V: auto (as the config says, else bf16), bfloat16, fp8
-    kernels: str = "vllm"  # whose measured ones are summed: vllm; trtllm: TensorRT-LLM's, on cards that have them
-    # Where weights wait that are not on the card, as vLLM's sleep levels: 1: in host memory; 2: nowhere, they are read
+    kernels: str = "vllm"  # which measured kernels are summed: vllm's, or trtllm: TensorRT-LLM's, if the card has them
+    # Where weights that are not on the card wait, as vLLM's sleep levels: 1: in host memory; 2: nowhere, they are read
     # from files
     sleep_level: int = 1
     schedule_ahead: int = 0  # 0: plan, run, commit; 1: the next iteration is planned while one runs, as vLLM v1 does
@@ -219,18 +219,19 @@ class ServerConfig:
     # iterations; trtllm: a request enters with memory for its whole answer (see core/schedule.py). vllm_v0 and trtllm
     # do not compute prompts in chunks.
     scheduler: str = "plain"
-    # TensorRT-LLM's batch_wait: beside decodes, prompts wait for so many iterations, or until one has so many tokens
+    # TensorRT-LLM's batch_wait: while others decode, prompts wait for so many iterations, or until an iteration would
+    # have so many tokens
     batch_wait_iterations: int = 0
     batch_wait_tokens: int = 0
-    # Of the waiting line, and of preemption, which takes the last in it: fcfs; priority: the lowest number first, from
-    # workload.mix.priorities or a trace's column `priority`; shortest_prompt
+    # Order of the waiting line; preemption takes the request that would be last in it. fcfs; priority: the lowest
+    # number first, from workload.mix.priorities or a trace's column `priority`; shortest_prompt
     order: str = "fcfs"
-    # round_robin; least_loaded: to the replica with the fewest requests in it; power_of_two: of two drawn at random to
-    # the one with fewer; session: all turns of a session to one; prefix_aware: where most of its prompt is cached,
-    # weighed against the requests there; by_task: to a kind of replica that is meant for its task (see cluster);
-    # cascade: the first kind answers, the next one again where that answer is not confident; thompson: a bandit that
-    # learns from answers which kind is best; mixed: kinds at random by their shares; best_answer: the kind that turns
-    # out best, which nobody knows beforehand (the last four: helios_sim/by_answer.py)
+    # Where a request goes. round_robin; least_loaded: the replica with the fewest requests; power_of_two: of two drawn
+    # at random the one with fewer; session: all turns of a session to one replica; prefix_aware: where most of its
+    # prompt is cached, weighed against the requests there; by_task: a kind of replica that is meant for its task (see
+    # cluster); cascade: the first kind answers, and the next one again if that answer is not confident; thompson: a
+    # bandit that learns from answers which kind is best; mixed: kinds at random by their shares; best_answer: the kind
+    # that will turn out best, a bound that no real router reaches (the last four: helios_sim/by_answer.py)
     router: str = "round_robin"
 
     def __post_init__(self) -> None:
@@ -252,11 +253,11 @@ class ServerConfig:
 
 @dataclass
 class CascadeConfig:
-    """One kind answers, and the next one again where the answer is not confident."""
+    """Settings of the router cascade: one kind answers, and the next one again if the answer is not confident."""
 
-    kinds: list[str] = field(default_factory=list)  # all of the cluster, in the order in which they are asked
-    # An answer with less goes on to the next kind; 0: none does, above 1: all do. The confidence of an answer is the
-    # mean of the largest probability over its tokens.
+    kinds: list[str] = field(default_factory=list)  # all kinds of the cluster, in the order in which they are asked
+    # A request goes on to the next kind if the answer's confidence is lower; 0: none does, above 1: all do. The
+    # confidence of an answer is the mean of the largest probability over its tokens.
     escalate_below: float = 0.5
 
     def __post_init__(self) -> None:
@@ -266,11 +267,11 @@ class CascadeConfig:
 
 @dataclass
 class BanditConfig:
-    """What the router thompson is told beforehand."""
+    """Settings of the router thompson."""
 
-    by_task: bool = True  # it learns for each task of its own; false: one kind for all
+    by_task: bool = True  # learn the best kind of each task; false: one kind for all tasks
     spread: float = 0.3  # bits per character by which answers of one kind are assumed to differ before any is known
-    # by kind, bits per character that its answers have to be better than those of a kind without a cost
+    # by kind: bits per character by which its answers have to be better than the answers of a kind without a cost
     costs: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -281,11 +282,11 @@ class BanditConfig:
 class ClusterConfig:
     """Replicas of several kinds, in place of `server.replicas` equal ones."""
 
-    # By name: count, and in what its replicas differ from the study and the arm: hardware, models, server (settings of
-    # one server, such as max_running_requests), policy with its settings.
+    # By name: count, and how its replicas differ from the study and the arm: hardware, models, server (settings of one
+    # server, such as max_running_requests), policy with its settings.
     kinds: dict[str, Any] = field(default_factory=dict)
-    # by_task: the kind that serves each task; empty: for each task the kind that has the model with the fewest bits per
-    # character on its texts, or where all kinds have policy=draft_model, the drafter that is right most often there
+    # by_task: the kind that serves each task; empty: for each task the kind with the model that has the fewest bits per
+    # character on its texts or, if all kinds have policy=draft_model, with the drafter that is right most often on them
     tasks: dict[str, str] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # mixed: of the requests, by kind; they sum to 1
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
@@ -297,13 +298,13 @@ class AutoscaleConfig:
     """Replicas that come and go with load, from `least` to `server.replicas` (serving/autoscale.py)."""
 
     least: int | None = None  # null: all replicas are always on
-    # Requests in the system for which there is to be one replica; a capacity plan tries each of several: [4, 8, 16]
+    # Wanted number of requests in the system per replica; a capacity plan tries each of several: [4, 8, 16]
     requests_per_replica: Any = None
-    # How long a replica takes until it serves: no default, since it depends on engine, model and disk; vLLM prints its
-    # parts when it starts (weights, compilation, graphs).
+    # How long a replica takes until it serves. It has no default, since it depends on engine, model and disk; vLLM
+    # prints its parts when it starts (weights, compilation, graphs).
     start_s: float | None = None
-    every_s: float = 15.0  # between two looks; that of Kubernetes' HorizontalPodAutoscaler, as the next one
-    down_after_s: float = 300.0  # no more were wanted for so long before replicas go
+    every_s: float = 15.0  # between two looks; default of Kubernetes' HorizontalPodAutoscaler, as is the next setting
+    down_after_s: float = 300.0  # replicas go after fewer were wanted for so long
     first: int | None = None  # replicas that serve at the beginning; null: `least`, and in a capacity plan all of them
 
     def __post_init__(self) -> None:
@@ -327,12 +328,12 @@ class AutoscaleConfig:
 
 @dataclass
 class GuaranteeConfig:
-    """A promise that thresholds and caps keep, in place of a threshold that is given (exits/guarantee.py)."""
+    """A promise that thresholds and caps keep, in place of a given threshold (exits/guarantee.py)."""
 
-    max_disagreement: float | None = None  # of tokens, at most; null: nothing is promised
+    max_disagreement: float | None = None  # largest share of tokens that may change; null: no promise
     failure: float = 0.05  # the probability with which the promise may be broken
-    calibration_share: float = 0.5  # of each task's prompts, which settings are chosen by; the others are served
-    seed: int = 0  # of which these are
+    calibration_share: float = 0.5  # share of each task's prompts by which settings are chosen; the others are served
+    seed: int = 0  # of the draw of these prompts
 
     def __post_init__(self) -> None:
         key = "exits.guarantee"
@@ -346,7 +347,7 @@ class GuaranteeConfig:
 
 @dataclass
 class ExitsConfig:
-    """Where models' exits come from, and which confidence decides."""
+    """Source of the models' exits, and the confidence that decides."""
 
     source: str = "published"  # published, none, stated, a shipped source, or a folder; {model}: the model's name
     threshold: float | None = None  # None: the published one
@@ -365,12 +366,12 @@ class ExitsConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What a policy is to reach, and within which bounds."""
+    """Goal of a policy, and its bounds."""
 
     goal: str = "throughput"  # throughput, response_time, energy, batch_size, quality
     max_disagreement: float = 0.05  # epsilon: share of tokens that may differ from the same model's full depth
-    max_bits_per_char: float | None = None  # of a model at all, where it is known; null: any
-    max_bits_ratio: float | None = None  # over those of bits_reference at full depth on the same text; null: any
+    max_bits_per_char: float | None = None  # most bits per character of a model, if they are known; null: any
+    max_bits_ratio: float | None = None  # most bits over those of bits_reference at full depth on equal text; null: any
     bits_reference: str | None = None  # a model; null: the best candidate at any time
     max_response_time_s: float | None = None  # predicted mean E2E; null: any
 
@@ -382,13 +383,13 @@ class ObjectiveConfig:
             require(bound is None or bound > 0, f"objective.{key}", bound, "null or above 0")
 
 
-# Nobody waits longer: a number above it was meant in milliseconds.
+# No user waits longer: a larger number was meant in milliseconds.
 MOST_SLO_S = {"ttft_s": 90.0, "tpot_s": 5.0, "e2e_s": 86400.0}
 
 
 @dataclass
 class SloConfig:
-    """Service levels of one request: first token, time per further token, last token. Null: not asked for."""
+    """Service levels of one request: first token, time per further token, last token. Null: no bound."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -403,9 +404,9 @@ class SloConfig:
 
 @dataclass
 class CostConfig:
-    """What cards and electricity cost. Null: not counted, since no price is assumed."""
+    """Prices of cards and electricity. Null: not counted, since no price is assumed."""
 
-    usd_per_card_hour: Any = None  # of each card, or by their names: {a100-40gb: 1.2, h100-80gb: 2.5}
+    usd_per_card_hour: Any = None  # of each card, or by card: {a100-40gb: 1.2, h100-80gb: 2.5}
     gco2e_per_kwh: float | None = None  # of electricity, as CO2 equivalent in grams
 
     def __post_init__(self) -> None:
@@ -423,17 +424,17 @@ class SweepConfig:
     """All combinations of the axes' values, for the named arms."""
 
     axes: list[AxisConfig] = field(default_factory=list)
-    arms: list[str] | None = None  # None: all but those that are for certain sweeps only
+    arms: list[str] | None = None  # None: all arms without `sweeps_only`
     baseline: str | None = None  # None: the study's
 
 
 @dataclass
 class FigureConfig:
-    """A figure over the sweeps' points, which name settings as their axes do, or over the arms."""
+    """A figure over the arms, or over the points of sweeps, with settings named as by the sweeps' axes."""
 
     # sweep: a metric against a setting; load: throughput and latency against load; arms: a metric against another;
-    # quality: bits per character over the run; phase: the best arm at each value of `x` and of `split_by`; matrix: how
-    # every arm does there
+    # quality: bits per character over the run; phase: the best arm at each value of `x` and of `split_by`; matrix:
+    # every arm's metric at each of them
     kind: str = "sweep"
     title: str = ""
     x: str = ""  # an axis; arms: a metric
@@ -443,7 +444,7 @@ class FigureConfig:
     relative: bool = False  # true: the ratio to the baseline
     arms: list[str] | None = None  # None: all
     split_by: str | None = None  # another axis: one line for each of its values
-    along: list[str] = field(default_factory=list)  # arms: axes of sweeps, whose points of an arm a line joins
+    along: list[str] = field(default_factory=list)  # arms: axes of sweeps; a line joins an arm's points along them
     log_x: bool = False
     log_y: bool = False
     marks: dict[str, float] = field(default_factory=dict)  # level lines: label and value
@@ -453,7 +454,7 @@ class FigureConfig:
 
 @dataclass
 class PublishedConfig:
-    """A published figure, and where ours comes from: `metric` of `arm` over that of `over`."""
+    """A published figure, and how ours is computed: `metric` of `arm` over that of `over`."""
 
     what: str = ""
     published: float = 0.0
@@ -462,7 +463,7 @@ class PublishedConfig:
     metric: str = "throughput_requests_per_s"
     arm: str = ""
     over: str | None = None  # None: the baseline
-    inverse: bool = False  # of a metric where lower is better: over / arm
+    inverse: bool = False  # for a metric of which lower is better: over / arm
     at: dict[str, Any] = field(default_factory=dict)  # a sweep's point; empty: the arms themselves
     remark: str = ""
 
@@ -484,13 +485,13 @@ AUTO, NONE, ALL = "auto", "none", "all"
 
 @dataclass
 class AutoSeedsConfig:
-    """With seeds=auto: when there are enough.
+    """When `seeds=auto` has enough seeds.
 
-    The defaults keep to what Law, Simulation Modeling and Analysis, section 9.4.1, recommends for such a procedure: a
-    figure known to 15 % either way or better, and at least ten runs before it is looked at.
+    The defaults follow Law, Simulation Modeling and Analysis, section 9.4.1, on such procedures: a figure known to 15 %
+    either way or better, and at least ten runs before the first look.
     """
 
-    relative_width: float = 0.2  # of the subject's interval over its figure: 10 % either way
+    relative_width: float = 0.2  # largest width of the subject's interval over its figure: 10 % either way
     first: int = 10  # seeds before the first look; then twice as many, and so on
     at_most: int = 40
 
@@ -504,9 +505,9 @@ class AutoSeedsConfig:
 
 @dataclass
 class ReportConfig:
-    """How the report looks."""
+    """Looks of the report."""
 
-    style: str = FOR_PAGE  # page: figures as PNG; paper: as SVG and PDF besides, on white, without titles, fonts inside
+    style: str = FOR_PAGE  # page: figures as PNG; paper: also as SVG and PDF, on white, without titles, fonts inside
 
     def __post_init__(self) -> None:
         require_one_of("report.style", self.style, STYLES)
@@ -516,22 +517,22 @@ class ReportConfig:
 class Config:
     """One study: every arm in `arms` (and `policy`, if set) over one workload, and the sweeps beside it."""
 
-    name: str = "study"  # the output folder's
+    name: str = "study"  # also of the output folder
     title: str = ""  # "": the name
     question: str = ""
     mode: str = "simulate"  # simulate; live: the same requests, scheduler and policies on a real model and device
     hardware: str = "a100-40gb"  # a card by name, N that work as one (4xh100-80gb), or a card's .yaml
-    # Candidates of every arm, by name or by the path of a config.json. What is known of a model on the hardware is a
-    # profile: MODEL@HARDWARE in `profile_folder`, else made from measured kernels or the card's data sheet.
+    # Candidates of every arm, by name or by the path of a config.json. Costs of a model on the hardware are a profile:
+    # MODEL@HARDWARE in `profile_folder`, else made from measured kernels or the card's data sheet.
     models: list[str] = field(default_factory=lambda: ["opt-1.3b", "opt-6.7b"])
     profile_time_factor: float = 1.0  # scales every iteration, to study profile error
-    profile_prompt_time_factor: float | None = None  # in its place for what computes many tokens at once; null: not so
-    # Whether the answer stands where the profiles are off: the subject and its baseline run again with times at both
-    # ends. auto: of the band that the profiles know, where that takes seconds; [0.9,1.2]: times of iterations over the
-    # profiles'; none: not again.
+    profile_prompt_time_factor: float | None = None  # its value for prompts, many tokens at once; null: the same
+    # Tests whether the answer holds if the profiles are off: the subject and its baseline run again at both ends of a
+    # band of times. auto: the band that the profiles state, if that takes seconds; [0.9,1.2]: times of iterations over
+    # the profiles'; none: no test.
     profile_band: Any = "auto"
     # What the next best option would have given, at each decision of the log: the run again with it, until the next
-    # decision. auto: where that takes a second or two, the subject's first; all; none.
+    # decision. auto: if that takes a second or two, the subject's decisions first; all; none.
     next_best: str = "auto"
     profile_folder: str | None = None  # None: the shipped profiles
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -544,10 +545,10 @@ class Config:
     slo: SloConfig = field(default_factory=SloConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     policy: dict[str, Any] | None = None  # one more arm: name and settings
-    # By name: policy, its settings, and if wanted a description, overrides (of this configuration, by dotted path)
+    # By name: policy, its settings, and optionally a description, overrides (of this configuration, by dotted path)
     # and a baseline of its own, for arms under other conditions than the study's.
-    # With `sweeps_only: true` it runs in the sweeps that name it and not at the study's own settings.
-    # Null leaves one out.
+    # An arm with `sweeps_only: true` runs in the sweeps that name it and not at the study's own settings.
+    # Null leaves an arm out.
     arms: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""  # an arm; "": the first
     subject: str | None = None  # the arm that the verdict is about; None: the last one
@@ -557,16 +558,16 @@ class Config:
     figures: list[FigureConfig] = field(default_factory=list)
     published: list[PublishedConfig] = field(default_factory=list)
     gates: list[GateConfig] = field(default_factory=list)
-    headline_metrics: list[str] | None = None  # of the table, the one to decide by first; None: the usual ones
+    headline_metrics: list[str] | None = None  # of the table, first the one that decides; None: the usual ones
     pictures: bool = True  # false: no figures and no report.html, only the data
     report: ReportConfig = field(default_factory=ReportConfig)
     trace: bool = False  # true: also trace.perfetto-trace, every iteration of each arm's first seed (ui.perfetto.dev)
     jobs: int | None = None  # processes; None: one per core, or none for the shortest studies
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
-    capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many of them
-    fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log beside its simulation
-    from_log: FromLogConfig = field(default_factory=FromLogConfig)  # with a log: replayed, and asked
-    live: LiveConfig = field(default_factory=LiveConfig)  # of mode=live
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many replicas of each
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log and its simulation
+    from_log: FromLogConfig = field(default_factory=FromLogConfig)  # with a log: its replay, and what-if questions
+    live: LiveConfig = field(default_factory=LiveConfig)  # for mode=live
     fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
 
     in_full = staticmethod(settings_in_full)  # for `with_settings`: words that stand for settings
@@ -616,7 +617,7 @@ class Config:
 
     @property
     def figures_as(self) -> str | None:
-        """The style of figures; None: there are to be none."""
+        """Style of the figures; None if there are to be none."""
         return self.report.style if self.pictures else None
 
     @property
@@ -626,18 +627,18 @@ class Config:
 
     @property
     def precision(self) -> Precision:
-        """What is asked of the models of one replica."""
+        """Precision of weights, K and V of one replica."""
         return self.precision_of({})
 
     def precision_of(self, kind: Mapping[str, Any]) -> Precision:
-        """That of a replica of a kind of the cluster."""
+        """Return the precision of a replica of a kind of the cluster."""
         own = kind.get("server")
         server = own if isinstance(own, Mapping) else {}
         keys = ("quantization", "kv_cache_dtype")
         return Precision(*(server.get(key, getattr(self.server, key)) for key in keys))
 
     def device_of(self, kind: Mapping[str, Any]) -> str:
-        """That of a replica of a kind of the cluster."""
+        """Return the hardware of a replica of a kind of the cluster, with the number of its cards."""
         hardware, server = str(kind.get("hardware", self.hardware)), kind.get("server")
         degree = self.server.tensor_parallel
         if isinstance(server, Mapping):

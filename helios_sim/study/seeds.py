@@ -1,10 +1,10 @@
-"""How many seeds a study with `seeds=auto` runs under: more and more, until the subject's ratio is known well enough.
+"""Runs a study with `seeds=auto` under more and more seeds, until the subject's ratio is known well enough.
 
 The subject and its baseline run under the first seeds, then under twice as many, and so on; the other arms and the
-sweeps follow under the seeds at which it ended. It ends where more seeds would not change what is said: the interval is
-narrow, or the one at the DECIDED level keeps to one side of 1. A level as high as that leaves looking again and again
-without weight: the 95 % interval that is shown in the end covers nearly what it says (Haybittle 1971, Peto et al. 1976,
-on trials that are looked at before their end). How many seeds that takes is the same wherever the jobs run.
+sweeps follow under the seeds at which that ended. It ends when more seeds would not change the verdict: the interval is
+narrow, or the interval at the DECIDED level lies on one side of 1. With a level as high as that, repeated looks hardly
+matter: the 95 % interval that is shown in the end covers nearly what it claims (Haybittle 1971, Peto et al. 1976, on
+trials that are looked at before their end). The number of seeds does not depend on where the jobs run.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from helios_sim.study.jobs import Job, JobResult
 from helios_sim.study.plan import CUSTOM, StudyPlan, check_study, plan_study
 from helios_sim.study.schema import AUTO, Config
 
-DECIDED = 0.999  # level of an interval from which the sign of a difference is taken to stand
+DECIDED = 0.999  # level of the interval that settles the sign of a difference
 
 RunJobs = Callable[[Sequence[Job]], Mapping[str, JobResult]]  # results by job key
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A study under the seeds that it needed, all of its jobs done."""
+    """A study under the seeds that it needed, with the results of all its jobs."""
 
     plan: StudyPlan
     results: Mapping[str, JobResult]
-    why: str | None = None  # why there are no more seeds; None: they were given
+    why: str | None = None  # why there are no more seeds; None if the seeds were given
     ends: Ends = field(default_factory=Ends)
     instead: Mapping[str, Mapping[int, Instead]] = field(default_factory=dict)  # by arm and place in its log
 
 
 def first_plan(config: Config) -> StudyPlan:
-    """The checked plan of a study, under the first seeds where it is to find out how many it needs. UserError."""
+    """Return the checked plan of a study, with `seeds=auto` under the first seeds. UserError for wrong settings."""
     plan = plan_study(_under(config, looks(config)[0]) if config.seeds == AUTO else config)
     check_study(plan)
     return plan
@@ -49,14 +49,14 @@ def first_plan(config: Config) -> StudyPlan:
 def settle(plan: StudyPlan, config: Config, run: RunJobs, processes: int | None = 1) -> Settled:
     """Run a study from its first plan on; `config` is as it was given, with seeds that may be `auto`.
 
-    `processes`: as `run_jobs` takes them, for what is not a job.
+    `processes` is as in `run_jobs`, for the branches of `run_instead`.
     """
     results: dict[str, JobResult] = {}
 
     def done(jobs: Sequence[Job]) -> None:
         missing = {job.key: job for job in jobs if job.key not in results}
         if missing:
-            # a user's own policy first: what is wrong with it is found before others have run
+            # a user's own policy first, to find its mistakes before others have run
             results.update(run(sorted(missing.values(), key=lambda job: job.arm.policy.name != CUSTOM)))
 
     why = None
@@ -76,7 +76,7 @@ def settle(plan: StudyPlan, config: Config, run: RunJobs, processes: int | None 
 
 
 def looks(config: Config) -> list[int]:
-    """The numbers of seeds at which it may end: twice as many each time, at last the most that are allowed."""
+    """Return the numbers of seeds at which it may end: twice as many each time, at last the most that are allowed."""
     found, most = [config.auto_seeds.first], config.auto_seeds.at_most
     while found[-1] * 2 < most:
         found.append(found[-1] * 2)
@@ -88,7 +88,7 @@ def _under(config: Config, seeds: int) -> Config:
 
 
 def _pair(plan: StudyPlan) -> Pair:
-    """The jobs of the subject and of its baseline."""
+    """Return the jobs of the subject and of its baseline."""
     arms, subject = plan.headline.jobs, _subject(plan)
     return arms[subject], arms[arms[subject][0].arm.baseline or plan.headline.baseline]
 
@@ -98,7 +98,7 @@ def _subject(plan: StudyPlan) -> str:
 
 
 def _reason(config: Config, pair: Sequence[Sequence[Replicate]]) -> str | None:
-    """Why more seeds would not change what is said; None: they may."""
+    """Return why more seeds would not change the verdict; None if they may."""
     name = (config.headline_metrics or USUAL_METRICS)[0]
     ours, theirs = ([(it.records, it.metrics) for it in runs] for runs in pair)
     if all(_lossy(it) for it in pair[0]) or all(_lossy(it) for it in pair[1]):

@@ -1,4 +1,4 @@
-"""A sweep of designs from its plan to its result, its files and the lines on stdout; finished ones from the journal."""
+"""Runs a sweep of designs from its plan to its result, files and lines on stdout; the journal has finished designs."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ from helios_sim.vary.axis import Choice
 from helios_sim.vary.runner import Journal, OnDone, Task, at_work_in, progress, run_tasks
 from helios_sim.vary.workers import Place, Workers
 
-USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # beside the objectives
-EVERY_S = 10.0  # between two lines on the state of things
+USUAL_METRICS = ("tpot_s_mean", "batch_mean", "layers_per_token")  # shown beside the objectives
+EVERY_S = 10.0  # between two progress lines
 Figures = tuple[Metrics, Mapping[str, Interval]]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one design: metrics, or an error."""
+    """The outcome of one design: metrics, or an error."""
 
     metrics: Metrics | None
     error: str | None
     wall_s: float
-    lasting: bool = True  # false: an error that a second try may not meet
+    lasting: bool = True  # false for an error that may not come again, so that it is not kept
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of the objectives and the shown metrics
 
 
 def sweep(config: Config) -> DesignsResult:
-    """Run a sweep from Python, without files. UserError where settings cannot be run."""
+    """Run a sweep from Python, without files. UserError if settings cannot be run."""
     return run_plan(plan_sweep(config), None, {"seeds": list(config.seeds)}, lambda task, outcome, kept: None)
 
 
 def run_plan(
     plan: SweepPlan, folder: Path | None, provenance: Mapping[str, Any], on_done: OnDone[Sequence[Job], Outcome]
 ) -> DesignsResult:
-    """Runs what the folder's journal does not hold. UserError when a library is missing, or every design failed."""
+    """Run what the folder's journal does not hold. UserError if a library is missing, or every design failed."""
     settings = plan.config.sweep
     with closing(Workers(Place(settings.backend, settings.workers, settings.address))) as workers:
         journal = Journal(folder, OutcomeLines())
@@ -80,7 +80,7 @@ def run_plan(
 
 
 def evaluate(jobs: Sequence[Job]) -> Outcome:
-    """Means of the metrics over the jobs, which are one design under several seeds. Never raises an error of theirs."""
+    """Return means of metrics over jobs, which are one design under several seeds. Errors are returned, not raised."""
     names = {*jobs[0].config.sweep.objectives, *_shown(jobs[0].config)}
 
     def figures() -> Figures:
@@ -95,13 +95,13 @@ def evaluate(jobs: Sequence[Job]) -> Outcome:
 
 
 def outcome_of(figures: Callable[[], Figures]) -> Outcome:
-    """What these figures are, or why there are none. Never raises an error of theirs."""
+    """Return the outcome of `figures`: its result, or its error, which is not raised."""
     started_s = perf_counter()
     try:
         metrics, intervals = figures()
-    except UserError as mistake:  # of the user's code: it may have missed what is there the next time
+    except UserError as mistake:  # an error of the user's own code may not come again, as if a file was missing
         return Outcome(None, str(mistake), perf_counter() - started_s, lasting=not isinstance(mistake, OwnCodeError))
-    except Exception as defect:  # of ours: one run must not end the others
+    except Exception as defect:  # of this program: one run must not end the others
         place = traceback.extract_tb(defect.__traceback__)[-1]
         error = f"{type(defect).__name__}: {defect} ({place.filename}, line {place.lineno})"
         return Outcome(None, error, perf_counter() - started_s, lasting=False)
@@ -109,17 +109,17 @@ def outcome_of(figures: Callable[[], Figures]) -> Outcome:
 
 
 class Evaluations:
-    """Designs by what they are, in the order in which they were first asked for; each is run once."""
+    """Designs in the order in which they were first asked for; each is run once."""
 
     def __init__(
         self, plan: SweepPlan, journal: Journal[Outcome], workers: Workers, on_done: OnDone[Sequence[Job], Outcome]
     ) -> None:
         self.designs: dict[str, Design] = {}  # by key
         self._plan, self._journal, self._workers, self._on_done = plan, journal, workers, on_done
-        self._outcomes: dict[str, Outcome] = {}  # by key, arms beside the designs too
+        self._outcomes: dict[str, Outcome] = {}  # by key, of designs and of the arms beside them
 
     def __call__(self, choices: Sequence[Choice]) -> list[Design]:
-        """The designs in the order of the choices."""
+        """Run designs that are new, and return all in the order of the choices."""
         tasks: dict[str, Task[Sequence[Job]]] = {}
         outcomes: dict[str, Outcome] = {}
         keys = []
@@ -144,7 +144,7 @@ class Evaluations:
         return [self.designs[key] for key in keys]
 
     def references(self) -> tuple[Design, ...]:
-        """Every arm at the study's own settings."""
+        """Run every arm at the study's own settings, and return them as designs without parameters."""
         tasks = {name: task_of(jobs, {"arm": name}, jobs) for name, jobs in self._plan.references.items()}
         outcomes = self._run(list(tasks.values()))
         found = {name: outcomes[task.key] for name, task in tasks.items()}
@@ -160,7 +160,7 @@ class Evaluations:
 
 
 class OutcomeLines:
-    """Outcomes are their lines of the journal. Python writes floats so that they read back the same."""
+    """Keeps outcomes in their lines of the journal. Python writes floats so that they read back exactly."""
 
     def save(self, folder: Path, key: str, result: Outcome) -> Mapping[str, Any] | None:
         if not result.lasting:
@@ -191,12 +191,12 @@ def _interval(low: Any, high: Any, method: Any, n: Any) -> Interval:
 
 
 def _shown(config: Config) -> Sequence[str]:
-    """Metrics that are shown beside the objectives."""
+    """Return the metrics that are shown beside the objectives."""
     return config.headline_metrics or USUAL_METRICS
 
 
 def figures_of(job: Job) -> tuple[Records, dict[str, MetricValue]]:
-    """The requests of a run and its metrics, without pictures."""
+    """Run a job without pictures and return its records and metrics."""
     fleet = shared_fleet(job.config, job.seed)
     log = RecordLog(fleet.parts.workload.requests)
     run = serve(job, fleet, log.add, pictures=False, block_sink=log.add_block)
@@ -256,7 +256,7 @@ def _cautions(config: Config) -> list[str]:
 def sentences(
     arm: str, objectives: Sequence[str], designs: Sequence[Design], references: Sequence[Design]
 ) -> tuple[str, ...]:
-    """How large the front is, its ends, and where the arms stand that were not designed."""
+    """Return sentences on the size of the front, its ends, and how the arms that were not designed compare."""
     costs = merits_of(designs, objectives)
     front = [design for design, there in zip(designs, on_front(costs), strict=True) if there]
     found = [_size(arm, objectives, designs, front)]
@@ -281,7 +281,7 @@ def sentences(
 
 
 def in_words(design: Design) -> str:
-    """#12 (threshold 0.8, round_requests 150)."""
+    """Return a design in words: #12 (threshold 0.8, round_requests 150)."""
     values = ", ".join(f"{name} {value_shown(value)}" for name, value in design.parameters.items())
     return f"{design.name} ({values})" if values else design.name
 
@@ -314,7 +314,7 @@ def _figure(design: Design, name: str) -> str:
 
 
 def _apart(name: str, design: Design, reference: Design) -> bool:
-    """Whether the interval of the design lies wholly on the better side of that of the reference."""
+    """Whether the design's interval lies wholly on the better side of the reference's interval."""
     ours, theirs = design.intervals.get(name), reference.intervals.get(name)
     if ours is None or theirs is None:
         return False
@@ -331,7 +331,7 @@ def _beaten(name: str, better: int, clear: int, total: int) -> str:
 
 
 def run_sweep(config: Config, folder: Path) -> int:
-    """Runs, writes and prints. Returns 0. UserError before anything is written, or when every design failed."""
+    """Run, write and print a sweep. Returns 0. UserError before anything is written, or if every design failed."""
     plan = plan_sweep(config)
     total = plan.n_designs + len(plan.references)
     lines = StateLines(f"of at most {total} runs", "a design failed")
@@ -344,7 +344,7 @@ def run_sweep(config: Config, folder: Path) -> int:
 
 
 class StateLines:
-    """A line for each failure, and one on the state of things now and then; none where a bar shows it."""
+    """Prints a line for each failure, and a progress line now and then; it is not called if a bar shows progress."""
 
     def __init__(self, of_all: str, failure: str) -> None:
         self._of_all, self._failure, self._started_s = of_all, failure, monotonic()
@@ -369,7 +369,7 @@ class StateLines:
 
 
 def _show(result: DesignsResult) -> None:
-    """The front, the answer and what failed."""
+    """Print the front, the answer and the failures."""
     print_designs(result)
     for sentence in (*result.verdict, *(f"{d.name} failed: {d.error}" for d in result.failed[:5])):
         say(sentence)

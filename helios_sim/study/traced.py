@@ -1,4 +1,4 @@
-"""The arms of a study once more, under their first seed and step by step, with every iteration noted (`trace=true`)."""
+"""Runs the arms of a study once more, under their first seed and stepwise, and notes every iteration (`trace=true`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "trace.perfetto-trace"
 
 
 def check_trace(plan: StudyPlan) -> None:
-    """UserError where a trace cannot be written, before anything runs."""
+    """Raise UserError if a trace cannot be written, before anything runs."""
     require_perfetto()
     for name, jobs in plan.headline.jobs.items():
         if jobs[0].config.mode != SIMULATE:
@@ -32,12 +32,12 @@ def check_trace(plan: StudyPlan) -> None:
 
 
 def trace_of(plan: StudyPlan) -> bytes:
-    """The trace of all arms at the study's own settings."""
+    """Return the trace of all arms at the study's own settings."""
     return encode([traced(jobs[0]) for jobs in plan.headline.jobs.values()])
 
 
 def traced(job: Job) -> TracedArm:
-    """One arm under one seed. What is noted does not change what happens."""
+    """Run one arm under one seed and note its iterations, which does not change its results."""
     fleet, log = shared_fleet(job.config, job.seed), RecordLog()
     iterations: list[Iteration] = []
 
@@ -65,7 +65,7 @@ def _iteration(server: Server, start_ns: int, end_ns: int) -> Iteration:
 
 
 def _served(records: Records, tasks: tuple[str, ...]) -> list[Served]:
-    """Those that got a last token."""
+    """Return the requests that got a last token."""
     scheduled, first, last = records.scheduled_ns, records.first_token_ns, records.last_token_ns
     return [
         Served(

@@ -21,7 +21,7 @@ from helios_sim.study.build import PROFILE_RUNTIME
 from helios_sim.study.promise import told
 from helios_sim.study.schema import Config, FaultConfig, LastingFaultConfig
 
-FEWEST_REQUESTS = 20  # that an arm completed, all seeds together, from which a comparison says something
+FEWEST_REQUESTS = 20  # completed by an arm, all seeds together; with fewer there is no verdict
 EVEN = 0.01  # ratios closer to 1 than this are called even
 ATTAINMENT = 0.99
 PROFILE_ERROR = "profile_time_factor"  # a sweep's setting
@@ -34,12 +34,11 @@ def verdict(
     comparable: Collection[str],
     why_so_many: str | None = None,
 ) -> tuple[str, ...]:
-    """First the subject against the baseline in the headline metric, then what that hangs on, then what it costs and
-    who is best. Brackets are 95 % intervals, over the seeds or within the only run.
+    """Return the answer in sentences: the subject against its baseline in the headline metric, reservations, the price
+    in quality, and the best arm. Brackets are 95 % intervals, over the seeds or within the only run.
 
-    `comparable` are the arms under the subject's conditions: only among those is a best one named, and of them only
-    among those that completed what they were asked, and enough of it. `why_so_many`: of seeds=auto, why there are no
-    more seeds.
+    `comparable` are the arms under the subject's conditions. A best arm is named only among the comparable arms that
+    lost hardly any request and completed enough of them. `why_so_many`: with seeds=auto, why there are no more seeds.
     """
     name = headline_metrics(result)[0]
     sentences = [_against(result, subject, name, ratios.get(name))]
@@ -90,19 +89,19 @@ def _against(result: ExperimentResult, subject: str, name: str, ratio: Ratio | N
 
 
 def _lost(result: ExperimentResult, subject: str) -> str:
-    """Which of the subject and its baseline lost requests, and how many; empty where neither did."""
+    """Say which of the subject and its baseline lost requests, and how many; empty if neither did."""
     shares = {arm: lost_share(result.arms[arm]) for arm in (subject, result.baseline_of(subject))}
     lossy = {arm: share for arm, share in shares.items() if share > MOST_LOST}
     return " and ".join(f"{arm} did not complete {share:.1%} of its requests" for arm, share in lossy.items())
 
 
 def _compared_requests(result: ExperimentResult, subject: str) -> int:
-    """That both the subject and its baseline completed."""
+    """Return the number of requests that the subject and its baseline completed, the smaller of the two."""
     return min(completed(result.arms[arm]) for arm in (subject, result.baseline_of(subject)))
 
 
 def _answer(result: ExperimentResult, subject: str, name: str, ratio: Ratio, compared: str) -> str:
-    """Several seeds may show that an arm helps; one shows what it did in one run."""
+    """Say what a ratio shows: several seeds may show that an arm helps, one seed only what it did in one run."""
     stance, one = stance_of(result, name, ratio), result.seeds == 1
     match stance:
         case Stance.OPEN:
@@ -117,7 +116,7 @@ def _answer(result: ExperimentResult, subject: str, name: str, ratio: Ratio, com
 
 
 class Stance(StrEnum):
-    """What a ratio says of the subject beside its baseline."""
+    """What a ratio says of the subject against its baseline."""
 
     OPEN = "open"  # several seeds, and no interval; or a metric of which neither more nor less is better
     UNCLEAR = "unclear"
@@ -127,7 +126,7 @@ class Stance(StrEnum):
 
 
 def stance_of(result: ExperimentResult, name: str, ratio: Ratio) -> Stance:
-    """One seed shows what an arm did in its run, with or without an interval."""
+    """Return what a ratio says. One seed needs no interval: it shows what an arm did in its run."""
     assert ratio.ratio is not None
     side = side_of(ratio)
     if (side is None and result.seeds > 1) or DEFINITIONS[name].better is Better.NEITHER:
@@ -142,7 +141,7 @@ def stance_of(result: ExperimentResult, name: str, ratio: Ratio) -> Stance:
 def survives(
     result: ExperimentResult, subject: str, name: str, ratio: Ratio | None, ends: Sequence[Ratio | None]
 ) -> bool | None:
-    """Whether the same is said of the subject at each end of the profiles' band; None where nothing is said."""
+    """Whether the subject's stance is the same at each end of the profiles' band; None if it has no stance."""
     few = _compared_requests(result, subject) < FEWEST_REQUESTS
     neither = DEFINITIONS[name].better is Better.NEITHER
     if ratio is None or ratio.ratio is None or few or neither or _lost(result, subject):
@@ -152,7 +151,7 @@ def survives(
 
 
 def _where_off(result: ExperimentResult, subject: str, name: str) -> str:
-    """Whether the answer stands at both ends of the profiles' band."""
+    """Say whether the answer holds at both ends of the profiles' band."""
     trust, label = result.trust, DEFINITIONS[name].label
     if trust.why_not is not None:
         return f"Whether that holds where the profiles are off is open: {trust.why_not}."
@@ -180,14 +179,14 @@ def _bracketed(ratio: Ratio | None) -> str:
 
 
 def side_of(ratio: Ratio) -> int | None:
-    """On which side of 1 the interval lies: -1 or 1; 0: on both; None: there is no interval."""
+    """Return the side of 1 on which the interval lies: -1 or 1; 0 if on both sides; None without an interval."""
     if ratio.low is None or ratio.high is None:
         return None
     return -1 if ratio.high < 1 else 1 if ratio.low > 1 else 0
 
 
 def _figure(result: ExperimentResult, arm: str, name: str) -> str:
-    """A metric of an arm with its interval."""
+    """Return a metric of an arm with its interval."""
     found = result.arms[arm]
     return metric_with_interval(name, found.metrics.get(name), found.intervals.get(name))
 
@@ -209,7 +208,7 @@ def _changes(result: ExperimentResult, subject: str) -> str:
 
 
 def _evaluation(result: ExperimentResult, subject: str) -> str:
-    """Time under evaluation as a share of the span, or in seconds where it went on after the last completion."""
+    """Return time under evaluation as a share of the span, or in seconds if it went on after the last completion."""
     arm = result.arms[subject]
     evaluated = [run.metrics.get("evaluation_time_s") for run in arm.replicates]
     spans = [run.metrics.get("span_s") for run in arm.replicates]
@@ -230,7 +229,7 @@ def _times(count: str) -> str:
 
 
 def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
-    """The best arm that a person could deploy, and how far the oracle is."""
+    """Name the best arm that can be deployed, and how far the oracle is."""
     values = {
         arm: value
         for arm, value in ((arm, r.metrics.get(name)) for arm, r in result.arms.items())
@@ -256,7 +255,7 @@ def _best(result: ExperimentResult, name: str, comparable: Collection[str]) -> s
 
 
 def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) -> str:
-    """Where bits are known: the arms that no other beats in the first metric and in bits per character together."""
+    """Name arms that no other beats in both the first metric and bits per character; empty if bits are not known."""
     names = (name, "bits_per_char")
     rows = {
         arm: [cost(metric, r.metrics.get(metric)) for metric in names]
@@ -269,7 +268,7 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
     front = [arm for arm, kept in zip(rows, on_front(costs), strict=True) if kept]
     if not front:
         return ""
-    first_of = {tuple(rows[arm]): arm for arm in reversed(front)}  # of those that come to the same
+    first_of = {tuple(rows[arm]): arm for arm in reversed(front)}  # the first of arms with equal figures
     front = [first_of[figures] for figures in sorted(first_of)]
     told = (
         f"{arm} ({', '.join(_figure(result, arm, metric) for metric in names)})" for arm in front
@@ -278,7 +277,7 @@ def _unbeaten(result: ExperimentResult, name: str, comparable: Collection[str]) 
 
 
 def conditions(config: Config) -> str:
-    """Hardware, models, runtime and load in a sentence."""
+    """Return hardware, models, runtime and load in a sentence."""
     runtime = config.runtime.preset.replace("_", " ")
     if config.runtime.preset == PROFILE_RUNTIME:
         runtime = "host costs of the profiles"
@@ -292,7 +291,7 @@ def conditions(config: Config) -> str:
 
 
 def _machines(config: Config) -> str:
-    """Models and cards, kind by kind where they differ, and how requests find them."""
+    """Return models and cards, kind by kind if they differ, and the router."""
     n, router = config.server.replicas, config.server.router.replace("_", " ")
     if not config.cluster.kinds:
         models = ", ".join(config.models)
@@ -305,13 +304,13 @@ def _machines(config: Config) -> str:
 
 
 def offered_requests_per_s(config: Config) -> float | None:
-    """The rate of arrivals that do not wait for answers; None in a closed loop, a full queue or a trace."""
+    """Return the rate of open-loop arrivals; None for a closed loop, a queue filled at the start, or a trace."""
     arrivals = config.workload.arrivals
     return arrivals.rate_per_s if arrivals.kind in ("poisson", "gamma", "constant") else None
 
 
 def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], ...]:
-    """Lengths and mix as they were served."""
+    """Return lengths as served, task shares and faults, each with a label."""
     facts = []
     n_done = records.n_completed
     answered = "" if n_done == len(records) else f" of the {n_done:,} completed"
@@ -334,7 +333,7 @@ def workload_facts(config: Config, records: Records) -> tuple[tuple[str, str], .
 
 
 def _when(kind: str, fault: FaultConfig) -> str:
-    """A kind of fault and when it strikes."""
+    """Return a kind of fault in words, and when it strikes."""
     where = "" if fault.replicas is None else f" on replica {', '.join(map(str, fault.replicas))}"
     when = [f"at {', '.join(f'{time_s:g}' for time_s in fault.at_s)} s"] if fault.at_s else []
     when += [f"{fault.rate_per_hour:g} per hour and replica"] if fault.rate_per_hour is not None else []
@@ -343,7 +342,7 @@ def _when(kind: str, fault: FaultConfig) -> str:
 
 
 def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
-    """Sentences for every load figure; empty without one. Rates between two points are interpolated in log(rate)."""
+    """Return sentences for every load figure; empty without one. Rates are interpolated in log(rate) between points."""
     sentences = []
     for figure in result.figures:
         if not isinstance(figure, LoadFigure):
@@ -364,7 +363,7 @@ def load_findings(result: ExperimentResult, subject: str, metric: str) -> list[s
 
 
 def error_findings(result: ExperimentResult, subject: str, metric: str) -> list[str]:
-    """Whether the subject stays on its side of the baseline when the profile is off; empty without such a sweep."""
+    """Say whether the subject stays on its side of the baseline if the profile is off; empty without such a sweep."""
     by_setting: dict[tuple[tuple[str, object], ...], dict[float, float]] = {}
     for point in result.points:
         ratio = point.vs_baseline.get(subject, {}).get(metric)
@@ -385,7 +384,7 @@ def error_findings(result: ExperimentResult, subject: str, metric: str) -> list[
 
 
 def highest_rate(points: Sequence[SweepPoint], x: str, arm: str) -> float | None:
-    """The largest rate up to which attainment stays at 99 %: None when it is below that at the lowest rate."""
+    """Return the largest rate up to which attainment is at least 99 %; None if it is lower at the lowest rate."""
     best = None
     for lower, upper in zip([None, *points], points, strict=False):
         attained = upper.metrics[arm].get("slo_attainment")
@@ -403,7 +402,7 @@ def highest_rate(points: Sequence[SweepPoint], x: str, arm: str) -> float | None
 
 
 def break_even(points: Sequence[SweepPoint], x: str, subject: str, metric: str) -> list[float]:
-    """Rates at which the subject's ratio to the baseline crosses 1."""
+    """Return the rates at which the subject's ratio to the baseline crosses 1."""
     found = []
     ratios = [(float(p.settings[x]), p.vs_baseline.get(subject, {}).get(metric)) for p in points]
     known = [(rate, log(r.ratio)) for rate, r in ratios if r is not None and r.ratio and r.ratio != 1]
@@ -436,7 +435,7 @@ def _break_even_sentence(
 
 
 def _again(points: Sequence[SweepPoint], x: str, arm: str, carried: float | None) -> str:
-    """Higher rates at which the arm meets the levels after all: a dip, or a queue that changes the policy's mind."""
+    """Name higher rates at which the arm meets the levels again: after a dip, or since a queue changes its policy."""
     beyond = [p for p in points if float(p.settings[x]) > (carried or 0.0)]
     met = [p for p in beyond if isinstance(a := p.metrics[arm].get("slo_attainment"), float) and a >= ATTAINMENT]
     if not met:

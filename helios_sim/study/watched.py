@@ -1,4 +1,4 @@
-"""Notes how long every iteration of an engine took, beside what the profile says the same iterations take."""
+"""Notes how long every iteration of an engine took, and how long it takes by the profile."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _SCHEDSTAT = Path("/proc/thread-self/schedstat")  # Linux: ns on a processor, ns
 
 @dataclass(frozen=True, slots=True)
 class LiveNotes:
-    """Sums over a run, and what memory allowed."""
+    """Sums over a live run, and how many requests its memory held."""
 
     iterations: int
     engine_ns: int  # inside the engine
     forward_ns: int  # of that, inside the model's forward pass
-    waited_ns: int  # of `engine_ns`, ready to run while others had the processor; 0 where the system does not tell
+    waited_ns: int  # of `engine_ns`, ready to run while others had the processor; 0 if the system does not tell
     host_ns: int  # between the end of an iteration and the begin of the next, scheduler and policy included
-    priced_ns: int  # of the very same iterations, by the profile, its own host overhead included
-    prompts_taken_ns: int  # by the iterations with prompts in them, engine and host
+    priced_ns: int  # time of these iterations by the profile, its own host overhead included
+    prompts_taken_ns: int  # engine and host time of the iterations with prompts in them
     prompts_priced_ns: int
-    shortages: int = 0  # further iterations that memory did not suffice for
-    kv_bytes: int = 0  # the block in which all caches lie
-    places: int = 0  # requests that fit into it at once, of the model that fits least
+    shortages: int = 0  # further iterations for which memory did not suffice
+    kv_bytes: int = 0  # size of the block that holds all caches
+    places: int = 0  # requests that fit into it at once, by the model of which the fewest fit
     places_wanted: int = 0
-    pace: float | None = None  # of a decode step beside the run, over that beside the profile: above 1 is slower
-    prompt_pace: float | None = None  # of a prompt
+    pace: float | None = None  # time of a decode step here over its time when the profile was measured; above 1: slower
+    prompt_pace: float | None = None  # the pace of a prompt step
 
     @classmethod
     def together(cls, runs: Sequence[Self]) -> Self:
@@ -45,13 +45,13 @@ class LiveNotes:
 
     @property
     def price_error(self) -> float | None:
-        """Priced over taken, less 1: what of a difference is the profile's or the machine's, not the path's."""
+        """Priced over taken time, less 1: the error of profile or machine alone, since the iterations are the same."""
         taken_ns = self.engine_ns + self.host_ns
         return self.priced_ns / taken_ns - 1 if taken_ns else None
 
     @property
     def price_errors_by_kind(self) -> tuple[float | None, float | None]:
-        """The same of iterations with prompts in them, and of those without."""
+        """`price_error` of iterations with prompts in them, and of iterations without."""
         taken_ns, priced_ns = self.prompts_taken_ns, self.prompts_priced_ns
         others_ns = self.engine_ns + self.host_ns - taken_ns
         return (
@@ -61,7 +61,7 @@ class LiveNotes:
 
     @property
     def price_error_undisturbed(self) -> float | None:
-        """The same without the time in which others had the processor, which no profile can know."""
+        """`price_error` without the time in which others had the processor, which no profile can know."""
         taken_ns = self.engine_ns + self.host_ns - self.waited_ns
         return self.priced_ns / taken_ns - 1 if taken_ns > 0 else None
 
@@ -113,49 +113,49 @@ class Step:
     engine_ns: int  # from then on until it was done
     forward_ns: int  # of `engine_ns`, inside the model's forward pass
     waited_ns: int  # of `engine_ns`, while others had the processor
-    drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
-    draft_ns: int = 0  # of `forward_ns`, that they took
-    drafter: Profile | None = None  # of the model that ran those, where it is another one
+    drafted: Sequence[Composition] = ()  # the drafting steps that ran before
+    draft_ns: int = 0  # of `forward_ns`, inside drafting steps
+    drafter: Profile | None = None  # of the model that drafted, if it is another one
 
     @property
     def priced_ns(self) -> int:
-        """What the profile says of it, drafts included."""
+        """Time of the iteration by the profile, drafts included."""
         drafter = self.drafter or self.profile
         parts = [*((drafter, step) for step in self.drafted), (self.profile, self.composition)]
         return sum(int(whole_ns(profile.iteration_time_s(part))[0]) for profile, part in parts)
 
     @property
     def overhead_ns(self) -> int:
-        """The host's part, while the device waits: whatever is not the forward pass."""
+        """Host time while the device waits: everything but the forward pass."""
         return self.host_ns + self.engine_ns - self.forward_ns
 
 
 class Computes(Executes, Protocol):
-    """An engine that really computes, and tells for how long it has."""
+    """An engine that really computes, and tells how much time it has spent in forward passes."""
 
     @property
     def forward_ns(self) -> int: ...
 
     @property
     def loading(self) -> int:
-        """Transfers that are under way."""
+        """Number of transfers that are under way."""
         ...
 
 
 class WatchedEngine(Around):
-    """Follows the `Executes` protocol."""
+    """An engine that notes the iterations of another one; it follows the `Executes` protocol."""
 
     _inner: Computes
 
     def __init__(
         self, inner: Computes, clock: WallClock, before: Callable[[str], None] | None = None, kept: int | None = None
     ) -> None:
-        """`before` is called with the model of the next iteration, while nothing is loading. `kept` (None: all): so
-        many steps are kept, before they are added up while the clock is stopped.
+        """Wrap an engine. `before` is called with the model of the next iteration, while nothing is loading. `kept`:
+        steps to keep before they are added up, with the clock stopped; None for all.
         """
         super().__init__(inner)
         self._clock, self._before, self._kept = clock, before, kept
-        self._added_up: list[LiveNotes] = []  # one at most
+        self._added_up: list[LiveNotes] = []  # at most one: sums over steps that are no longer kept
         self.steps: list[Step] = []
 
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
@@ -178,11 +178,11 @@ class WatchedEngine(Around):
         return outcome
 
     def notes(self) -> LiveNotes:
-        """Sums over everything that ran."""
+        """Return sums over everything that ran."""
         return LiveNotes.together([*self._added_up, self._sums()])
 
     def _sums(self) -> LiveNotes:
-        """Prices the steps that are kept, which takes the host's time too."""
+        """Return sums over the steps that are kept. Pricing them takes host time."""
         priced_ns = [step.priced_ns for step in self.steps]
         with_prompts = [i for i, step in enumerate(self.steps) if step.composition.prefill]
         return LiveNotes(
@@ -198,7 +198,7 @@ class WatchedEngine(Around):
 
 
 def waited_for_processor_ns() -> int:
-    """A counter: how long this thread was ready to run and had no processor. 0 where the system keeps none."""
+    """Read the counter of the time that this thread was ready to run but had no processor; 0 if there is no counter."""
     try:
         return int(_SCHEDSTAT.read_text().split()[1])
     except (OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""The workload that settings describe, and what is known of its requests beforehand."""
+"""Makes the workload that settings describe, and tells what is known of its requests beforehand."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _Value = TypeVar("_Value", float, int, str)
 
 
 class Foresight:
-    """The requests to come and the exits of their answers, for the oracle. Generated when it asks."""
+    """The requests to come and the exits of their answers, for the oracle; generated when it asks."""
 
     def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
         self._workload, self._seed, self._models = workload, seed, models
@@ -87,9 +87,9 @@ class Foresight:
 
 
 def expected_load(workload: Workload, seed: int, share: float | Sequence[float] = 1.0) -> ExpectedLoad:
-    """What an operator knows beforehand: mean lengths, and the rate or the users.
+    """Return what an operator knows beforehand: mean lengths, and the rate or the users.
 
-    `share`: the part of all requests, or of those of each task, that the server in question gets.
+    `share`: the share of all requests, or of each task's requests, that the server in question gets.
     """
     of_task = np.broadcast_to(np.asarray(share, np.float64), len(workload.mix.tasks))
     requests = 0
@@ -111,7 +111,7 @@ def expected_load(workload: Workload, seed: int, share: float | Sequence[float] 
 
 
 def choose(kind: type[_Enum], key: str, value: str) -> _Enum:
-    """The member of this value. UserError where there is none."""
+    """Return the member with this value. UserError if there is none."""
     require_one_of(key, value, [member.value for member in kind])
     return kind(value)
 
@@ -120,9 +120,9 @@ OF_THE_MODEL = "model"  # a workload's chars_per_token: lengths are in tokens of
 
 
 def build_workload(config: WorkloadConfig, of_model: float = 4.0, shares: bool = False) -> Workload:
-    """The workload, with `of_model` characters per token where lengths are in tokens of the model served.
+    """Make the workload, with `of_model` characters per token if lengths are in tokens of the model served.
 
-    `shares`: what a trace says of the texts of its prompts is read too.
+    `shares`: also read what a trace says about the texts of its prompts.
     """
     chars = config.chars_per_token
     if isinstance(chars, str | bool) and chars != OF_THE_MODEL:
@@ -202,7 +202,7 @@ def _lengths(c: LengthsConfig, unit: str | None, texts: bool) -> Lengths:
 
 def _length(key: str, c: LengthConfig) -> Length:
     def made(kind: Callable[..., Length], *values: float | None) -> Length:
-        """Specifications name a setting of lengths in general; here it is known whether it is the prompt's."""
+        """Make a length. An error about lengths in general names the prompt's or the answer's setting."""
         try:
             return kind(*values)
         except UserError as error:
@@ -228,7 +228,7 @@ def _length(key: str, c: LengthConfig) -> Length:
 
 
 def build_faults(c: FaultsConfig, replicas: int, seed: int) -> FaultPlan | None:
-    """The plan of faults; None where there are to be none. UserError for a replica that there is not."""
+    """Return the plan of faults; None without faults. UserError for a replica that does not exist."""
     specs = []
     for kind, fault in c.strikes.items():
         if fault.replicas is not None and max(fault.replicas) >= replicas:
@@ -248,7 +248,7 @@ def build_faults(c: FaultsConfig, replicas: int, seed: int) -> FaultPlan | None:
 
 
 def task_names(c: MixConfig) -> tuple[str, ...]:
-    """All tasks of the mix, by the number that requests carry."""
+    """Return all tasks of the mix, by the number that requests carry."""
     return tuple(dict.fromkeys((*c.tasks, *c.after)))
 
 
@@ -266,7 +266,7 @@ def _mix(c: MixConfig) -> TaskMix:
 def _drift(c: MixConfig) -> Drift | None:
     def position(name: str) -> float:
         value: float | None = getattr(c, name)
-        most = 1.0 if name in ("at", "start") else 10.0  # of the others, a part of the way may be meant
+        most = 1.0 if name in ("at", "start") else 10.0  # the others may lie beyond the run
         if value is not None and value > most and c.per == "requests":
             allowed = f"from 0 to {most:g}, a share of the requests: what comes later comes never"
             raise UserError(f"workload.mix.{name}", value, allowed, "correct it, or set workload.mix.per=seconds")
@@ -285,9 +285,9 @@ def _drift(c: MixConfig) -> Drift | None:
 
 
 def statement(config: WorkloadConfig) -> str:
-    """What the workload stands for: as its file says, where its lengths and mix are that file's, else by its settings.
+    """Return what the workload stands for: its file's words if lengths and mix are the file's, else the settings.
 
-    Arrivals count too where the file's sentence speaks of them.
+    Arrivals have to be the file's too if its sentence speaks of them.
     """
     for file in sorted(Path(conf_folder()).glob("[we]*/*.yaml")):  # workloads and experiments
         text = file.read_text(encoding="utf-8")
@@ -303,7 +303,7 @@ def statement(config: WorkloadConfig) -> str:
 
 
 def _as_given(settings: object, given: object) -> bool:
-    """Whether the settings are those that a file gives; mappings of names are compared as a whole."""
+    """Whether the settings are equal to a file's; mappings of names are compared as a whole."""
     if not isinstance(given, Mapping):
         return settings == given
     if isinstance(settings, Mapping):
