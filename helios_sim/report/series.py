@@ -18,8 +18,8 @@ from helios_sim.report.sieve import Sieve
 
 Values = NDArray[Any]
 
-_BUFFER = 8192  # whole numbers that NumPy makes floats of at once, to add them up
-_AT_ONCE = 65_536  # floats whose sum is left to NumPy
+_BUFFER = 8192  # numbers that NumPy adds up at once, halves first, where it makes floats of them
+_FLOATS_AT_ONCE = np.lib.NumpyVersion(np.__version__) >= "2.3.0"  # before, sums of floats went by buffers as well
 
 
 class Series:
@@ -46,7 +46,7 @@ class Series:
             return float(self._all.sum()) if not self._whole else int(self._all.sum())
         if self._whole:
             return whole_sum(Ahead(self), len(self))
-        return pairwise_sum(Ahead(self), len(self))
+        return self._float_sum()
 
     def by_stretch(self, ends: NDArray[np.int64]) -> NDArray[Any]:
         """(stretches,) sums of each stretch of them, as `numpy.add.reduceat` adds up, with at least one number in each.
@@ -64,7 +64,7 @@ class Series:
         """As `numpy.mean`. At least one number."""
         if self._all is not None:
             return float(np.mean(self._all))
-        return (buffered_sum if self._whole else pairwise_sum)(Ahead(self), len(self)) / len(self)
+        return self._float_sum() / len(self)
 
     def percentiles(self, quantiles: Sequence[float]) -> list[float]:
         """As `numpy.percentile`. At least one number."""
@@ -99,6 +99,10 @@ class Series:
         values = np.concatenate(list(self))[np.argsort(np.concatenate(list(keys)), kind="stable")]
         return Series(lambda: [values])
 
+    def _float_sum(self) -> float:
+        in_order = pairwise_sum if _FLOATS_AT_ONCE and not self._whole else buffered_sum
+        return in_order(Ahead(self), len(self))
+
     def _sieve(self) -> Sieve:
         sieve = Sieve(lambda: ((block, None) for block in self))
         self._n = int(sieve.counted.sum())
@@ -107,11 +111,11 @@ class Series:
 
 def whole_sum(ahead: Ahead, n: int) -> int:
     """The sum of the next n whole numbers."""
-    return sum(int(ahead.take(min(left, _AT_ONCE)).sum()) for left in range(n, 0, -_AT_ONCE))
+    return sum(int(ahead.take(min(left, _BUFFER)).sum()) for left in range(n, 0, -_BUFFER))
 
 
 def buffered_sum(ahead: Ahead, n: int) -> float:
-    """The sum of the next n whole numbers as floats, as NumPy adds them up."""
+    """The sum of the next n numbers as floats, one buffer after the other."""
     total = 0.0
     for left in range(n, 0, -_BUFFER):
         total += float(np.add.reduce(ahead.take(min(left, _BUFFER)), dtype=np.float64))
@@ -120,7 +124,7 @@ def buffered_sum(ahead: Ahead, n: int) -> float:
 
 def pairwise_sum(ahead: Ahead, n: int) -> float:
     """The sum of the next n floats, halves first, as NumPy splits them."""
-    if n <= _AT_ONCE:
+    if n <= _BUFFER:
         return float(np.add.reduce(ahead.take(n)))
     half = n // 2
     half -= half % 8
