@@ -10,14 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 SPAN_ROWS = 65_536  # rows that are in memory at once
 WORTH_A_FILE = 2 * SPAN_ROWS  # rows from which on columns are put on disk
+_Name = TypeVar("_Name")
 _ALIGNED = mmap.PAGESIZE
 _ON_DISK = "/var/tmp"  # noqa: S108 (only files without a name are put there)
 
@@ -29,16 +30,16 @@ def temporary_folder() -> str:
     return _ON_DISK
 
 
-def zeros(kinds: Mapping[str, Any], rows: int) -> dict[str, NDArray[Any]]:
+def zeros(kinds: Mapping[_Name, Any], rows: int) -> dict[_Name, NDArray[Any]]:
     """Make columns of these types, each of shape (rows,). OSError if there is no room for them on the disk."""
-    ends, at = {}, 0
+    starts, at = {}, 0
     for name, kind in kinds.items():
-        ends[name] = at
+        starts[name] = at
         at += -(-rows * np.dtype(kind).itemsize // _ALIGNED) * _ALIGNED
     with tempfile.TemporaryFile(dir=temporary_folder()) as file:
         _reserve(file.fileno(), at)
         mapping = mmap.mmap(file.fileno(), at)
-    columns = {name: np.frombuffer(mapping, kind, rows, ends[name]) for name, kind in kinds.items()}
+    columns = {name: np.frombuffer(mapping, kind, rows, starts[name]) for name, kind in kinds.items()}
     _advise(next(iter(columns.values())), "MADV_RANDOM")  # or the system maps many pages around each written page
     return columns
 
@@ -51,6 +52,28 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
     with open(descriptor, "wb", closefd=False) as file:
         for first in range(0, size_bytes, 1 << 20):
             file.write(bytes(min(1 << 20, size_bytes - first)))
+
+
+def copies(columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """The same arrays, those with many rows on disk, if there is room for them."""
+    kinds = {place: it.dtype for place, it in enumerate(columns) if it.ndim == 1 and len(it) >= WORTH_A_FILE}
+    try:
+        long = zeros(kinds, max(len(columns[place]) for place in kinds)) if kinds else {}
+    except OSError:
+        long = {}
+    found = []
+    for place, column in enumerate(columns):
+        if place not in long:
+            found.append(column.copy())
+            continue
+        own = long[place][: len(column)]
+        for rows in spans(column):
+            own[rows] = column[rows]
+            let_go(own)
+        found.append(own)
+    for column in long.values():
+        expect_reading(column)
+    return found
 
 
 def is_on_disk(column: NDArray[Any]) -> bool:

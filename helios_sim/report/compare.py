@@ -258,13 +258,21 @@ def _shared(records: Records, other: Records | None) -> Iterator[tuple[Records, 
     """Records part by part, and which of them were completed, by `other` too."""
     if other is None:
         yield from ((part, part.completed) for part in records.parts())
-    elif records.on_disk and other.on_disk and len(records) == len(other):  # row for row the same requests
+    elif records.on_disk and _same_rows(records, other):
         for ours, theirs in zip(records.parts(), other.parts(), strict=True):
             yield ours, ours.completed & theirs.completed
     else:
         ids = np.concatenate([part.request_id[part.completed] for part in other.parts()])
         for part in records.parts():
             yield part, part.completed & np.isin(part.request_id, ids, assume_unique=True)
+
+
+def _same_rows(records: Records, other: Records) -> bool:
+    """Whether both have the same requests, part by part."""
+    if not other.on_disk or len(records) != len(other):
+        return False
+    pairs = zip(records.parts(), other.parts(), strict=True)
+    return all(np.array_equal(ours.request_id, theirs.request_id) for ours, theirs in pairs)
 
 
 def _time_ns(name: str, r: Records, rows: Rows) -> tuple[FloatArray | IntArray, Rows]:

@@ -142,7 +142,7 @@ class Records:
 
     @property
     def on_disk(self) -> bool:
-        """Whether they are too many for memory; then ids are rows."""
+        """Whether they are too many for memory."""
         return on_disk.is_on_disk(self.request_id)
 
     def sums(self, columns: Sequence[str], chosen: Chosen | None = None) -> list[int]:

@@ -18,7 +18,7 @@ from helios_sim.report.terminal import say
 from helios_sim.study.fleet import digest
 from helios_sim.study.jobs import Job, JobResult, run_job
 from helios_sim.study.modes import SIMULATE
-from helios_sim.vary.columns import from_bytes, in_parts
+from helios_sim.vary.columns import from_file, in_parts
 from helios_sim.vary.forks import can_fork
 from helios_sim.vary.runner import Journal, OnDone, Task, run_tasks
 from helios_sim.vary.workers import FORKS, Place, Workers
@@ -102,7 +102,7 @@ class _Columns:
 
     def load(self, folder: Path, key: str, line: Mapping[str, Any]) -> JobResult | None:
         path = folder / FINISHED / f"{key}.columns"
-        return from_bytes(JobResult, path.read_bytes()) if path.is_file() else None
+        return from_file(JobResult, path) if path.is_file() else None
 
 
 def _run(job: Job) -> JobResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import types
 import typing
 from collections import abc
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,19 +56,27 @@ def _pieces(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
             yield np.ascontiguousarray(array[rows])
 
 
-def from_bytes(kind: type[_Kind], content: bytes) -> _Kind:
+def from_file(kind: type[_Kind], path: Path) -> _Kind:
+    """Return the value whose `in_parts` the file holds, without all of it in memory. ValueError as for `from_bytes`."""
+    with path.open("rb") as file:
+        return from_bytes(kind, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def from_bytes(kind: type[_Kind], content: bytes | mmap.mmap) -> _Kind:
     """Return the value that `to_bytes` was given. ValueError if the content is damaged, or of another type."""
-    checksum, _, rest = content.partition(b"\n")
-    if hashlib.sha256(rest).hexdigest().encode() != checksum:
+    about = content.find(b"\n") + 1
+    checksum: Any = hashlib.sha256()
+    for piece in _pieces([np.frombuffer(content, np.uint8, offset=about)] if len(content) > about else []):
+        checksum.update(piece)
+    if checksum.hexdigest().encode() + b"\n" != content[:about]:
         raise ValueError("the checksum does not match")
-    head, text, columns = rest.split(b"\n", 2)
-    arrays, start = [], 0
-    for name, shape in json.loads(head):
-        dtype = np.dtype(name)
-        end = start + dtype.itemsize * int(np.prod(shape))
-        arrays.append(np.frombuffer(columns[start:end], dtype).reshape(shape).copy())
-        start = end
-    found: _Kind = from_plain(kind, json.loads(text), arrays)
+    text = content.find(b"\n", about) + 1
+    start = content.find(b"\n", text) + 1
+    columns = []
+    for name, shape in json.loads(content[about:text]):
+        columns.append(np.frombuffer(content, name, int(np.prod(shape)), start if np.prod(shape) else 0).reshape(shape))
+        start += columns[-1].nbytes
+    found: _Kind = from_plain(kind, json.loads(content[text : content.find(b"\n", text)]), on_disk.copies(columns))
     return found
 
 
