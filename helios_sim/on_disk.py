@@ -55,7 +55,7 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def copies(columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """The same arrays, those with many rows on disk, if there is room for them."""
+    """Return copies of these arrays, those with many rows on disk if there is room for them."""
     kinds = {place: it.dtype for place, it in enumerate(columns) if it.ndim == 1 and len(it) >= WORTH_A_FILE}
     try:
         long = zeros(kinds, max(len(columns[place]) for place in kinds)) if kinds else {}

@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from helios_sim import on_disk
 from helios_sim.files import write_parts
-from helios_sim.report.breakdown import by_task, replica_figures
+from helios_sim.report.breakdown import by_priority, by_prompt_length, by_task, replica_figures, waits
 from helios_sim.report.cautions import served_per_s, slows_down
 from helios_sim.report.compare import attainment_of, compare, intervals_of
 from helios_sim.report.figures.arms import bits_over_run
@@ -69,6 +69,10 @@ def figures(ours: Records, theirs: Records) -> dict[str, Any]:
         "replicas": [replica_figures(ours, number, stats, 7) for number in range(3)],
         "facts": workload_facts(Config(), ours),
         "slows down": (slows_down(ours), served_per_s(ours)),
+        "waits": waits(
+            [ours, theirs],
+            [*by_prompt_length([ours, theirs]), *by_priority([ours, theirs], [lambda part: part.task] * 2)],
+        ),
         "over": over(ours, NS_PER_S, 9 * NS_PER_S),
         "bits": bits_over_run(ours, 7),
         "rows": [row for table in ours.tables("arm", 3, ["a", "b", "c"], cached=True) for row in table.to_pylist()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ def records() -> Records:
 
 
 def test_waits_are_those_of_the_requests_that_were_scheduled(records: Records) -> None:
+    (found,) = waits([records, records], [("task 0", [lambda part: part.task == 0] * 2)])
     rows = records.task == 0
-    (found,) = waits([records, records], [("task 0", [rows, rows])])
     times = [(r.scheduled_ns - r.arrival_ns) / NS_PER_S for r in some_records()
              if r.task == 0 and r.scheduled_ns is not None]  # fmt: skip
     assert (found.requests, found.never_scheduled) == (2 * rows.sum(), 2 * (rows.sum() - len(times)))
@@ -36,10 +37,19 @@ def test_waits_are_those_of_the_requests_that_were_scheduled(records: Records) -
 
 
 def test_every_request_is_in_one_group(records: Records) -> None:
-    for groups in (by_prompt_length([records]), by_priority([records.task.astype(np.int64)])):
-        together = sum(rows.astype(int) for _, (rows,) in groups)
+    for groups in (by_prompt_length([records]), by_priority([records], [lambda part: part.task])):
+        together = sum(belongs(records).astype(int) for _, (belongs,) in groups)
         assert (together == 1).all()
-    assert waits([records], [("none", [np.zeros(len(records), np.bool_)])]) == ()
+    assert waits([records], [("none", [lambda part: np.zeros(len(part), np.bool_)])]) == ()
+
+
+def test_quarters_end_at_the_lengths_that_numpy_finds(records: Records) -> None:
+    for n in (1, 2, 3, 4, 5, 98, 99, 100, 1000):
+        part = records.part(slice(n))
+        ends = np.quantile(part.prompt_tokens, (0, 0.25, 0.5, 0.75, 1), method="inverted_cdf").tolist()
+        quarters = [(first if i == 0 else first + 1, last) for i, (first, last) in enumerate(pairwise(ends))]
+        named = [f"prompts of {first:,} to {last:,} tokens" for first, last in quarters if first <= last]
+        assert [name for name, _ in by_prompt_length([part])] == named
 
 
 @pytest.mark.slow

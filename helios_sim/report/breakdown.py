@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.report.metrics import Metrics
-from helios_sim.report.records import BoolColumn, Chosen, Records
+from helios_sim.report.records import BoolColumn, Chosen, Records, series_of_all
 from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats
 from helios_sim.workload.faults import Struck
+
+PriorityOf = Callable[[Records], NDArray[np.int64]]  # of each of these requests, (n,)
 
 _SUMS = ("output_chars", "output_tokens", "layers_run", "early_tokens", "agreed_tokens")
 
@@ -204,41 +206,63 @@ class WaitFigures:
     queue_s_max: float | None
 
 
-def waits(
-    replicates: Sequence[Records], groups: Sequence[tuple[str, Sequence[BoolColumn]]]
-) -> tuple[WaitFigures, ...]:
-    """Queue times of each group that has requests: its name and, for each replicate, which of them belong to it."""
+Group = tuple[str, Sequence[Chosen]]  # its name and, for each replicate, which requests belong to it
+
+
+def waits(replicates: Sequence[Records], groups: Sequence[Group]) -> tuple[WaitFigures, ...]:
+    """Queue times of each group that has requests."""
     found = []
     for name, members in groups:
-        parts = [records.part(rows) for records, rows in zip(replicates, members, strict=True)]
-        requests = sum(map(len, parts))
+        own = list(zip(replicates, members, strict=True))
+        requests = sum(int(np.count_nonzero(rows)) for _, rows in _chosen(own))
         if not requests:
             continue
-        waited_ns = np.concatenate([(p.scheduled_ns.values - p.arrival_ns)[p.scheduled_ns.present] for p in parts])
+        waited_ns = _waited_ns(own)
         figures: list[float | None] = [None] * 3
         if len(waited_ns):
-            figures = [float(value) / NS_PER_S for value in np.percentile(waited_ns, (50, 99, 100))]
+            figures = [value / NS_PER_S for value in waited_ns.percentiles((50, 99, 100))]
         found.append(WaitFigures(name, requests, requests - len(waited_ns), *figures))
     return tuple(found)
 
 
-def by_priority(priorities: Sequence[NDArray[np.int64]]) -> list[tuple[str, list[BoolColumn]]]:
-    """A group for each priority, the one that is served first first; priorities (n,) of each replicate's requests."""
-    known = sorted({int(value) for each in priorities for value in set(each.tolist())})
-    return [(f"priority {value}", [each == value for each in priorities]) for value in known]
+def _chosen(own: Sequence[tuple[Records, Chosen]]) -> Iterator[tuple[Records, BoolColumn]]:
+    return ((part, chosen(part)) for records, chosen in own for part in records.parts())
 
 
-def by_prompt_length(replicates: Sequence[Records]) -> list[tuple[str, list[BoolColumn]]]:
+def _waited_ns(own: Sequence[tuple[Records, Chosen]]) -> Series:
+    def of(part: Records, rows: BoolColumn) -> NDArray[np.int64]:
+        return (part.scheduled_ns.values - part.arrival_ns)[rows & part.scheduled_ns.present]
+
+    return Series(lambda: (of(*found) for found in _chosen(own)))
+
+
+def by_priority(replicates: Sequence[Records], priorities: Sequence[PriorityOf]) -> list[Group]:
+    """A group for each priority, the one that is served first first; `priorities` of each replicate's requests."""
+    known: set[int] = set()
+    for records, priority_of in zip(replicates, priorities, strict=True):
+        known.update(*(np.unique(priority_of(part)).tolist() for part in records.parts()))
+    return [(f"priority {value}", [partial(_has_priority, value, of) for of in priorities]) for value in sorted(known)]
+
+
+def _has_priority(value: int, priority_of: PriorityOf, records: Records) -> BoolColumn:
+    return np.asarray(priority_of(records) == value)
+
+
+def by_prompt_length(replicates: Sequence[Records]) -> list[Group]:
     """The quarters of the requests by the tokens of their prompts, shortest first; equal lengths stay together."""
-    lengths = np.concatenate([records.prompt_tokens for records in replicates])
-    bounds = [int(value) for value in np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1), method="inverted_cdf")]
-    groups = []
-    for place, (low, high) in enumerate(pairwise(bounds)):
+    lengths = series_of_all(replicates, lambda part: part.prompt_tokens)
+    ends = [max(-(-len(lengths) * quarter // 4) - 1, 0) for quarter in range(5)]
+    groups: list[Group] = []
+    for place, (low, high) in enumerate(pairwise(map(int, lengths.at(ends)))):
         first = low if place == 0 else low + 1
         if first <= high:
-            rows = [(records.prompt_tokens >= first) & (records.prompt_tokens <= high) for records in replicates]
-            groups.append((f"prompts of {first:,} to {high:,} tokens", rows))
+            within = partial(_has_length, first, high)
+            groups.append((f"prompts of {first:,} to {high:,} tokens", [within] * len(replicates)))
     return groups
+
+
+def _has_length(first: int, last: int, records: Records) -> BoolColumn:
+    return (records.prompt_tokens >= first) & (records.prompt_tokens <= last)
 
 
 @dataclass(frozen=True, slots=True)

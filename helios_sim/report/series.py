@@ -77,8 +77,14 @@ class Series:
         """As `numpy.median`. At least one number."""
         if self._all is not None:
             return float(np.median(self._all))
-        low, high = self._sieve().at([(None, (len(self) - 1) // 2), (None, len(self) // 2)])
+        low, high = self.at([(len(self) - 1) // 2, len(self) // 2])
         return (float(low) + float(high)) / 2
+
+    def at(self, ranks: Sequence[int]) -> list[Any]:
+        """The numbers at these ranks, from 0, in ascending order."""
+        if self._all is not None:
+            return list(np.sort(self._all)[np.array(ranks)])
+        return self._sieve().at([(None, rank) for rank in ranks])
 
     def between(self, first: int, end: int) -> Series:
         """Those from place `first` to before `end`."""

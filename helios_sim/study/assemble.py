@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helios_sim.provenance import Assumption, Provenance
 from helios_sim.report.breakdown import WaitFigures, by_priority, by_prompt_length, fault_figures, waits
@@ -47,6 +49,7 @@ from helios_sim.study.schema import Config, FigureConfig, GateConfig, PublishedC
 from helios_sim.study.seeds import Settled
 from helios_sim.study.verdict import conditions, offered_requests_per_s, survives, verdict, workload_facts
 from helios_sim.study.workload import statement, task_names
+from helios_sim.workload import Workload
 
 Results = Mapping[str, JobResult]  # by job key
 NEAR = 0.05  # a published ratio within 5 % of ours or of our interval counts as consistent
@@ -210,13 +213,15 @@ def _waits(jobs: Sequence[Job], replicates: Sequence[Records]) -> tuple[WaitFigu
         return ()
     if order == "shortest_prompt":
         return waits(replicates, by_prompt_length(replicates))
-    priorities = []
-    for job, records in zip(jobs, replicates, strict=True):
-        workload = shared_fleet(job.config, job.seed).parts.workload
-        recorded = workload.recorded_priority
-        of_tasks = workload.mix.priority(records.task.astype(np.int64))
-        priorities.append(of_tasks if recorded is None else recorded[records.request_id])
-    return waits(replicates, by_priority(priorities))
+    workloads = [shared_fleet(job.config, job.seed).parts.workload for job in jobs]
+    return waits(replicates, by_priority(replicates, [partial(_priorities, workload) for workload in workloads]))
+
+
+def _priorities(workload: Workload, records: Records) -> NDArray[np.int64]:
+    recorded = workload.recorded_priority
+    if recorded is not None:
+        return recorded[records.request_id]
+    return workload.mix.priority(records.task.astype(np.int64))
 
 
 def _left_out(arms: Mapping[str, Sequence[Job]], results: Results) -> list[str]:
