@@ -18,7 +18,8 @@ def _python_first() -> None:
     """Let Python's own modules come before files of the current folder, which `python -m` puts first.
 
     A user's json.py or random.py there would be taken for Python's by every library. What is not Python's own, such as
-    the module of a policy, is still found there first. Before any import but these two, which Python has made itself.
+    the module of a policy, is still found there first. It runs before all imports but os and sys, which Python itself
+    has imported by then.
     """
     own = os.path.dirname(os.__file__)
     try:

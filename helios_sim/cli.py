@@ -1,4 +1,4 @@
-"""One study from the command line, or one for each combination of -m: exit codes, streams, and which study it is."""
+"""Runs one study from the command line, or one for each combination of -m: exit codes, streams, and kind of study."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_command(command: list[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of exiting by itself
     status = 0
     started = False
-    folders: list[tuple[Path, bool]] = []  # of studies that began, each with whether it is one of several
+    folders: list[tuple[Path, bool]] = []  # output folders of studies that began, and whether each is one of several
     refused: list[Path] = []  # output folders of studies that could not start
     swept: list[Path] = []  # output folders of multiruns, in which Hydra writes before it looks at the settings
 

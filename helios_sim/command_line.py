@@ -56,7 +56,7 @@ def in_full(arguments: Sequence[str], schema: type[Config] = Config) -> list[str
             if value in ("null", ""):
                 continue  # the default without this word
             argument = f"+{ENGINE}={value}"
-        elif key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~/"):  # which shells leave as it is
+        elif key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~/"):  # shells do not expand this ~
             argument = f"{key}={Path(value).expanduser()}"
         found.append(argument)
     return readable(found, known_settings(schema))
@@ -161,7 +161,7 @@ def check_flags(arguments: Sequence[str], program: str = "helios_sim") -> None:
     said = io.StringIO()
     see = f"see python -m {program} --help"
     dashed = next((word for word in arguments if word.startswith("--exp")), "--experimental-rerun")
-    if not dashed.startswith("--experimental-rerun"):  # argparse would take it for the beginning of this
+    if not dashed.startswith("--experimental-rerun"):  # argparse would take it for an abbreviation of that flag
         raise UserError("argument", dashed, "no such flag", "write +experiment=NAME, without dashes")
     folders = [b.removeprefix("--config-dir=") for a, b in pairwise(["", *arguments])
                if b.startswith("--config-dir=") or a in ("--config-dir", "-cd")]  # fmt: skip

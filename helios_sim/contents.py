@@ -21,7 +21,7 @@ def stamp(path: Path) -> Stamp:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256."""
+    """Return the file's sha256."""
     return _sha256_of(path, stamp(path))
 
 

@@ -117,7 +117,7 @@ def require_finite(settings: Any, prefix: str = "") -> None:
 
 
 def require_one_of(key: str, value: object, names: Collection[str]) -> None:
-    """UserError, with the name that was probably meant, unless `value` is one of the names."""
+    """Raise UserError, with the name that was probably meant, unless `value` is one of the names."""
     if value not in names:
         from difflib import get_close_matches
 

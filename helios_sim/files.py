@@ -122,7 +122,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parquet(table: pyarrow.Table) -> bytes:
-    """The content of a Parquet file."""
+    """Return the content of a Parquet file."""
     from pyarrow import BufferOutputStream, parquet as arrow_parquet
 
     sink = BufferOutputStream()
@@ -146,14 +146,14 @@ def write_parquet_parts(path: Path, tables: Iterable[pyarrow.Table]) -> None:
         table = next(parts)
         with parquet.ParquetWriter(file, table.schema, **_compact(table.schema)) as writer:
             writer.write_table(table)
-            del table  # before the next is made
+            del table  # free it before the next one is made
             for table in parts:
                 writer.write_table(table)
                 del table
 
 
 def _compact(schema: pyarrow.Schema) -> dict[str, Any]:
-    """Options for tables of many rows: dictionary encoding pays for texts alone, since nearly all numbers differ."""
+    """Return options for long tables: dictionary encoding pays for texts alone, since nearly all numbers differ."""
     from pyarrow import types
 
     texts = [f.name for f in schema if not (types.is_integer(f.type) or types.is_floating(f.type))]

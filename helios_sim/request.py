@@ -22,7 +22,7 @@ LONGEST = 2**31 - 1  # tokens or characters of one text: no model reads more, an
 
 
 def token_counts(chars: NDArray[np.int64], chars_per_token: float) -> NDArray[np.int64]:
-    """Tokens of n texts, shape (n,), at least one each."""
+    """Return the tokens of n texts, shape (n,), at least one each."""
     return np.maximum(np.rint(chars / chars_per_token).astype(np.int64), 1)
 
 
@@ -66,7 +66,7 @@ class Request:
     output_chars: int
     task: int  # index into the workload's task names
     text_start: int  # where the answer lies in the task's text; exit traces take it modulo their length
-    priority: int = 0  # the lowest is served first where the server's order is by priority
+    priority: int = 0  # the lowest is served first if the server's order is by priority
     shared: int = -1  # row of the shared text that the prompt begins with (workload.prefixes); -1: none
     stream: int = -1  # the session that the rest of the prompt and the answer belong to; -1: none, a text of its own
 
@@ -153,7 +153,7 @@ class RequestRecord:
     # Cost of the reference text in millionths of a bit: -log2 of the probability of each of its tokens, by the served
     # model at the exit where that token left. None unless people wrote the text and it was recorded for all models.
     microbits: int | None = None
-    cached_tokens: int | None = None  # of its prompt, found when it first entered; None: without prefix caching
+    cached_tokens: int | None = None  # prompt tokens found cached when it first entered; None without prefix caching
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ class Router(StrEnum):
 class AnswerRouter(StrEnum):
     """Routers that go by answers, defined in `by_answer`."""
 
-    CASCADE = "cascade"  # the first kind answers, the next one again where that answer is not confident
-    THOMPSON = "thompson"  # a bandit: draws from what it knows of each kind's answers, by task, and takes the best draw
+    CASCADE = "cascade"  # the first kind answers, the next one again if that answer is not confident
+    THOMPSON = "thompson"  # a bandit: draws the worth of each kind's answers, by task, and takes the best draw
     MIXED = "mixed"  # at random, each kind with its share: a control that looks at nothing
     BEST_ANSWER = "best_answer"  # the kind that the request's text costs the fewest bits: a bound, no real router
 
@@ -85,7 +85,7 @@ class Routing:
         """Return a function from consecutive blocks to the replica of each request, (n,). Only for a fixed routing."""
         if self.router is Router.BY_TASK and replicas > 1:
             homes = np.array([home[0] for home in self.homes], np.int64)
-            return lambda block: homes[block.task]  # where there is one home, its requests wait while it is down
+            return lambda block: homes[block.task]  # the requests of a task's only home wait while it is down
         sent = 0
 
         def in_turn(block: RequestBlock) -> NDArray[np.int64]:

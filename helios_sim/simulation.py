@@ -91,7 +91,7 @@ class System:
         self.servers = servers
         self._requests_in = [0] * len(servers)
         self._back_ns: list[int | None] = [None] * len(servers)  # of replicas that are down
-        self._sent: list[int] | None = None  # to each replica, where requests are dispatched
+        self._sent: list[int] | None = None  # requests sent to each replica, if they are dispatched
         by_answer = self._routing.by_answer
         if by_answer is not None:
             self.judging = by_answer.begin(self._requests_in, self._routing.seed)
@@ -145,7 +145,7 @@ class System:
     def close_loop(self, requests: Iterator[Request], users: int) -> None:
         """Start with one request of each user; each user sends the next one when its last has left."""
         self._closed_loop = requests
-        self._releasing = True  # requests dropped now let the next ones come when all users have begun
+        self._releasing = True  # requests dropped now release the next ones only after all users have begun
         for request in islice(self._closed_loop, users):
             self.dispatch(request)
         self._releasing = False
@@ -178,11 +178,11 @@ class System:
         self._requests_in[replica] += DOWN if back_ns is not None else -DOWN
 
     def requests_in(self, replica: int) -> int:
-        """Requests in a replica now, where requests are dispatched, whether or not it is down."""
+        """Return the requests in a replica now, up or down, if requests are dispatched."""
         return self._requests_in[replica] - (DOWN if self._back_ns[replica] is not None else 0)
 
     def requests_served(self, replica: int) -> int:
-        """Requests in a replica now, by the books of its server."""
+        """Return the requests in a replica now, by the books of its server."""
         return self.servers[replica].requests_in_system
 
     def follow(self, scaler: Autoscaler) -> None:

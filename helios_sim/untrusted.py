@@ -185,7 +185,7 @@ class Fields:
     def __init__(
         self, values: Mapping[str, Any], where: str, fix: str, error: type[UserError] = UserError, prefix: str = ""
     ) -> None:
-        """`prefix`: precedes the names in the file and in messages."""
+        """Hold the values of the file `where`. `prefix` precedes the names in the file and in messages."""
         self._values, self._where, self._fix, self._error, self._prefix = values, where, fix, error, prefix
         self._read: set[str] = set()
         self._inner: list[tuple[str, Fields]] = []
@@ -199,7 +199,7 @@ class Fields:
         return self._values.get(self._prefix + name) is not None
 
     def value(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The value as it is. None counts as missing."""
+        """Take the value as it is. None counts as missing."""
         self._read.add(self._prefix + name)
         found = self._values.get(self._prefix + name)
         if found is not None:
@@ -216,7 +216,7 @@ class Fields:
         return {name.strip(): name for name in self._values if isinstance(name, str) and name != name.strip()}
 
     def alike(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        """A whole number that is given once, or as a list with the same value for each layer."""
+        """Take a whole number that is given once, or as a list with the same value for each layer."""
         found = self.value(name, default)
         if not isinstance(found, list | tuple):
             return self.integer(name, low, high, default)
@@ -225,25 +225,25 @@ class Fields:
         return Fields({name: found[0]}, self._where, self._fix, self._error).integer(name, low, high)
 
     def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> int:
-        """A whole number from `low` to `high`."""
+        """Take a whole number from `low` to `high`."""
         found = self.value(name, default)
         if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
             raise self.wrong(name, found, f"a whole number from {low} to {high}")
         return found
 
     def number(self, name: str, low: float, high: float, default: Any = _REQUIRED) -> float:
-        """A finite number from `low` to `high`."""
+        """Take a finite number from `low` to `high`."""
         found = self.value(name, default)
         if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high:
             raise self.wrong(name, found, f"a number from {low:g} to {high:g}")
         return float(found)
 
     def maybe(self, name: str, low: float, high: float) -> float | None:
-        """A finite number from `low` to `high`, or None if there is none."""
+        """Take a finite number from `low` to `high`; None if there is none."""
         return None if self.value(name, None) is None else self.number(name, low, high)
 
     def numbers(self, name: str, low: float, high: float, count: int | None = None) -> tuple[float, ...]:
-        """A list of finite numbers from `low` to `high`, `count` of them if that is given."""
+        """Take a list of finite numbers from `low` to `high`, `count` of them if that is given."""
         found = self.value(name)
         fits = isinstance(found, list | tuple) and all(
             isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and low <= x <= high
@@ -267,7 +267,7 @@ class Fields:
         return found
 
     def integers(self, name: str, low: int, high: int, most: int, default: Any = _REQUIRED) -> tuple[int, ...]:
-        """A list of at most `most` whole numbers from `low` to `high`."""
+        """Take a list of at most `most` whole numbers from `low` to `high`."""
         found = self.value(name, default)
         whole = isinstance(found, list | tuple) and all(type(x) is int and low <= x <= high for x in found)
         if not whole or len(found) > most:
@@ -275,14 +275,14 @@ class Fields:
         return tuple(found)
 
     def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """A list of at most `most` texts."""
+        """Take a list of at most `most` texts."""
         found = self.value(name)
         if not isinstance(found, list | tuple) or len(found) > most or not all(isinstance(x, str) for x in found):
             raise self.wrong(name, found, f"a list of at most {most} texts")
         return tuple(found)
 
     def inner(self, name: str, default: Any = _REQUIRED) -> Fields:
-        """The fields of a mapping inside this one."""
+        """Take a mapping inside this one, as fields of its own."""
         found = self.value(name, default)
         if not isinstance(found, Mapping):
             raise self.wrong(name, found, "a mapping of names to values")
@@ -291,7 +291,7 @@ class Fields:
         return inner
 
     def filled(self, kind: type[_Part], **given: Any) -> _Part:
-        """A dataclass made of the values here by name and type, and of the fields `given`. No other key may be here."""
+        """Make a dataclass of the values here by name and type, and the fields `given`. No other key may be here."""
         for f in fields(kind):  # type: ignore[arg-type]
             default = _REQUIRED if f.default is MISSING else f.default
             if f.name in given:

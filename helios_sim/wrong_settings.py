@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf about settings, as one message: the key, its value, what is allowed and the fix."""
+"""Turns errors of Hydra and OmegaConf about settings into one message: key, value, what is allowed and the fix."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def wrong_setting(
     parent, _, last = key.rpartition(".")
     last = last.replace("-", "_")
     own, of_one = _names_in(schema, parent)
-    while of_one and not own:  # a key with dots, in a file
+    while of_one and not own:  # a key of a file may contain dots
         parent = parent.rpartition(".")[0]
         own, of_one = _names_in(schema, parent)
     named = ELSEWHERE.get(last, "")

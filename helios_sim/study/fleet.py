@@ -363,7 +363,7 @@ def _as_set(kind: Kind, config: Config) -> Kind:
 
 
 def what_counts(config: Config) -> dict[str, Any]:
-    """Return the settings that change a result, by name; groups are not copied."""
+    """Return the settings that change the result of a single run, by name; groups are not copied."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PRESENTATION}
 
 

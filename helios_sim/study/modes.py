@@ -119,7 +119,7 @@ class FidelityConfig:
     mixed_term: bool = True  # decodes beside a prompt chunk as measured together; false: the sum of both alone
     unequal_kv_term: bool = True  # false: KV lengths enter by their mean
     scheduler: str = "vllm_v1"  # plain, vllm_v1
-    load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # for errors
+    load_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.7, 0.85, 1.0, 1.2])  # to show error at
     profile_error: float = 0.01  # the effect of a profile error of this size is shown against load
     # True: compare published measurements with their simulation, in place of the arms; beside it only `rows` counts
     silicon: bool = False
@@ -139,7 +139,7 @@ class FidelityConfig:
 
 @dataclass
 class FromLogConfig:
-    """Study of a log of real serving, if a log is given: replays it, fits to its first part, and asks what if.
+    """Study of a log of real serving, if given: replays it, fits to its first part, tries other models and cards.
 
     Every format that helios_sim/logs or a workload's trace reads is taken, and the folder of a vLLM run.
     """

@@ -227,7 +227,7 @@ def _point(
 def check_study(plan: StudyPlan) -> None:
     """Raise UserError for an unknown name, a setting that cannot be, or an arm that cannot start.
 
-    Points of sweeps are built but not started: what does not fit into memory there is found when it runs, and finished
+    Points of sweeps are built but not started: an arm that cannot start there is found when it runs, and finished
     results are kept.
     """
     _check_names(plan)

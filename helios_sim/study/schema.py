@@ -30,7 +30,7 @@ from helios_sim.study.modes import (
 from helios_sim.study.presets import settings_in_full
 from helios_sim.vary.axis import AxisConfig
 
-# Settings that change how a result is shown, not what it is.
+# Settings that do not change a single run, only which runs there are and how results are shown.
 PRESENTATION = (
     "name", "title", "question", "arms", "policy", "baseline", "subject", "seeds", "auto_seeds", "sweeps", "figures",
     "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep", "fidelity",
@@ -566,7 +566,7 @@ class Config:
     sweep: DesignsConfig = field(default_factory=DesignsConfig)  # with parameters: designs of one arm
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # with cards: how many replicas of each
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # with a folder: a real log and its simulation
-    from_log: FromLogConfig = field(default_factory=FromLogConfig)  # with a log: its replay, and what-if questions
+    from_log: FromLogConfig = field(default_factory=FromLogConfig)  # with a log: its replay, other models and cards
     live: LiveConfig = field(default_factory=LiveConfig)  # for mode=live
     fidelity_live: LiveFidelityConfig = field(default_factory=LiveFidelityConfig)  # with loads: served and simulated
 

@@ -384,7 +384,7 @@ def error_findings(result: ExperimentResult, subject: str, metric: str) -> list[
 
 
 def highest_rate(points: Sequence[SweepPoint], x: str, arm: str) -> float | None:
-    """Return the largest rate up to which attainment is at least 99 %; None if it is lower at the lowest rate."""
+    """Return the largest rate up to which attainment is at least 99 %, interpolated; None if even the lowest fails."""
     best = None
     for lower, upper in zip([None, *points], points, strict=False):
         attained = upper.metrics[arm].get("slo_attainment")

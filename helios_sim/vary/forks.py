@@ -39,7 +39,7 @@ class Forks(Generic[_In, _Out]):
         self._forks: list[tuple[Any, Any]] = []  # each with our end of its pipe
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # or each fork would write the buffered text again
-        with warnings.catch_warnings():  # it warns of libraries' threads, which handle forks by themselves
+        with warnings.catch_warnings():  # about threads of libraries, which handle forks by themselves
             warnings.simplefilter("ignore", DeprecationWarning)
             for _ in range(min(workers, len(values))):
                 ours, theirs = context.Pipe()

@@ -78,7 +78,7 @@ def unknown_setting(schema: Any, values: Any, path: str = "") -> str | None:
             if found is not None:
                 return found
     parts = typing.get_args(schema)
-    if parts and is_dataclass(parts[-1]) and isinstance(values, Mapping | list):  # of several groups alike
+    if parts and is_dataclass(parts[-1]) and isinstance(values, Mapping | list):  # a list or mapping of groups
         entries = values.items() if isinstance(values, Mapping) else enumerate(values)
         return next(filter(None, (unknown_setting(parts[-1], v, f"{path}.{k}") for k, v in entries)), None)
     return None
@@ -110,7 +110,7 @@ def wrong_type(hint: Any, value: Any, path: str = "") -> tuple[str, Any, Any] | 
         fits = type(value) is (type(None) if hint is None else hint)
     if not fits:
         return path, value, hint
-    if origin is list:  # named as a whole, but for a setting of one of several groups
+    if origin is list:  # named as a whole, unless the setting is in a group of the list
         wrong = (wrong_type(kind, v, f"{path}.{i}") for i, kind, v in below)
         found = next(filter(None, wrong), None)
         of_one = found is not None and is_dataclass(parts[0]) and found[0].count(".") > path.count(".") + 1
