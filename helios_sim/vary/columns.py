@@ -57,7 +57,9 @@ def _pieces(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 
 
 def from_file(kind: type[_Kind], path: Path) -> _Kind:
-    """Return the value whose `in_parts` the file holds, without all of it in memory. ValueError as for `from_bytes`."""
+    """Return the value in a file written from `in_parts`, without reading all of it into memory. ValueError as for
+    `from_bytes`.
+    """
     with path.open("rb") as file:
         return from_bytes(kind, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
