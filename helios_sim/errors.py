@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from numbers import Integral
 from typing import Any
@@ -119,11 +119,16 @@ def require_finite(settings: Any, prefix: str = "") -> None:
 def require_one_of(key: str, value: object, names: Collection[str]) -> None:
     """Raise UserError, with the name that was probably meant, unless `value` is one of the names."""
     if value not in names:
-        from difflib import get_close_matches
-
-        close = get_close_matches(str(value), names, n=1)
+        close = near_names(str(value), names)
         fix = f"you may have meant {close[0]}" if close else f"set {key} to one of these"
         raise UserError(key, value, f"one of {', '.join(names) or 'none: there are none here'}", fix)
+
+
+def near_names(name: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names that are most like `name`, the most alike first: those that its writer may have meant."""
+    from difflib import get_close_matches  # imported when a name is wrong: that takes longer than all else here
+
+    return get_close_matches(name, list(names), most, cutoff)
 
 
 def require_positive(key: str, value: float, fix: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -18,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from helios_sim.command_line import ENGINE, PRESET, composed, given, is_override
 from helios_sim.defaults_list import CHOSEN
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, near_names
 from helios_sim.help import conf_folder, config_dirs
 from helios_sim.own_files import package_of, placed
 from helios_sim.study.schema import Config
@@ -244,12 +243,12 @@ def wrong_setting(
     same = min((name for name in known if name.split(".")[-1] == last), key=lambda name: name.count("."), default=None)
     if named.split("=")[0] in known and not of_one:
         return UserError(key, value, "no such setting", f"you may have meant {named}; {PRINT_ALL}")
-    if near := get_close_matches(last, own, 1):
+    if near := near_names(last, own):
         return UserError(key, value, "no such setting", f"you may have meant {parent}.{near[0]}")
     beside, _ = _names_in(schema, parent.rpartition(".")[0]) if parent else ([], False)
     if parent and not own and not of_one and beside:  # there is no such group
         above, _, name = parent.rpartition(".")
-        near_group = get_close_matches(name, beside, 1)
+        near_group = near_names(name, beside)
         meant = f"you may have meant {above}.{near_group[0]}".replace(" .", " ") if near_group else (
             f"{above or 'a study'} has {', '.join(beside[:30])}")  # fmt: skip
         exact = f"you may have meant {same}" if same and near_group and same.startswith(f"{above}.".lstrip(".")) else ""
@@ -277,7 +276,7 @@ def _wrong_inside(key: str, value: object, cause: str, hint: Any) -> UserError |
     groups = {group.__name__: group for group in _groups_in(hint)}
     if (found := re.search(r"Key '([^']+)' not in '(\w+)'", cause)) and found[2] in groups:
         names = [f.name for f in fields(groups[found[2]])]
-        near = get_close_matches(found[1], names, 1)
+        near = near_names(found[1], names)
         fix = f"you may have meant {near[0]}" if near else "correct the name or leave it out"
         return UserError(key, value, f"{found[1]} is none of its settings: {', '.join(names)}", fix)
     if (found := re.search(r"full_key: (?:[\w.]+\.)?(\w+)\s+reference_type=(\w+)", cause)) and found[2] in groups:

@@ -6,12 +6,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from typing import Any
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, near_names
 from helios_sim.policy.custom import CustomParameters, load_custom
 from helios_sim.policy.draft_model import DraftModelParameters, DraftModelPolicy
 from helios_sim.policy.early_exit import EarlyExitParameters, EarlyExitPolicy
@@ -132,7 +131,7 @@ def policy_config(name: str, settings: Mapping[str, Any] | None = None) -> Polic
     hints = _hints(parameters)
     for key in settings:
         if key not in known:
-            close = get_close_matches(key, known, n=1, cutoff=0.7)
+            close = near_names(key, known, cutoff=0.7)
             fix = f"you may have meant policy.{close[0]}" if close else "correct the name or leave it out"
             raise UserError(f"policy.{key}", settings[key], f"{name} knows {', '.join(known)}", fix)
     for f in fields(kind.parameters):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, near_names
 from helios_sim.profile.families import FAMILIES, other_values, windows_of
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.provenance import Assumption
@@ -236,7 +235,7 @@ def published_model(name: str, key: str = "model") -> ModelSpec:
             return replace(shipped, name=name.rsplit("/", 1)[-1].lower())
         if _EXPERTS.search(name.lower()):
             raise UserError(key, name, "a dense model: mixtures of experts are not modelled", "choose a dense model")
-        near = get_close_matches(plain_model(name), SHAPES, 3, 0.5)
+        near = near_names(plain_model(name), SHAPES, 3, 0.5)
         meant = f"did you mean {' or '.join(near)}? Or " if near else ""
         fix = f"{meant}give the path of its config.json"
         allowed = f"one of the {len(SHAPES)} published shapes that `python -m helios_sim.profile list` shows"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helios_sim.errors import HardwareError, UserError
+from helios_sim.errors import HardwareError, UserError, near_names
 from helios_sim.profile.catalog import (
     CARDS,
     HARDWARE,
@@ -104,7 +103,7 @@ def device_of(name: str, key: str = "hardware") -> Device:
 def _known_card(name: str, key: str) -> Device:
     found = catalogue_name(name)
     if found is None:
-        near = get_close_matches(name.lower(), (*HARDWARE, *CARDS), 1, 0.6)
+        near = near_names(name.lower(), (*HARDWARE, *CARDS))
         meant = f"did you mean {near[0]}? Or " if near else ""
         fix = f"{meant}describe it in a file: {key}=card.yaml (see README)"
         known = ", ".join(dict.fromkeys((*HARDWARE, *CARDS)))

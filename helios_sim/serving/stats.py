@@ -22,10 +22,11 @@ _LONGEST_NS = 10**15  # 11.6 days; anything longer falls into one last bucket
 @cache
 def bucket_edges_ns() -> NDArray[np.int64]:
     """Upper edges in ns, inclusive: 0, 1, 2, ... then 0.1 % apart. Built from integers alone, hence portable."""
-    edges = [0, 1]
-    while edges[-1] < _LONGEST_NS:
-        edges.append(max(edges[-1] + 1, edges[-1] * 1001 // 1000))
-    edges.append(np.iinfo(np.int64).max)
+    edges, edge = list(range(1000)), 1000
+    while edge < _LONGEST_NS:
+        edges.append(edge)
+        edge += edge // 1000
+    edges += [edge, np.iinfo(np.int64).max]
     array = np.array(edges, dtype=np.int64)
     array.flags.writeable = False
     return array

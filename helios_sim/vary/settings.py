@@ -11,14 +11,13 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from helios_sim.errors import UserError
+from helios_sim.errors import UserError, near_names
 
 _Config = TypeVar("_Config")
 _Names = tuple[str, ...]
@@ -135,7 +134,7 @@ def kind_in_words(hint: Any) -> str:
 
 def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """Return a fix with the name that was probably meant; empty if no name is near."""
-    matches = get_close_matches(name, list(names), n=1, cutoff=0.7)
+    matches = near_names(name, names, cutoff=0.7)
     return f"you may have meant {prefix}{matches[0]}" if matches else ""
 
 

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim import logs
 from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError, require_count
-from helios_sim.logs import PromptTexts, RequestLog, read_tool
+from helios_sim.logs import PromptTexts, RequestLog
 from helios_sim.logs.document import Document
 from helios_sim.logs.record import pause_told
 from helios_sim.request import LATEST_NS, LONGEST, NS_PER_S, all_to_ns
@@ -108,7 +109,7 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
     """Reads a trace, and keeps it until the file is written again (`written` is its stamp)."""
     with reading("workload.trace", str(path), "cannot be read", OTHER_FILE, TraceFileError):
         content = read_text(path, MOST_BYTES, OTHER_FILE, TraceFileError)
-        log = read_tool(Document(path, content))
+        log = logs.read_tool(Document(path, content))
         if log is not None:
             return _of_log(log, limit, unit)
         file = _opened(path, content)
