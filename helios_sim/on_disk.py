@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,14 @@ def temporary_folder() -> str:
     if any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")) or not os.access(_ON_DISK, os.W_OK):
         return tempfile.gettempdir()
     return _ON_DISK
+
+
+def free_bytes() -> int:
+    """Return how much room there is for such files; 0 where that cannot be told."""
+    with suppress(OSError):
+        disk = os.statvfs(temporary_folder())
+        return disk.f_bavail * disk.f_frsize
+    return 0
 
 
 def zeros(kinds: Mapping[_Name, Any], rows: int) -> dict[_Name, NDArray[Any]]:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from helios_sim import on_disk
+from helios_sim.errors import UserError
 from helios_sim.files import write_parts
 from helios_sim.report.breakdown import by_priority, by_prompt_length, by_task, replica_figures, waits
 from helios_sim.report.cautions import served_per_s, slows_down
@@ -30,7 +31,8 @@ from helios_sim.report.sieve import Sieve
 from helios_sim.request import NS_PER_S, RequestRecord, Slo
 from helios_sim.serving.stats import RunStats
 from helios_sim.study.instead import over
-from helios_sim.study.schema import Config
+from helios_sim.study.limits import REQUEST_BYTES, check_size
+from helios_sim.study.schema import Config, WorkloadConfig
 from helios_sim.study.verdict import workload_facts
 from helios_sim.vary.columns import from_bytes, from_file, in_parts, to_bytes
 from test_report_records import block_of, plain, some_records
@@ -133,6 +135,16 @@ def test_without_room_records_stay_in_memory_and_a_line_says_so(short_spans, mon
     assert f"records of 1,000 requests stay in memory, for want of room in {on_disk.temporary_folder()}" in said
     assert "No space left" in said
     assert "TMPDIR" in said
+
+
+def test_a_run_that_fits_on_the_disk_need_not_fit_into_memory(monkeypatch) -> None:
+    many = 10 + os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // REQUEST_BYTES
+    config = Config(workload=WorkloadConfig(n_requests=many))
+    monkeypatch.setattr(on_disk, "free_bytes", lambda: 111 * many)
+    check_size(config, 1)
+    monkeypatch.setattr(on_disk, "free_bytes", lambda: 111 * many - 1)
+    with pytest.raises(UserError, match="one run would take about"):
+        check_size(config, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not tell what it maps")

@@ -294,6 +294,7 @@ BLOCK_RECORDS = 4096
 _MAYBE = (*MOMENTS, "microbits", "cached_tokens")
 _NAMES = (*INTEGERS, *_MAYBE, *LABELS)
 _KINDS = INTEGERS | dict.fromkeys(_MAYBE, np.int64) | dict.fromkeys(LABELS, np.int16)
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in _KINDS.values()) + len(_MAYBE)  # of all columns of a request
 _row = attrgetter(*_NAMES)
 _PRESENT, _NO_ID = "present ", -1  # on disk: before the name of a column that may lack numbers; no record yet
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from helios_sim import on_disk
 from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
 from helios_sim.policy.telemetry import Situation
 from helios_sim.profile.composition import Composition
 from helios_sim.profile.profile import Profile
+from helios_sim.report.records import ROW_BYTES
 from helios_sim.request import LATEST_NS, NS_PER_S
 from helios_sim.study.schema import Config
 from helios_sim.workload import Workload
@@ -27,7 +29,7 @@ def check_size(config: Config, replicas: int) -> None:
     """Raise UserError for a number of requests, replicas or places that no machine like this one can hold."""
     requests, slots = config.workload.n_requests or 0, config.server.max_running_requests
     needs = {
-        "workload.n_requests": requests * REQUEST_BYTES,
+        "workload.n_requests": _in_memory(requests) * REQUEST_BYTES,
         "server.replicas": replicas * REPLICA_BYTES,
         "server.max_running_requests": replicas * slots * SLOT_BYTES,
     }
@@ -38,6 +40,12 @@ def check_size(config: Config, replicas: int) -> None:
         gigabytes, hours = sum(needs.values()) / 1e9, requests / REQUESTS_PER_S / 3600
         allowed = f"one run would take about {gigabytes:,.0f} GB of {memory / 1e9:.0f} GB and {hours:,.1f} hours"
         raise UserError(key, value, allowed, f"ask for fewer, at most {MOST_REQUESTS:,} requests in any case")
+
+
+def _in_memory(requests: int) -> int:
+    """Return how many requests have their records in memory at once, or what takes as much."""
+    most = on_disk.WORTH_A_FILE
+    return most if requests >= most and requests * ROW_BYTES <= on_disk.free_bytes() else requests
 
 
 def check_host_costs(config: Config) -> None:
