@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from helios_sim.report.columns import Maybe
 from helios_sim.report.compare import compare
 from helios_sim.report.intervals import LEVEL, STRETCHES, left_out, ratio_bounds, run_ratio_bounds, stretches, student
 from helios_sim.report.metrics import MetricValue, compute_metrics
-from helios_sim.report.records import Maybe, Records
+from helios_sim.report.records import Records
 from helios_sim.serving.stats import RunStats
 from test_report_metrics import record
 

@@ -16,8 +16,9 @@ from helios_sim.core import machine
 from helios_sim.errors import UserError
 from helios_sim.files import write_parquet_parts
 from helios_sim.report import records as records_module
+from helios_sim.report.columns import Labels, Maybe
 from helios_sim.report.metrics import compute_metrics
-from helios_sim.report.records import Labels, Maybe, RecordLog, Records
+from helios_sim.report.records import RecordLog, Records
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Slo, Status
 from helios_sim.serving import stats
 from helios_sim.serving.stats import RunStats

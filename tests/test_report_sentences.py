@@ -43,7 +43,7 @@ def with_dropped(arm: ArmResult, kept: int, why: str = "no room") -> ArmResult:
 
 
 def labels(texts: np.ndarray[Any, Any]) -> Any:
-    from helios_sim.report.records import Labels
+    from helios_sim.report.columns import Labels
 
     names = tuple(dict.fromkeys(texts.tolist()))
     return Labels(np.array([names.index(text) for text in texts], np.int16), names)

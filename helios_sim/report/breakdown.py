@@ -11,8 +11,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.report.columns import BoolColumn
 from helios_sim.report.metrics import Metrics
-from helios_sim.report.records import BoolColumn, Chosen, Records, series_of_all
+from helios_sim.report.records import Chosen, Records, series_of_all
 from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from helios_sim import on_disk
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.files import numbers, texts
+from helios_sim.report.columns import BoolColumn, IntColumn, Labels, Maybe, TimeColumn
 from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 
 if TYPE_CHECKING:
     import pyarrow
-
-TimeColumn = NDArray[np.int64]  # ns
-IntColumn = NDArray[np.int32]
-BoolColumn = NDArray[np.bool_]
 
 # Whole numbers and how wide they are kept; what does not fit raises an OverflowError.
 INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
@@ -50,45 +47,6 @@ MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
 LABELS = ("model", "status", "drop_reason")
 DERIVED = ("queue_s", "ttft_s", "tpot_s", "e2e_s", "task_name")  # of a table, from its other columns
 BLOCK_ROWS = on_disk.SPAN_ROWS  # of a table that is written in parts
-
-
-@dataclass(frozen=True, slots=True)
-class Maybe:
-    """Whole numbers, shape (n,), of which some are missing: `values` hold only where `present` is true."""
-
-    values: NDArray[np.int64]
-    present: BoolColumn
-
-    def __getitem__(self, rows: slice | NDArray[Any]) -> Maybe:
-        return Maybe(self.values[rows], self.present[rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """Texts, shape (n,), with few distinct values: each code is an index into `names`."""
-
-    codes: NDArray[np.int16]
-    names: tuple[str | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __iter__(self) -> Iterator[str | None]:
-        return (self.names[code] for code in self.codes.tolist())
-
-    def __getitem__(self, rows: slice | NDArray[Any]) -> Labels:
-        return Labels(self.codes[rows], self.names)
-
-    def equals(self, name: str | None) -> BoolColumn:
-        """(n,) true where the text is `name`."""
-        if name not in self.names:
-            return np.zeros(len(self.codes), np.bool_)
-        return np.asarray(self.codes == self.names.index(name))
-
-    def counts(self, rows: BoolColumn | slice = slice(None)) -> dict[str | None, int]:
-        """How often each text occurs among `rows`; texts that do not occur are left out."""
-        found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
-        return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,8 +377,8 @@ def _on_disk(requests: int) -> dict[str, NDArray[Any]] | None:
     try:
         columns = on_disk.zeros(_KINDS | {_PRESENT + name: np.bool_ for name in _MAYBE}, requests)
     except OSError as error:
-        told = f"records of {requests:,} requests stay in memory, for want of room in {on_disk.temporary_folder()}"
-        print(f"helios_sim: {told} ({error.strerror or error}); TMPDIR names another folder", file=sys.stderr)
+        told = f"records of {requests:,} requests stay in memory, since there is no file for them in TMPDIR or /var/tmp"
+        print(f"helios_sim: {told}: {error.strerror or error}", file=sys.stderr)
         return None
     for rows in on_disk.spans(columns["request_id"]):
         columns["request_id"][rows] = _NO_ID

@@ -26,8 +26,9 @@ from helios_sim.live.energy import ABSENT, Meter, open_counter
 from helios_sim.live.served import OpenSettings, check_packages, open_models, read_texts
 from helios_sim.live.threads import share_threads
 from helios_sim.provenance import Provenance, ProvenanceClass
+from helios_sim.report.columns import Maybe
 from helios_sim.report.metrics import Metrics, MetricValue, energy_metrics, gco2e_per_million
-from helios_sim.report.records import Maybe, Records
+from helios_sim.report.records import Records
 from helios_sim.request import Request, RequestRecord
 from helios_sim.routing import AnswerRouter, Routing
 from helios_sim.serving.iteration import Engine
