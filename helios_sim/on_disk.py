@@ -7,6 +7,7 @@ name, so that it is gone with the process, however the process ends.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -55,9 +56,14 @@ def zeros(kinds: Mapping[_Name, Any], rows: int) -> dict[_Name, NDArray[Any]]:
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
     """Reserve room on the disk: a written page without room would end the process."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(descriptor, 0, size_bytes)
         return
+    except AttributeError:
+        pass  # a system without it
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # those of a file system without it
+            raise
     with open(descriptor, "wb", closefd=False) as file:
         for first in range(0, size_bytes, 1 << 20):
             file.write(bytes(min(1 << 20, size_bytes - first)))

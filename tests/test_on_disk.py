@@ -152,6 +152,18 @@ def test_a_run_that_fits_on_the_disk_need_not_fit_into_memory(monkeypatch) -> No
         check_size(config, 1)
 
 
+def test_room_is_reserved_by_writing_where_the_file_system_cannot_do_it(monkeypatch) -> None:
+    def cannot(*arguments: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    columns = on_disk.zeros({"a": np.int64}, 300_000)
+    assert (columns["a"].size, columns["a"].any()) == (300_000, False)
+    columns["a"][-1] = 7
+    on_disk.let_go(columns["a"])
+    assert columns["a"][-1] == 7
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not tell what it maps")
 def test_the_file_has_no_name_and_lies_in_the_folder_for_temporary_files(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
