@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,14 @@ def test_columns_are_kept_and_read_again_as_those_of_memory(short_spans, tmp_pat
     for it in again:
         assert it.on_disk
         assert all(plain(getattr(it, f.name)) == plain(getattr(in_memory, f.name)) for f in fields(Records))
+
+
+@pytest.mark.parametrize("requests", [99, 1000])
+def test_records_come_from_another_process_as_they_are(short_spans, requests: int) -> None:
+    rows = some_records(requests)
+    found = pickle.loads(pickle.dumps(kept(rows, requests)))
+    assert found.on_disk == (requests == 1000)
+    assert to_bytes(found) == to_bytes(kept(rows, None))
 
 
 def test_a_run_that_ends_before_its_last_request_has_the_others(short_spans) -> None:

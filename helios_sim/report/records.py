@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from helios_sim import on_disk
 from helios_sim.exits.trace import MICROBITS
 from helios_sim.files import numbers, texts
-from helios_sim.report.columns import BoolColumn, IntColumn, Labels, Maybe, TimeColumn
+from helios_sim.report.columns import (
+    BoolColumn,
+    IntColumn,
+    Labels,
+    Maybe,
+    TimeColumn,
+    copied,
+    narrow,
+    numbers_and_none,
+)
 from helios_sim.report.series import Series
 from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 
@@ -86,6 +95,11 @@ class Records:
         for record in records:
             log.add(record)
         return log.records()
+
+    def __setstate__(self, columns: Sequence[Any]) -> None:
+        """Those of a long run come from another process through memory, and are put on disk again."""
+        for f, column in zip(fields(self), copied(columns), strict=True):
+            object.__setattr__(self, f.name, column)
 
     def part(self, rows: slice | NDArray[Any]) -> Records:
         return Records(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
@@ -288,7 +302,7 @@ class RecordLog:
         self._flush()
         rows = self._rows_of(block.numbers["request_id"])
         for name, values in block.numbers.items():
-            self._columns[name][rows] = _narrow(values, _KINDS[name])
+            self._columns[name][rows] = narrow(values, _KINDS[name])
         for name, (values, present) in block.maybe.items():
             self._put_maybe(name, rows, values, present)
         for name, (codes, names) in block.labels.items():
@@ -333,7 +347,7 @@ class RecordLog:
                 codes = self._codes[name]
                 column: NDArray[Any] = np.array([codes.setdefault(value, len(codes)) for value in values], np.int16)
             elif name in _MAYBE:
-                self._put_maybe(name, rows, *_maybe(values))
+                self._put_maybe(name, rows, *numbers_and_none(values))
                 continue
             else:
                 column = np.array(values, _KINDS[name])  # raises where one does not fit
@@ -383,17 +397,3 @@ def _on_disk(requests: int) -> dict[str, NDArray[Any]] | None:
     for rows in on_disk.spans(columns["request_id"]):
         columns["request_id"][rows] = _NO_ID
     return columns
-
-
-def _maybe(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    if None not in values:
-        return np.array(values, np.int64), np.ones(len(values), np.bool_)
-    present = np.array([value is not None for value in values], np.bool_)
-    return np.array([0 if value is None else value for value in values], np.int64), present
-
-
-def _narrow(values: NDArray[np.int64], kind: type[np.signedinteger[Any]]) -> NDArray[Any]:
-    limits = np.iinfo(kind)
-    if len(values) and not (limits.min <= values.min() and values.max() <= limits.max):
-        raise OverflowError(f"a number from {values.min()} to {values.max()} does not fit {limits.bits} bits")
-    return values.astype(kind)
