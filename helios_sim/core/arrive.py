@@ -1,4 +1,4 @@
-"""Requests that arrive and leave, and the books that must balance: L = lambda W, in integers, on every run."""
+"""Arrivals and departures of requests, and the integrals by which every run checks L = lambda W (Little's law)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helios_sim.core.line import order_key, push
 
 
 def cannot_run(s: Record, r: Record, prompt_tokens: int, output_tokens: int) -> int:
-    """Why a request can never run as deployed; 0: it can."""
+    """Why a request can never run under the deployment in force; 0 if it can."""
     tokens = prompt_tokens + output_tokens
     if tokens > r.context_limit:
         return CONTEXT_EXCEEDED
@@ -32,11 +32,11 @@ def cannot_run(s: Record, r: Record, prompt_tokens: int, output_tokens: int) -> 
 def take_arrivals(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, arrivals: Table, tokens: Table, until_ns: int
 ) -> bool:
-    """Requests that arrive until then join the line. False: those that come next are not known yet.
+    """Put requests that arrive up to `until_ns` into the line. Returns False if the next arrivals are not known yet.
 
-    It also stops where no slot is free, since a request that can never run takes one until its record is handed over.
+    Stops when no slot is free, since a request that can never run takes a slot until its record is handed over.
     """
-    if r.closed_loop:  # they come as others leave; enough are known if all that run may leave at once
+    if r.closed_loop:  # requests arrive as others leave, and all running requests may leave at once
         return s.known - s.arrived > r.running_limit or s.exhausted != 0
     while s.arrived < s.known and arrivals[s.arrived - s.first_row].arrival_ns <= until_ns:
         if s.free == 0:
@@ -48,9 +48,9 @@ def take_arrivals(
 def release(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, arrivals: Table, tokens: Table, now_ns: int
 ) -> None:
-    """In a closed loop each request that leaves lets the next one come, which may leave at once.
+    """Closed loop: let the next request arrive for each that has left. One that can never run leaves at once again.
 
-    What cannot come yet (no slot is free, or the next arrivals are not known) comes with the next call.
+    Requests that cannot arrive yet, since no slot is free or the next arrivals are not known, arrive with the next call.
     """
     while s.to_release and s.arrived < s.known and s.free > 0:
         s.to_release -= 1
@@ -62,10 +62,10 @@ def release(
 def arrive(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, arrivals: Table, tokens: Table, now_ns: int
 ) -> bool:
-    """The next known request arrives. True: it can never run here and has left at once.
+    """Let the next known request arrive. Returns True if it can never run here and has left at once.
 
-    While a change is pending no request is dropped: there may be room again when the change has come. A request that a
-    service plan gives to another model is looked at when its turn comes.
+    No request is dropped while a change of deployment is pending, since there may be room after it. A request that a
+    service plan gives to another model is checked when that model is active.
     """
     number = s.arrived
     row = number - s.first_row
@@ -89,7 +89,7 @@ def arrive(
 
 
 def occupy(s: Record, requests: Table, lists: Lists, arrival: Record, read: Record, number: int) -> int:
-    """An arrival takes a slot, as the model reads it that was active when it arrived."""
+    """Give an arrival a slot, with its tokens as the model active at its arrival reads them. Returns the slot."""
     s.free -= 1
     slot = lists.free[s.free]
     request = requests[slot]
@@ -151,9 +151,9 @@ def leave(
     now_ns: int,
     why: int,
 ) -> None:
-    """A request leaves the system, and in a closed loop the next one comes.
+    """Let a request leave the system; in a closed loop the next one arrives.
 
-    Its slot is free when its record has been handed over.
+    Its slot becomes free when its record has been handed over.
     """
     depart(s, r, requests, lists, slot, now_ns, why)
     if r.closed_loop:
@@ -161,7 +161,7 @@ def leave(
 
 
 def depart(s: Record, r: Record, requests: Table, lists: Lists, slot: int, now_ns: int, why: int) -> None:
-    """A request leaves the system. In a closed loop the next one may come from now on, with a later `release`."""
+    """Let a request leave the system. In a closed loop the next one arrives with a later `release`."""
     _count_departure(s, requests, lists, slot, now_ns, why)
     if r.closed_loop:
         s.to_release += 1

@@ -1,9 +1,9 @@
 """KV blocks of one replica: counts against the pool's size, and what freed blocks still hold.
 
-With `rules.refinds` freed blocks keep what they hold until they are taken again, the longest free first and of one
-request its last ones first, as in vLLM's prefix cache (vllm/v1/core/block_pool.py, 0.19): a preempted request may get
-the rest back. `freed` is a ring of (owner, blocks) from the longest free on; `freed_first` and `freed_end` count
-entries since the run began, so a request finds its own entry by number.
+With `rules.refinds` freed blocks keep their content until they are taken again. Blocks are taken in the order in which
+they became free, and of one request its last blocks first, as in vLLM's prefix cache (vllm/v1/core/block_pool.py,
+0.19). So a preempted request may get its first blocks back. `freed` is a ring of (owner, blocks), the longest free
+first; `freed_first` and `freed_end` count entries since the run began, so a request finds its own entry by number.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def free_blocks(s: Record) -> int:
 
 
 def take_blocks(s: Record, r: Record, freed: Table, blocks: int) -> None:
-    """The pool has them; the scheduler has looked."""
+    """Take blocks from the pool. The scheduler has checked that they are free."""
     s.used_blocks += blocks
     if r.refinds:
         forget_blocks(s, freed, blocks)
 
 
 def give_blocks(s: Record, r: Record, freed: Table, blocks: int, owner: int) -> int:
-    """Blocks become free. Returns the entry that remembers them for the owner; NEVER: there is none."""
+    """Free blocks. Returns the entry of `freed` that remembers them for the owner, or NEVER if there is none."""
     s.used_blocks -= blocks
     if not r.refinds or blocks == 0:
         return NEVER
@@ -35,7 +35,7 @@ def give_blocks(s: Record, r: Record, freed: Table, blocks: int, owner: int) -> 
 
 
 def kept_blocks(s: Record, freed: Table, entry: int, owner: int) -> int:
-    """How many of a request's freed blocks, counted from its first, still hold what they held."""
+    """How many of a request's freed blocks, counted from its first, still hold their content."""
     if entry < s.freed_first or entry >= s.freed_end:
         return 0
     found = freed[entry % len(freed)]
@@ -43,7 +43,7 @@ def kept_blocks(s: Record, freed: Table, entry: int, owner: int) -> int:
 
 
 def take_back(s: Record, freed: Table, entry: int, blocks: int) -> None:
-    """A request gets its first blocks back as they are; what else was kept of it is forgotten."""
+    """Give a request its first blocks back with their content, and forget its other blocks."""
     s.used_blocks += blocks
     found = freed[entry % len(freed)]
     found.owner = NEVER
@@ -51,7 +51,7 @@ def take_back(s: Record, freed: Table, entry: int, blocks: int) -> None:
 
 
 def resize_pool(s: Record, r: Record, freed: Table, total_blocks: int) -> None:
-    """A new size; the caller has made room first."""
+    """Set the size of the pool. The caller has made room first."""
     grown = total_blocks - s.total_blocks
     s.total_blocks = total_blocks
     if r.refinds and grown < 0:
@@ -61,7 +61,7 @@ def resize_pool(s: Record, r: Record, freed: Table, total_blocks: int) -> None:
 
 
 def forget_blocks(s: Record, freed: Table, blocks: int) -> None:
-    """So many of the longest free blocks hold nothing any more."""
+    """Discard the content of so many blocks, the longest free first."""
     while blocks > 0 and s.freed_first < s.freed_end:
         oldest = freed[s.freed_first % len(freed)]
         gone = min(oldest.blocks, blocks)
@@ -78,8 +78,8 @@ def _remember(s: Record, freed: Table, blocks: int, owner: int) -> int:
             latest.blocks += blocks
             return NEVER
     if s.freed_end - s.freed_first == len(freed):
-        # Full: the longest free blocks lose their owner from here on. It takes as many preempted requests as the
-        # ring has entries, which the server makes larger than the number of requests that can be preempted.
+        # The ring is full: merge its two oldest entries, which lose their owner. That takes as many preempted requests
+        # as the ring has entries, and the server makes it larger than the number of requests that can be preempted.
         oldest, following = freed[s.freed_first % len(freed)], freed[(s.freed_first + 1) % len(freed)]
         following.blocks += oldest.blocks
         following.owner = NEVER

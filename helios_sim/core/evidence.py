@@ -1,7 +1,6 @@
-"""What prompts say of a model's exits: weighted sums and the bound of the cap rule, each sum in the order of its terms.
+"""Evidence of prompts on a model's exits: weighted sums, and the bound of the cap rule. Sums add terms in order.
 
-`policy/cap.py` gives the formulas. The last of the sources are the prompts that were observed, of which further counts
-are summed.
+`policy/cap.py` gives the formulas. The last source is the observed prompts, which have further counts.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from math import sqrt
 from helios_sim.core.layout import Numbers
 
 Z = 1.6448536269514722  # the normal quantile of 95 %
-# Rows of what is found, by exit. The last holds one number: weighted tokens of what was observed.
+# Rows of `found`, each by exit. The last row holds one number: the weighted tokens of observed prompts.
 SHARE, BOUND, DIFFERS, CONFIDENT, FIRST, TOKENS = range(6)
 
 
@@ -24,9 +23,9 @@ def weigh(
     first: Numbers,
     found: Numbers,
 ) -> int:
-    """Of P prompts (P,) and (P, E), S sources of which begin at `starts` (S + 1,) and end where the next begins.
+    """Weigh P prompts: `tokens` and `weights` (P,), `differs` (P, E). Source s is prompts `starts[s]` to `starts[s + 1]`.
 
-    `confident` and `first` (n, E) are of the last n prompts. Into `found` (6, E); returns n.
+    `confident` and `first` (n, E) belong to the last n prompts. Writes `found` (6, E); returns n.
     """
     prompts, n = len(tokens), len(confident)
     total = 0.0

@@ -1,8 +1,8 @@
 """The waiting line of a replica, and its order.
 
-The order is a rule: a key for each request, then order of arrival. A request that lost its place in the batch comes
-back under its old order of arrival, so with `fcfs` it stands before all that have not started. Preemption takes the
-running request that the same rule puts last.
+Requests are ordered by a key (`order_key`), then by order of arrival. A preempted request keeps its order of arrival,
+so with `fcfs` it stands before all requests that have not started. Preemption takes the running request that comes
+last in the same order. The line is a binary heap.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ORDERS = {"fcfs": FCFS, "priority": PRIORITY, "shortest_prompt": SHORTEST_PROMPT
 
 
 def order_key(r: Record, priority: int, prompt_tokens: int) -> int:
-    """What the line is sorted by before order of arrival: 0 for all under `fcfs`; the lowest is first."""
+    """The key by which the line is ordered before order of arrival, lowest first; 0 for all requests under `fcfs`."""
     if r.order == PRIORITY:
         return priority
     if r.order == SHORTEST_PROMPT:
@@ -31,7 +31,7 @@ def order_key(r: Record, priority: int, prompt_tokens: int) -> int:
 
 
 def push(s: Record, line: Line, key: int, seq: int, ref: int) -> None:
-    """Adds a request: the number of an arrival, or -1 - slot."""
+    """Add a request. `ref` is the number of an arrival, or -1 - slot of a request that was preempted."""
     keys, seqs, refs = line.key, line.seq, line.ref
     at = s.waiting
     s.waiting += 1
@@ -47,7 +47,7 @@ def push(s: Record, line: Line, key: int, seq: int, ref: int) -> None:
 
 
 def pop(s: Record, line: Line) -> None:
-    """Takes the first request out."""
+    """Remove the first request."""
     keys, seqs, refs = line.key, line.seq, line.ref
     if refs[0] < 0:
         s.waiting_slots -= 1
@@ -70,7 +70,7 @@ def pop(s: Record, line: Line) -> None:
 
 
 def last_in_order(s: Record, requests: Table, lists: Lists) -> int:
-    """The place in the batch of the running request that comes last."""
+    """The place in the batch of the running request that comes last in order."""
     batch = lists.batch
     last = s.running - 1
     worst = requests[batch[last]]
@@ -83,7 +83,7 @@ def last_in_order(s: Record, requests: Table, lists: Lists) -> int:
 
 
 def last_lingering(s: Record, lists: Lists, key: int, seq: int) -> int:
-    """The place among the lingering requests of the one that comes last, if it comes after (key, seq); else NEVER."""
+    """The place of the lingering request that comes last in order, or NEVER if none comes after (key, seq)."""
     found = NEVER
     for i in range(s.lingering):
         if lists.lingering_key[i] > key or (lists.lingering_key[i] == key and lists.lingering_seq[i] > seq):

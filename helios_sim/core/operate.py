@@ -1,7 +1,7 @@
-"""Where a server would run under a load, by prices alone: what a policy predicts of each candidate.
+"""The operating point of a server under a load, from prices alone: what a policy predicts for each candidate.
 
-`policy/prediction.py:predict` says what is modelled. The numbers that go in and come out lie in two arrays, by the
-names below, since they are asked for so often.
+`policy/prediction.py:predict` describes the model. Inputs and outputs are in two arrays, indexed by the names below,
+since policies ask for them very often.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from helios_sim.core.layout import Numbers, Table
 from helios_sim.core.price import FLOOR, OUTSIDE, TIME, PriceTables, price_many, price_one
 
-POINT = 3  # is asked for, in place of the three of many iterations
-LEAST_S = 1e-9  # of an iteration: what is free still takes the clock's step, as it does when served
-# Whole numbers: of a prompt and of those of its tokens that are cached, the token budget, the batches to look at, and
-# whether decodes at each are to be priced, or are known; then which batch it is, and whether it keeps up.
+POINT = 3  # in `asked`: an operating point is wanted, not TIME, FLOOR or OUTSIDE of many iterations
+LEAST_S = 1e-9  # shortest iteration: even a free one takes one step of the clock, as in the serving loop
+# Whole numbers. Inputs: tokens of the prompt, cached tokens of the prompt, token budget, first and last batch size, and
+# whether decodes are to be priced (else their times are given). Outputs: the batch, and whether it keeps up.
 PROMPT, CACHED, BUDGET, FIRST, LAST, PRICED, AT, KEEPS_UP = range(8)
-# Others: tokens of a request in the KV cache, output tokens after the first, arrivals per second; then seconds of the
-# prompt and their floor, requests per second there and at most, and seconds of a decode iteration there with the floor.
+# Real numbers. Inputs: mean context tokens, output tokens after the first, arrivals per second. Outputs: seconds of the
+# prompt and their floor, requests per second at that batch and at most, seconds of a decode iteration and their floor.
 CONTEXT, FURTHER, ARRIVALS, PREFILL, PREFILL_FLOOR, RATE, MOST_RATE, DECODE, DECODE_FLOOR = range(9)
 
 
@@ -32,11 +32,11 @@ def operating_point(
     whole: Numbers,
     means: Numbers,
 ) -> int:
-    """A prompt on its own, in chunks of the token budget, and the smallest batch that keeps up with the arrivals.
+    """Price a prompt on its own, in chunks of the token budget, and find the smallest batch that keeps up with arrivals.
 
-    Where none does it is the last one. B requests that decode together, d(B) seconds an iteration, are served at
-    1 / (prompt + further tokens x d(B) / B) requests per second. All of it runs in one band; `found` (batches, 3) has
-    room for what each takes, which is there already where it is not to be priced. Returns how many batches there are.
+    If no batch keeps up, the last one is taken. B requests that decode together at d(B) seconds an iteration are served
+    at 1 / (prompt + further tokens x d(B) / B) requests per second. Everything runs in one band. `found` (batches, 3)
+    receives the times of each batch, or holds them already if they are not to be priced. Returns the number of batches.
     """
     it, w, chunk = iterations[0], work[0], chunks[0]
     prompt, context, priced = whole[PROMPT], whole[CACHED], whole[PRICED]
@@ -93,7 +93,7 @@ def estimate(
     whole: Numbers,
     means: Numbers,
 ) -> int:
-    """`operating_point` where that is asked for, else `price_many`: in one, since they are compiled together."""
+    """Run `operating_point` if POINT is asked for, else `price_many`: one entry point, since both are compiled together."""
     if asked[POINT]:
         return operating_point(
             t, scalar_table, iterations, spans, class_layers, work, chunks, asked, found, whole, means

@@ -1,23 +1,23 @@
-"""What a replica's card draws, as the loop counts it: whole numbers, so that the same run gives the same bits.
+"""Energy that a replica's card draws, counted in whole numbers so that the same run gives the same bits.
 
-Above its idle power a simulated card draws half of what is left up to the board's limit while an iteration runs, and
-the other half for as long as the same work would take at the card's ceilings: the middle of the band that a report
-shows. `drawn_ns` is that time in all, each half counted, and `rules.drawn_mw` the power of one half. Where the power
-of kernels was measured, both halves are drawn while an iteration runs (`rules.draws_evenly`). Of a device with a
-counter `drawn_ns` is what the counter rose by, in units of `rules.drawn_mw`.
+The power between idle and the board's limit is split into two halves of `rules.drawn_mw` each. A simulated card draws
+one half while an iteration runs, and the other for as long as the iteration's work would take at the card's ceilings;
+that is the middle of the energy band that a report shows. `drawn_ns` sums the time of both halves. If the power of
+kernels was measured, both halves are drawn while an iteration runs (`rules.draws_evenly`). For a device with an energy
+counter, `drawn_ns` is the counter's increase in units of `rules.drawn_mw`.
 """
 
 from __future__ import annotations
 
 from helios_sim.core.layout import Record, Table
 
-MARK_EVERY_NS = 50_000_000  # at least, between two marks
-MARKS = 1024  # that are kept
-LONGEST_WINDOW_NS = MARKS * MARK_EVERY_NS - MARK_EVERY_NS  # that they cover at least
+MARK_EVERY_NS = 50_000_000  # shortest time between two marks
+MARKS = 1024  # marks that are kept
+LONGEST_WINDOW_NS = MARKS * MARK_EVERY_NS - MARK_EVERY_NS  # shortest time that the kept marks cover
 
 
 def note_drawn(s: Record, marks: Table, start_ns: int, end_ns: int, drawn_ns: int) -> None:
-    """From `start_ns` to `end_ns` so much was drawn; before it, since the last mark, nothing is missing."""
+    """Add what was drawn between `start_ns` and `end_ns`, and set marks. Everything drawn before is counted already."""
     latest_ns = marks[(s.marks - 1) % MARKS].time_ns if s.marks else 0
     if start_ns - latest_ns >= MARK_EVERY_NS:
         _mark(s, marks, start_ns)
@@ -35,8 +35,8 @@ def _mark(s: Record, marks: Table, time_ns: int) -> None:
 
 
 def drawn_since(s: Record, marks: Table, since_ns: int) -> int:
-    """What was drawn from then until now. Between two marks it is spread evenly."""
-    low, high = max(0, s.marks - MARKS), s.marks  # the first mark after that time lies between
+    """What was drawn since `since_ns`, in ns of `rules.drawn_mw`; interpolated linearly between two marks."""
+    low, high = max(0, s.marks - MARKS), s.marks  # the first mark after `since_ns` lies between
     while low < high:
         middle = (low + high) // 2
         if marks[middle % MARKS].time_ns <= since_ns:
@@ -58,7 +58,7 @@ def drawn_since(s: Record, marks: Table, since_ns: int) -> int:
 
 
 def is_above(s: Record, r: Record, marks: Table, limit_mw: int, window_ns: int) -> bool:
-    """Whether the mean power of the latest window is above the limit; false before one such window is over."""
+    """Whether the mean power over the latest window is above the limit; False until one window has passed."""
     if s.now_ns < window_ns:
         return False
     return drawn_since(s, marks, s.now_ns - window_ns) * r.drawn_mw > (limit_mw - r.idle_mw) * window_ns
