@@ -1,7 +1,7 @@
-"""The tables of replicas as the compiled loop takes them: where they lie in memory.
+"""The tables of replicas as the compiled loop takes them: addresses and shapes in one array.
 
-To look at every array of a call takes as long as an iteration. So the loop gets one array of what is written at their
-places (`places`), all of the types that the code was compiled for.
+Looking at every array in each call would take as long as an iteration. So the loop gets one array with the places
+(`places`) of all arrays, whose types are checked when they are put there.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from numpy.typing import NDArray
 from helios_sim.core.layout import IntArray, Tables
 from helios_sim.core.places import NUMBERS, arrays_of, place_of
 
-_GROUPS = 1024  # of arrays, whose addresses are remembered
-_OF_TERMS = Tables._fields.index("trace")  # from this field on they are of a model and its deployment
+_GROUPS = 1024  # groups of arrays with remembered addresses
+_OF_TERMS = Tables._fields.index("trace")  # fields from here on belong to a model and its deployment
 
 
 class Compiled(Protocol):
     def require_types(self, tables: Tables) -> None:
-        """TypeError where the compiled code reads tables of another kind."""
+        """Raise TypeError if the compiled code reads tables of other types."""
         ...
 
     def require_type(self, place: int, array: NDArray[Any]) -> None:
-        """TypeError where the compiled code reads another kind of array at that place of the tables."""
+        """Raise TypeError if the compiled code reads another type of array at that place of the tables."""
         ...
 
 
 class Replicas:
-    """The tables of R replicas, as `raw`: themselves where the loop is interpreted, else (R, arrays, 1 + dimensions)
-    address and shape of each array."""
+    """The tables of R replicas. `raw` is the tables themselves if the loop is interpreted, else the addresses and shapes
+    of their arrays, (R, arrays, 1 + dimensions)."""
 
     def __init__(self, n: int, machine: Compiled | None) -> None:
         self._machine = machine
         self._tables: list[Tables | None] = [None] * n
         self._addresses: IntArray | None = None
-        self._places: list[int] = []  # of the first array of each field of the tables
-        self._of_groups: dict[tuple[int, ...], tuple[Any, IntArray]] = {}  # put before, by their ids; with their rows
+        self._places: list[int] = []  # place of the first array of each field of the tables
+        self._of_groups: dict[tuple[int, ...], tuple[Any, IntArray]] = {}  # with their rows, by ids
 
     @property
     def raw(self) -> Any:
         return self._tables if self._machine is None else self._addresses
 
     def put(self, number: int, tables: Tables) -> None:
-        """The loop reads these arrays from now on, until others are put in their place."""
+        """Let the loop read these arrays from now on."""
         known = self._tables[number]
         if self._machine is None or (known is not None and all(map(is_, known, tables))):
             self._tables[number] = tables
@@ -63,14 +63,14 @@ class Replicas:
                 continue
             if isinstance(field, tuple):
                 self._put_group(rows, place, field)
-            else:  # of tables that grow, or are read on
+            else:  # a table that grows, or of which further parts are read
                 rows[place] = self._row(place, field)
         of_terms = tables[_OF_TERMS:]
         if known is None or not all(map(is_, known[_OF_TERMS:], of_terms)):
             self._put_group(rows, self._places[_OF_TERMS], of_terms)
 
     def _put_group(self, rows: IntArray, place: int, group: tuple[Any, ...]) -> None:
-        """Most are put again and again, as models take turns."""
+        """Write the rows of a group. Most groups are put again and again, as models take turns."""
         ids = place, *map(id, group)
         known = self._of_groups.get(ids)
         if known is None:
@@ -81,7 +81,7 @@ class Replicas:
         rows[place : place + len(known[1])] = known[1]
 
     def _row(self, place: int, array: NDArray[Any]) -> list[int]:
-        """Where an array lies, and its shape."""
+        """The address and shape of an array."""
         assert self._machine is not None
         self._machine.require_type(place, array)
         return place_of(array)

@@ -1,7 +1,7 @@
-"""The turns of one replica's server, one after the other, until something outside has to act.
+"""The serving loop: turns of one replica's server, one after the other, until something outside has to act.
 
-A turn: take what has arrived, look whether the policy is to be asked, schedule an iteration, price it (or have it run),
-and commit it when it ends. `advance` returns why it stopped; to call it again goes on.
+A turn takes arrivals, checks whether the policy is to be asked, schedules an iteration, prices it (or has a device run
+it), and commits it when it ends. `advance` returns why it stopped; calling it again goes on from there.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from helios_sim.core.triggers import next_alarm_ns, turn_is_due, watches_queue
 
 
 def advance(t: Tables, until_ns: int) -> int:
-    """Takes the turns of this replica that come before `until_ns`, up to which nothing else can act on it."""
+    """Take the turns of this replica before `until_ns`, when something else may act on it. Returns why it stopped."""
     s, r, it = t.states[0], t.rules[0], t.iterations[0]
     requests, lists, line, arrivals, tokens = t.requests, t.lists, t.line, t.arrivals, t.tokens
     chunks, freed, prefix, owed, c, watch, work = t.chunks, t.freed, t.prefix, t.owed, t.counts, t.watch, t.work
     other = t.drafter
     while True:
-        if s.to_release and s.phase in (ADMITTING, RUNNING):  # in place of those that left while it was planned
+        if s.to_release and s.phase in (ADMITTING, RUNNING):  # requests left meanwhile
             release(s, r, requests, lists, line, arrivals, tokens, s.now_ns)
         if s.phase == RUNNING:
             if s.end_ns >= until_ns:
@@ -99,7 +99,7 @@ def advance(t: Tables, until_ns: int) -> int:
         s.phase = TURN
         if it.decodes == 0 and it.chunks == 0 and it.drafting_apart == 0:
             if r.ahead and s.started_ns != NEVER:
-                s.started_ns = NEVER  # with nothing to run, what has arrived meanwhile is seen at once
+                s.started_ns = NEVER  # with nothing to run, requests that have arrived meanwhile are seen at once
             else:
                 s.phase = WAITING
             continue
@@ -117,11 +117,11 @@ def advance(t: Tables, until_ns: int) -> int:
         if r.releases and it.decodes:
             up_to, before_s = 1, scalars.host_overhead_s + scalars.host_s_per_request * (it.decodes + it.chunks)
             before_s += scalars.sync_s
-        while True:  # once, or as often as ramps, or drafts and the pass that verifies them, ask for
+        while True:  # once for each ramp or draft pass, then for the whole iteration or the verification
             if r.releases:
                 while 0 < up_to < r.bands and t.trace.checks[up_to - 1] == 0:
                     up_to += 1
-                up_to = up_to if up_to < r.bands else 0  # so many bands, of the device alone; 0: the whole iteration
+                up_to = up_to if up_to < r.bands else 0  # bands to price, device time alone; 0: all
                 it.drafting, it.sampled_tokens = (1, 0) if up_to else (0, sampled)
             if passes:
                 apart = r.drafts_apart if draft else 0
@@ -164,7 +164,7 @@ def advance(t: Tables, until_ns: int) -> int:
 
 
 def _has_room(s: Record, r: Record, c: Counts, prefix: Prefix) -> bool:
-    """Whether all that one more iteration may hand over finds a place, and little has to be handed over yet."""
+    """Whether results of one more iteration are sure to fit into their tables, and few wait to be handed over."""
     return (
         s.left < FLUSH_REQUESTS
         and s.free >= r.running_limit + 1
@@ -185,11 +185,11 @@ def _wait(
     watch: Watch,
     until_ns: int,
 ) -> int:
-    """Nothing can run: the clock moves to the next arrival or alarm that wakes the server (GO_ON), if that is known.
+    """Move the clock of an idle server to the next arrival or alarm that wakes it, and return GO_ON.
 
-    Otherwise ARRIVALS, FLUSH, or IDLE: none comes before `until_ns`.
+    If that is not known returns ARRIVALS or FLUSH, and IDLE if none comes before `until_ns`.
     """
-    if s.wake_ns != NEVER:  # an arrival was put into the line from outside
+    if s.wake_ns != NEVER:  # a router has put an arrival into the line
         if s.wake_ns >= until_ns:
             return IDLE
         s.now_ns, s.wake_ns, s.idle = s.wake_ns, NEVER, 0
@@ -200,7 +200,7 @@ def _wait(
             return FLUSH
         if s.to_release and s.arrived == s.known and not s.exhausted:
             return ARRIVALS
-        if s.to_release and s.arrived < s.known:  # of a closed loop, when a record has given its slot back
+        if s.to_release and s.arrived < s.known:  # closed loop, after a record has given its slot back
             if wakes(s, r, watch):
                 s.idle = 1 + s.waiting
                 return GO_ON
@@ -212,11 +212,11 @@ def _wait(
                 arrival_ns = arrivals[s.arrived - s.first_row].arrival_ns
             elif not s.exhausted:
                 return ARRIVALS
-        # A run ends at the last departure, whatever the alarms.
+        # A run ends at the last departure, even if alarms are set.
         over = arrival_ns == FOREVER_NS and s.in_system == 0 and not s.routed
         if over or min(arrival_ns, alarm_ns) >= until_ns:
             return IDLE
-        if alarm_ns <= arrival_ns:  # what arrives at the same moment may be rejected, and the alarm counts all the same
+        if alarm_ns <= arrival_ns:  # the alarm counts even if a request that arrives at the same time is rejected
             s.now_ns, s.idle = alarm_ns, 0
             return GO_ON
         if wakes(s, r, watch):
@@ -226,7 +226,7 @@ def _wait(
 
 
 def wakes(s: Record, r: Record, watch: Watch) -> bool:
-    """Whether an idle server looks at a request that arrives: it is next in line and could start."""
+    """Whether an arriving request wakes an idle server: it is next in line and could start."""
     if watches_queue(watch):
         return True
     could_start = s.running < running_limit(s, r) and s.starts_left != 0 and not s.draining

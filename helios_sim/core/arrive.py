@@ -32,7 +32,7 @@ def cannot_run(s: Record, r: Record, prompt_tokens: int, output_tokens: int) -> 
 def take_arrivals(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, arrivals: Table, tokens: Table, until_ns: int
 ) -> bool:
-    """Put requests that arrive up to `until_ns` into the line. Returns False if the next arrivals are not known yet.
+    """Put requests that arrive up to `until_ns` into the line. Returns False if later arrivals are not known yet.
 
     Stops when no slot is free, since a request that can never run takes a slot until its record is handed over.
     """
@@ -50,7 +50,7 @@ def release(
 ) -> None:
     """Closed loop: let the next request arrive for each that has left. One that can never run leaves at once again.
 
-    Requests that cannot arrive yet, since no slot is free or the next arrivals are not known, arrive with the next call.
+    A request that cannot arrive yet, since no slot is free or it is not known, arrives with the next call.
     """
     while s.to_release and s.arrived < s.known and s.free > 0:
         s.to_release -= 1

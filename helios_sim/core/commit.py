@@ -1,6 +1,6 @@
-"""Makes an iteration that has ended part of the state: tokens, memory, telemetry, completions.
+"""Commits an iteration that has ended: tokens, memory, telemetry and completions become part of the state.
 
-What became of each request's token stands in its record: put there from a trace by `depths`, or by a device.
+The token fields of each request say what its token was. `depths` filled them in from a trace, or a device did.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def commit(
     c: Counts,
     watch: Watch,
 ) -> None:
-    """The iteration that began at `now_ns` has ended at `end_ns`."""
+    """Commit the iteration that began at `s.now_ns` and has ended at `s.end_ns`."""
     start_ns, end_ns, decoded = s.now_ns, s.end_ns, s.decoding
     busy_ns = end_ns - start_ns
     _account(s, r, it, busy_ns)
-    if not r.live:  # what a device draws is read from its counter
+    if not r.live:  # a device's energy is read from its counter
         drawn_ns = _drawn_ns(r, it.verify_ns if r.draft_parts else busy_ns, it.floor_ns)
         if r.draft_parts:
             drawn_ns += r.draft_cards * _drawn_ns(r, it.draft_ns, it.draft_floor_ns)
@@ -80,7 +80,7 @@ def commit(
 
 
 def _sample(s: Record, sample: Record) -> None:
-    """The state when the iteration has ended, for pictures."""
+    """Record the state at the end of the iteration, for pictures."""
     sample.time_ns = s.sampled_ns = s.end_ns
     sample.model = s.sampled_model = s.model
     sample.run_layers = s.sampled_layers = s.run_layers
@@ -119,12 +119,12 @@ def _account(s: Record, r: Record, it: Record, busy_ns: int) -> None:
 def _decoded(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, owed: Numbers, c: Counts, end_ns: int
 ) -> None:
-    """Tokens of the requests that decode."""
-    # Arrays are taken out of their groups once, not once a token: that counts references, which takes its time.
+    """Commit the tokens of the decodes."""
+    # Arrays are taken out of their groups once, not once a token: interpreted, each look takes time.
     batch, gaps, edges_ns, decodes = lists.batch, c.gaps, c.gap_edges_ns, it.decodes
     owes, bands, alike = r.owes and it.banded, owed.shape[1], it.alike
     releases, at_ns = r.releases, end_ns
-    gap_ns, equal = 0, 0  # of tokens in a row with the same gap, most often all of them
+    gap_ns, equal = 0, 0  # gap of the latest tokens, and how many in a row had it: most often all of them
     _count_tokens(r, it, requests, batch, 0, decodes, c.depths)
     for i in range(decodes):
         slot = batch[i]
@@ -149,13 +149,13 @@ def _decoded(
 
 
 def hold_back(s: Record, r: Record, it: Record, requests: Table, lists: Lists, owed: Numbers) -> None:
-    """Those of a batch that do not leave wait before the next band. Only the others yield a token: they come first."""
+    """Let decodes that do not leave wait before the next band. The others, which yield a token, are moved first."""
     first = it.first_band
     for i in range(it.decodes):
         slot = lists.batch[i]
         request = requests[slot]
         if first:
-            request.context_tokens -= 1  # it was counted when the token began to wait
+            request.context_tokens -= 1  # the token was counted when it began to wait
             s.held_token_ns += s.now_ns - request.held_ns
         if request.held:
             request.context_tokens += 1
@@ -168,10 +168,10 @@ def hold_back(s: Record, r: Record, it: Record, requests: Table, lists: Lists, o
 
 
 def note_unread(it: Record, requests: Table, lists: Lists) -> None:
-    """What the model that drafts has not read: a token where it did not draft, else the last draft if it was accepted.
+    """Note the tokens that the drafter has not read: those of iterations without drafts, or an accepted last draft.
 
-    No draft is accepted after one that was not, so that it has read those before. And on a card of its own, for whom
-    its drafts are there now.
+    It has read all earlier drafts, since none is accepted after a rejected one. With the drafter on its own card, also
+    note which requests have drafts now.
     """
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
@@ -191,9 +191,9 @@ def _drawn_ns(r: Record, busy_ns: int, floor_ns: int) -> int:
 def keep_accepted(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, freed: Table, c: Counts
 ) -> None:  # fmt: skip
-    """Drafts that were accepted become tokens too, at the same moment as the first of their pass, which is counted.
+    """Turn accepted drafts into tokens, at the same time as the first token of their pass, which is counted elsewhere.
 
-    K and V of the others are given up.
+    Blocks with K and V of rejected drafts are freed.
     """
     block_tokens, spare, zeros = r.block_tokens, 0, 0
     for i in range(it.decodes):
@@ -225,7 +225,7 @@ def keep_accepted(
 def _count_tokens(
     r: Record, it: Record, requests: Table, batch: Numbers, first: int, end: int, depths: Numbers
 ) -> None:  # fmt: skip
-    """One more output token of each request at these places in the batch."""
+    """Count one more output token of each request at these places in the batch."""
     observed_below, whole, alike, done = r.observe_tokens, r.n_layers, it.alike, 0  # NEVER: none is observed
     layers = it.token_layers
     for i in range(first, end):
@@ -241,7 +241,7 @@ def _count_tokens(
             request.agreed_tokens += request.token_agrees
             request.microbits += request.token_microbits
             depths[layers] += 1
-            request.early_tokens += 1 if layers < whole else 0  # without a jump that is guessed wrong again and again
+            request.early_tokens += 1 if layers < whole else 0  # branch-free: mispredicted jumps are slow
         request.layers_run += layers
         request.generated += 1
         request.remaining -= 1
@@ -254,10 +254,10 @@ def _count_tokens(
 
 
 def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count: int) -> None:
-    """So many gaps of one length go into the histogram: into the first bucket whose edge is not below it."""
+    """Add `count` equal gaps to the histogram, in the first bucket with an upper edge of at least `gap_ns`."""
     if count == 0:
         return
-    low = high = s.gap_bucket  # of the latest, near which this one is: iterations in a row take about as long
+    low = high = s.gap_bucket  # the search starts at the latest bucket: iterations in a row take about equally long
     step, last = 1, len(edges_ns) - 1
     while edges_ns[high] < gap_ns:
         low, high, step = high + 1, min(high + step, last), 2 * step
@@ -282,7 +282,7 @@ def _count_gaps(s: Record, gaps: Numbers, edges_ns: Numbers, gap_ns: int, count:
 def _prefilled(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, chunks: Table, c: Counts, end_ns: int
 ) -> None:
-    """Chunks of prompts; the last one of a prompt yields a token. Those that finish are the first ones."""
+    """Commit chunks of prompts. The last chunk of a prompt yields a token; chunks that finish a prompt come first."""
     _count_tokens(r, it, requests, lists.batch, s.decoding, s.decoding + it.finishing, c.depths)
     for p in range(it.chunks):
         chunk = chunks[p]
@@ -299,7 +299,7 @@ def _prefilled(
 
 
 def _observe(s: Record, r: Record, requests: Table, slot: int, seen: Table, end_ns: int) -> None:
-    """Notes the observation of a request that was observed for long enough or is complete."""
+    """Note the observation of a request that was observed for long enough, or is complete."""
     request = requests[slot]
     generated, limit = request.generated, (FOREVER_NS if r.tells_all else r.observe_tokens)
     if generated - 1 < limit and (generated >= limit or request.remaining == 0):
@@ -325,9 +325,9 @@ def _complete(
     watch: Watch,
     end_ns: int,
 ) -> None:
-    """Requests with no token left to produce leave; the others close up first, so that places are free by then.
+    """Let requests with no token left to produce leave. The others close up first, so their places are free by then.
 
-    Where the next iteration was planned before it was known, a request that is done lingers (`schedule`).
+    If the next iteration was planned before that was known, a completed request lingers (`schedule`).
     """
     batch, n, kept = lists.batch, s.running, 0
     for i in range(n):

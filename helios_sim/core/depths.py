@@ -1,23 +1,23 @@
-"""How deep the tokens of one iteration run, and what that means for every band of layers.
+"""The depth of each token of an iteration, and from it the rows that run in each band of layers.
 
-A trace says where a token would leave alone. The batching rule and the KV rule say where it leaves in this batch, and
-what the layers that it skipped still have to do for it.
+A trace says where a token would leave on its own. The batching rule says where it leaves in this batch, and the KV rule
+what the layers that it skipped still compute for it.
 
-Where requests draft, an iteration has several passes (`lay_out_pass`). In each draft the requests that draft so many
-tokens run the layers up to the exit, all together, and the LM head. Then one pass verifies: the layers up to the exit
-run what was drafted last, whose K and V are not there yet, the others all drafts and the token before them, and prompts
-run beside them. A draft becomes a token as long as the exit gives what the whole model gives; after the first that does
-not, the whole model's own token takes its place, so that each pass yields one token more than drafts are accepted.
+Speculative decoding: an iteration has several passes (`lay_out_pass`). In the k-th draft pass, all requests that draft
+at least k tokens run the layers up to the draft exit, and the LM head. Then one pass verifies. In it the layers up to
+the exit run the last drafts, which have no K and V yet; the layers above run all drafts and the token before them;
+prompts run beside them. A draft is accepted as long as the exit predicts the full model's token. The full model's own
+token replaces the first draft that is rejected, so each pass yields one token more than drafts are accepted.
 
-Where another model drafts it computes prompts too, in the pass of the first draft, and its own layers are one band. On
-a card of its own it drafts for requests whose verification comes later, while drafts that are there are verified.
+A drafter that is another model computes prompts too, in the first draft pass, and its layers are one band. On its own
+card it drafts for requests that are verified later, while the other card verifies the drafts that are there.
 
-Where exits look at each token alone (`look`), only some of them do: those that always do, and those near the exits of
-the request's latest tokens. And where predictors look, the head of the first exit proposes words for every token, later
-heads are asked where a predictor is sure, and not all of them find their word among those.
+Exits that check tokens one by one (`look`): a token is checked by the exits that always check, and by those near the
+exits of the request's latest tokens. With predictors, the head of the first exit proposes words for every token. A
+later head is asked only if its predictor is sure, and the token leaves if the head's word is one of those proposed.
 
-Where batches are split (`split_at`), an iteration goes from band to band until all of its tokens leave, or enough of
-them want to: those leave, and the others wait before the next band.
+Split batches (`split_at`): an iteration goes from band to band until all of its tokens leave, or enough of them want to
+leave. Those leave, and the others wait before the next band.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from helios_sim.core.layout import (
 def lay_out(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, chunks: Table, x: Trace, owed: Numbers, work: Table
 ) -> None:
-    """Fills `work` and the iteration's counts, and each request's token, from its decodes and its chunks."""
+    """Fill `work`, the iteration's counts and each request's token fields, from the decodes and the chunks."""
     it.alike = 0
     it.banded = r.per_token or r.clairvoyant or r.planned or it.drafts > 0 or r.draft_parts or r.releases
     if r.observe_tokens != NEVER and not it.banded:
@@ -73,9 +73,9 @@ def lay_out(
 
 
 def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Table, draft: int) -> None:
-    """Fills `work` for one pass of an iteration that drafts: the draft of this number, from 1, or 0: what verifies."""
+    """Fill `work` for one pass of an iteration that drafts: the `draft`-th draft pass, or 0 for the verification."""
     rows, kv_tokens, more, unread = 0, 0, 0, 0
-    it.drafting = draft > (1 if r.draft_parts else 0)  # a card of its own has a host of its own, once a stage
+    it.drafting = draft > (1 if r.draft_parts else 0)  # a drafter on its own card pays its host's overhead once
     it.kv_least = it.kv_most = NEVER
     first_place, end = 0, it.decodes
     if draft and r.draft_parts:
@@ -106,29 +106,29 @@ def lay_out_pass(r: Record, it: Record, requests: Table, lists: Lists, work: Tab
 
 
 def next_row(request: Record) -> int:
-    """The trace's row of a request's next token."""
+    """The row of the trace for a request's next token."""
     at, length = request.trace_start + request.generated, request.trace_length
     return request.trace_first + (at if at < length else _begun_anew(at, length))
 
 
 def _row_after(request: Record, tokens: int) -> int:
-    """The trace's row of a request's token after so many of those that are not produced yet."""
+    """The row of the trace for the token `tokens` after a request's next one."""
     at, length = request.trace_start + request.generated + tokens, request.trace_length
     return request.trace_first + (at if at < length else _begun_anew(at, length))
 
 
 def _begun_anew(at: int, length: int) -> int:
-    """A place beyond the end of a text, which begins anew then. A division takes as long as all else here."""
+    """Wrap a place beyond the end of a text to its beginning. A division is avoided, since it is slow."""
     return at - length if at < 2 * length else at % length
 
 
 def is_observed(r: Record, request: Record) -> bool:
-    """Whether its next token is one of those that run all loaded layers, every exit observed."""
+    """Whether the request's next token is observed: it runs all loaded layers and is checked at every exit."""
     return r.observe_tokens != NEVER and request.generated < r.observe_tokens
 
 
 def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
-    """The shortest and the longest context of the decodes, where a price depends on them."""
+    """Note the shortest and the longest context of the decodes, for prices that depend on them."""
     for i in range(it.decodes):
         context = requests[lists.batch[i]].context_tokens + (1 if it.first_band == 0 else 0)
         if it.kv_most == NEVER:
@@ -139,7 +139,7 @@ def _spread(s: Record, it: Record, requests: Table, lists: Lists) -> None:
 
 
 def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
-    """All tokens run the same layers: one band."""
+    """Lay out an iteration in which all tokens run the same layers: one band."""
     leaf, layers = r.rule_exit, x.exits[r.rule_exit]
     it.alike, it.token_layers = not r.reads_trace, layers
     if r.reads_trace:
@@ -162,7 +162,7 @@ def _uniform(s: Record, r: Record, it: Record, requests: Table, lists: Lists, x:
 
 
 def _drafted(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> None:
-    """Which drafts become tokens. All of them, and the one after them, are those of the whole model."""
+    """Decide which drafts are accepted. Accepted drafts and the token after them are those of the full model."""
     agree, microbits, leaf = x.agree, x.microbits, r.rule_exit
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
@@ -185,15 +185,15 @@ def _drafted(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> 
 def _banded(
     s: Record, r: Record, it: Record, requests: Table, lists: Lists, x: Trace, owed: Numbers, work: Table
 ) -> None:
-    """Tokens leave at different exits: one band between any two exits that are loaded."""
-    # What the rules say is asked for once, not once a token.
+    """Lay out an iteration in which tokens leave at different exits: one band between any two loaded exits."""
+    # Rules are read once here, not once a token.
     batch, n, last, first = lists.batch, it.decodes, r.bands - 1, it.first_band
     leaves, exits, n_observed, leavers = x.leaves, x.exits, 0, it.decodes
     planned, looks, lazy, regroups = r.planned, r.looks, r.lazy, r.regroups
     reads_trace, scores = r.reads_trace, r.scores
     observed_below = NEVER if planned else r.observe_tokens  # NEVER: none is observed
-    elsewhere = planned or looks or lazy or regroups or not reads_trace  # than at exits of their own
-    new = 1 if first == 0 else 0  # K and V of a token that goes on are in the cache already
+    elsewhere = planned or looks or lazy or regroups or not reads_trace  # tokens leave at exits other than the trace's
+    new = 1 if first == 0 else 0  # a token that goes on from an exit has its K and V in the cache already
     shared = _shared_exit(r, it, requests, lists, x) if lazy or regroups else last
     for i in range(n):
         request = requests[batch[i]]
@@ -225,11 +225,11 @@ def _banded(
         w = work[leaf]
         w.decode_tokens += 1
         w.kv_tokens += request.context_tokens + new
-    for band in range(last - 1, first - 1, -1):  # a token that runs a band runs those before it
+    for band in range(last - 1, first - 1, -1):  # a token that runs a band also runs the bands before it
         work[band].decode_tokens += work[band + 1].decode_tokens
         work[band].kv_tokens += work[band + 1].kv_tokens
 
-    if r.per_token and not r.looks:  # at the last layer there is nothing to decide: the token is sampled there
+    if r.per_token and not r.looks:  # no check at the last layer: the token is sampled there
         for band in range(r.rule_exit):
             if x.checks[band] == 0:
                 continue
@@ -258,9 +258,9 @@ def _banded(
 
 
 def look(r: Record, request: Record, x: Trace, row: int, work: Table) -> int:
-    """Where a token leaves that is looked at alone; counts who looks at it and which heads are asked.
+    """Return the exit at which a token leaves if exits check tokens one by one. Counts the checks and head calls.
 
-    With predictors the first exit's head proposes words. Its own word is among them, and it is not asked again.
+    With predictors the first exit's head proposes words. Its own word is one of them, so it is not asked again.
     """
     checks, leaf, last = looking(r.always_checks, request.recent, x.near), 0, r.rule_exit
     sure, asked = x.sure[row], x.sure[row] | x.in_vain[row]
@@ -284,7 +284,7 @@ def look(r: Record, request: Record, x: Trace, row: int, work: Table) -> int:
 
 
 def looking(always: int, recent: int, near: Numbers) -> int:
-    """The exits that look at a request's next token, as bits: those that always do, and those near its latest."""
+    """Bits of the exits that check a request's next token: those that always do, and those near its latest exits."""
     checks = always
     while recent:
         checks |= near[(recent & EXIT_MASK) - 1]
@@ -293,12 +293,12 @@ def looking(always: int, recent: int, near: Numbers) -> int:
 
 
 def remembered(recent: int, leaf: int, mask: int) -> int:
-    """The exits of a request's latest tokens once one has left at this exit."""
+    """`request.recent` after a token has left at exit `leaf`."""
     return ((recent << EXIT_BITS) | (leaf + 1)) & mask
 
 
 def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:
-    """The exit at which all tokens stop, from those at which each would leave alone, noted as `token_exit`."""
+    """The exit at which all tokens stop, from the exits of each token on its own, which `token_exit` receives."""
     deepest = 0
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
@@ -308,12 +308,12 @@ def _shared_exit(r: Record, it: Record, requests: Table, lists: Lists, x: Trace)
 
 
 def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Trace, work: Table) -> None:
-    """Every token runs all layers and is checked at every ramp. The first ramp that is sure of it gives the answer."""
+    """Lay out an iteration in which tokens run all layers, and the first ramp that is sure releases the answer."""
     for band in range(r.bands):
         w = work[band]
         w.decode_tokens, w.kv_tokens = it.decodes, it.kv_tokens + it.decodes
         if x.checks[band]:
-            if r.head_checks or r.tells_all:  # whether a ramp is right is asked of every token
+            if r.head_checks or r.tells_all:  # every token is checked at every ramp
                 w.checked_tokens = it.decodes
             if not r.head_checks:
                 w.classified_tokens = it.decodes
@@ -330,7 +330,7 @@ def lay_out_releases(r: Record, it: Record, requests: Table, lists: Lists, x: Tr
 
 
 def note_releases(s: Record, r: Record, it: Record, requests: Table, lists: Lists, work: Table) -> None:
-    """How much earlier than the iteration ends each of its tokens is delivered."""
+    """Note how much earlier than the end of the iteration each of its tokens is delivered."""
     for i in range(it.decodes):
         request = requests[lists.batch[i]]
         request.earlier_ns = 0
@@ -339,9 +339,9 @@ def note_releases(s: Record, r: Record, it: Record, requests: Table, lists: List
 
 
 def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> int:
-    """The exit at which the tokens stop together: all of them want to leave there, or more than splits the batch.
+    """The exit at which a batch stops: all tokens want to leave there, or more than the share that splits it.
 
-    Beside prompts, which run all layers, no batch is split: nothing would be saved.
+    A batch is not split beside prompts: they run all layers, so nothing would be saved.
     """
     for leaf in range(it.first_band, r.bands - 1):
         leavers = 0
@@ -354,9 +354,9 @@ def split_at(r: Record, it: Record, requests: Table, lists: Lists, x: Trace) -> 
 
 
 def parts(leavers: int, tokens: int, chunks: int, split_above: int) -> bool:
-    """Whether tokens stop together at an exit where so many of them want to leave, beside so many chunks of prompts.
+    """Whether a batch stops at an exit if `leavers` of its tokens want to leave there.
 
-    `split_above`: in millionths. A device asks the same of the tokens that it runs.
+    `split_above` is in millionths. Live engines use the same function.
     """
     return leavers == tokens or (chunks == 0 and leavers * MILLIONTHS > split_above * tokens)
 
@@ -364,7 +364,7 @@ def parts(leavers: int, tokens: int, chunks: int, split_above: int) -> bool:
 def _prompts(
     s: Record, r: Record, it: Record, requests: Table, chunks: Table, x: Trace, work: Table, bands: int
 ) -> None:
-    """Chunks of prompts; the last one of a prompt yields a token, from the last layer that the prompt runs."""
+    """Lay out chunks of prompts. The last chunk of a prompt yields a token, from the last layer that it runs."""
     observed = 0
     for p in range(it.chunks):
         request = requests[chunks[p].slot]
@@ -386,13 +386,13 @@ def _prompts(
             if looks:
                 observed += 1
     it.sampled_tokens += it.finishing
-    if observed:  # a prompt's last token is checked at every exit, as the answer's further tokens are
+    if observed:  # the last token of a prompt is checked at every exit, like the answer's further tokens
         for band in range(bands - 1):
             work[band].checked_tokens += observed
 
 
 def _leaves_at(r: Record, x: Trace, request: Record, row: int, leaf: int) -> None:
-    """What the request's token is when it leaves at that exit."""
+    """Fill in the request's token fields for a token that leaves at exit `leaf`."""
     request.token_layers = x.exits[leaf]
     request.token_agrees = 1
     request.token_microbits = 0

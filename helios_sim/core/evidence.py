@@ -23,7 +23,7 @@ def weigh(
     first: Numbers,
     found: Numbers,
 ) -> int:
-    """Weigh P prompts: `tokens` and `weights` (P,), `differs` (P, E). Source s is prompts `starts[s]` to `starts[s + 1]`.
+    """Weigh P prompts: `tokens` and `weights` (P,), `differs` (P, E). Source s begins at prompt `starts[s]`, (S + 1,).
 
     `confident` and `first` (n, E) belong to the last n prompts. Writes `found` (6, E); returns n.
     """

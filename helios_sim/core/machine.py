@@ -1,8 +1,8 @@
-"""Machine code of the serving loop: the same functions, compiled where a run is long enough to pay for it.
+"""Machine code of the serving loop: the same functions, compiled if a run is long enough to pay for it.
 
-Compiling takes seconds, so the code is kept on disk, as object code (`native`). The folder's name depends on the text
-of all compiled files and on Numba's version. A folder that is damaged, or was made for another kind of processor, is
-made anew; one that cannot be written is done without. What is compiled and what is not never changes a result.
+Compiling takes seconds, so the object code is kept on disk (`native`). The folder's name depends on the text of all
+compiled files and on Numba's version. A folder that is damaged, or was made for another kind of processor, is made
+anew; if it cannot be written, the code is not kept. Whether code is compiled never changes a result.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _MODULES = (
     "advance", "arrive", "blocks", "commit", "depths", "line", "power", "prefix", "price", "schedule", "triggers",
     "route", "operate", "evidence",
 )  # fmt: skip
-_LISTED = "digests.json"  # written last: a folder with it is whole
-_PROCESSOR = "processor"  # among the digests: for which the code is
+_LISTED = "digests.json"  # written last: a folder that has it is complete
+_PROCESSOR = "processor"  # key among the digests: the processor that the code is for
 _LOOP, _ESTIMATE, _WEIGH = "route.o", "estimate.o", "weigh.o"
-_OTHERS = {_ESTIMATE: ("operate", "estimate"), _WEIGH: ("evidence", "weigh")}  # beside the loop: modules, functions
-_TYPES = "types.txt"  # of the tables that the loop was compiled for
-_CALLED = (  # from several places, or seldom
+_OTHERS = {_ESTIMATE: ("operate", "estimate"), _WEIGH: ("evidence", "weigh")}  # module, function
+_TYPES = "types.txt"  # types of the tables that the loop was compiled for
+_CALLED = (  # functions that are not inlined: called from several places, or seldom
     "settle", "find", "hold", "extend", "release", "leave_blocks", "by_prefix", "blocks_to_draft", "keep_accepted",
     "lay_out_pass", "give_blocks", "drawn_since", "blocks_to_regroup", "split_at", "hold_back",
     "gather", "lay_out_releases", "note_releases", "_with_late_layers_s", "note_unread", "arrive", "occupy",
     "_unequal_plane", "_mixed_s", "_drop", "price_one",
 )  # fmt: skip
-WORTH_COMPILING = 2000  # requests that take about as long interpreted as compiling does
+WORTH_COMPILING = 2000  # requests that take about as long to interpret as the loop takes to compile
 
 
 class Machine:
-    """The compiled functions of one process. The first call of each compiles it, where the code is not on disk.
+    """The compiled functions of one process. The first call of each compiles it, unless its code is on disk.
 
-    `own` is the folder into which this process compiles, `common` what it becomes when it is whole.
+    `own` is the folder into which this process compiles; it is renamed to `common` when it is complete.
     """
 
     def __init__(self, folder: Path | None, own: Path | None = None, common: Path | None = None) -> None:
@@ -66,7 +66,7 @@ class Machine:
         return None if self._folder is None else native.Native((self._folder / name).read_bytes())
 
     def loop(self) -> Callable[..., int]:
-        """`route` for one caller, who has said for which tables (`require_types`) before its first call."""
+        """`route` for one caller, which must call `require_types` for its tables first."""
         return _Lazy(self.compile_loop)
 
     def estimate(self) -> Callable[..., int]:
@@ -114,7 +114,7 @@ class Machine:
         return native.Native(code)
 
     def require_types(self, tables: Tables) -> None:
-        """The compiled code trusts the types of the arrays whose addresses it gets: they are those it was made for."""
+        """Raise TypeError unless these tables have the types that the loop is compiled for: it does not check them."""
         types = [(array.dtype, array.ndim) for array in places.arrays_of(tables)]
         if self._types is None:
             self._types, self._tables = types, tables
@@ -124,13 +124,13 @@ class Machine:
             raise TypeError(f"tables of another kind than the compiled loop reads: {types}, not {self._types}")
 
     def require_type(self, place: int, array: NDArray[Any]) -> None:
-        """The same of one array among them, which is to be in one piece too."""
+        """Raise TypeError unless the array at this place has the compiled type and is contiguous."""
         assert self._types is not None
         if (array.dtype, array.ndim) != self._types[place] or not array.flags.c_contiguous:
             raise TypeError(f"an array of another kind than the compiled loop reads: {array.dtype}, {array.ndim} axes")
 
     def _keep(self, of: Tables) -> None:
-        """Let what this process has compiled become the common folder, whole or not at all."""
+        """Make the code that this process has compiled the common folder, completely or not at all."""
         numbers = _STORAGE.numbers
         self._compile_other(_ESTIMATE, (
             of.prices, of.scalars, of.iterations, of.uniform, of.uniform_layers, _STORAGE.rows(WORK, 1),
@@ -146,7 +146,7 @@ class Machine:
             (own / _TYPES).write_text(_text(self._types))
             listed = {path.name: _digest(path) for path in sorted(own.iterdir())}
             (own / _LISTED).write_text(json.dumps({_PROCESSOR: native.processor(), **listed}))
-            own.rename(common)  # fails where another process was quicker
+            own.rename(common)  # fails if another process was quicker
         shutil.rmtree(own, ignore_errors=True)
 
 
@@ -164,21 +164,21 @@ class _Lazy:
 
 
 def for_run(requests: int, compiled: bool | None = None) -> Machine | None:
-    """The machine code where so many requests are worth it or it is there already; `compiled` says otherwise.
+    """The machine code if so many requests are worth compiling, or if it is there already; None to interpret.
 
-    The result of a run does not depend on it.
+    `compiled` decides instead if given. The result of a run does not depend on it.
     """
     return load() if (runs_compiled(requests) if compiled is None else compiled) else None
 
 
 def runs_compiled(requests: int) -> bool:
-    """Whether a run of so many requests is left to machine code, which is there or would be made for it."""
+    """Whether a run of so many requests uses machine code, which is there or would be compiled for it."""
     return _can_compile() and (requests >= WORTH_COMPILING or loaded() is not None or is_made())
 
 
 @cache
 def load() -> Machine | None:
-    """The compiled loop, from disk or to be compiled now; None without Numba or with NUMBA_DISABLE_JIT."""
+    """The compiled loop, read from disk or to be compiled now; None without Numba or with NUMBA_DISABLE_JIT."""
     if not _can_compile():
         return None
     folder = code_folder()
@@ -195,18 +195,18 @@ def load() -> Machine | None:
 
 
 def loaded() -> Machine | None:
-    """The compiled loop where this process has it already."""
+    """The compiled loop if this process has loaded it already."""
     return load() if load.cache_info().currsize else None
 
 
 def is_made() -> bool:
-    """Whether the machine code lies on disk, whole: to make it takes seconds."""
+    """Whether the machine code is on disk and complete, so that it need not be compiled."""
     return _can_compile() and _is_whole(code_folder())
 
 
 @cache
 def code_folder() -> Path:
-    """Return the folder of the compiled sources, by their content; it may not exist."""
+    """Return the cache folder of the compiled sources, named by their content; it may not exist."""
     texts = [path.read_bytes() for path in sorted(_PACKAGE.glob("*.py"))]
     numba = find_spec("numba")
     version = "" if numba is None or numba.origin is None else _version("numba")
@@ -227,7 +227,7 @@ def _can_compile() -> bool:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is as it was written. A flipped bit in machine code would crash the interpreter."""
+    """Whether every file is as it was written: damaged machine code would crash the interpreter."""
     try:
         digests: dict[str, str] = json.loads((folder / _LISTED).read_text())
         if digests.pop(_PROCESSOR) != native.processor() or not {_LOOP, *_OTHERS} <= digests.keys():
@@ -243,9 +243,10 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _quickly_compiled() -> Iterator[None]:
-    """Without what takes seconds and makes the loop no faster: a function once more for callers that are compiled with
-    other flags than the first, fields of records in messages that nobody sees, and Python's collector of cycles, which
-    would look at Numba's many objects again and again.
+    """Compile without steps that take seconds and make the loop no faster.
+
+    These are: compiling a function again for callers with other flags, writing out the fields of records in messages
+    that are never shown, and garbage collections, which would visit Numba's many objects again and again.
     """
     import numba
 
@@ -261,14 +262,14 @@ def _quickly_compiled() -> Iterator[None]:
     finally:
         overloads._get_impl, record.__repr__ = by_flags, in_full
         if collects:
-            if not gc.get_freeze_count():  # all that is there is old from now on: nobody looks through it at once
+            if not gc.get_freeze_count():  # count all objects as old, so that the next collection does not visit them
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
 
 
 def _implementation(template: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
-    """What a call with arguments of these types is compiled to, in place of Numba's own look-up."""
+    """Return the implementation for arguments of these types, in place of Numba's own look-up."""
     key = template.context, tuple(args), tuple(named.items())
     known = template._impl_cache.get(key)
     return template._build_impl(key, args, named) if known is None else known
@@ -280,7 +281,7 @@ def _text(types: Any) -> str:
 
 @cache
 def _register_all(register_jitable: Callable[..., Any]) -> None:
-    """Lets compiled code call the loop's functions, which stay plain Python for everybody else."""
+    """Let compiled code call the loop's functions. For all other callers they stay plain Python."""
     plain = passes.compiler_class()
     for module in (import_module(f"helios_sim.core.{name}") for name in _MODULES):
         for name, function in getmembers(module, isfunction):

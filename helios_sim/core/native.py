@@ -1,7 +1,7 @@
-"""Calls the compiled loop without Numba: its object code is loaded by LLVM alone.
+"""Calls the compiled loop without Numba: LLVM alone loads its object code.
 
-To import Numba and to load what it keeps on disk takes longer than to simulate ten thousand requests. So the loop is
-compiled behind an entry point that takes the places of its arrays (`places`), and the object code is kept.
+Importing Numba and loading its cache takes longer than simulating ten thousand requests. So the loop is compiled behind
+an entry point that takes the places of its arrays (`places`), and the object code is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "entry"
 
 
 def processor() -> str:
-    """Return what object code depends on: the kind of processor and its features."""
+    """Return a description of the processor and its features, on which object code depends."""
     from llvmlite import binding
 
     return " ".join(
@@ -46,14 +46,14 @@ def compiled(function: Callable[..., Any], kinds: Sequence[Any]) -> bytes:
 
 
 def _emitted(module: Any, symbol: str) -> tuple[bytes, list[str]]:
-    """The object code of a module's function with all that it calls, and the names of what is not in the module."""
+    """Return the object code of a function with all that it calls, and the names of functions outside the module."""
     from llvmlite import binding
 
     for function in module.functions:
         if not function.is_declaration and function.name != symbol:
-            function.linkage = "linkonce_odr"  # wanted as far as it is called
+            function.linkage = "linkonce_odr"  # dropped if it is not called
     options = binding.create_pipeline_tuning_options(speed_level=1)
-    # To compile what these make takes as long as half of all else here, and the loop is as quick without it.
+    # These make compiling half as long again, and the loop no faster.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     machine = _machine()
     module.data_layout = str(machine.target_data)
@@ -64,7 +64,7 @@ def _emitted(module: Any, symbol: str) -> tuple[bytes, list[str]]:
 
 
 def _machine() -> Any:
-    """For code that is loaded into a process of this machine, as Numba does it."""
+    """Return LLVM's target machine for code that runs in a process of this machine, as Numba makes it."""
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -87,7 +87,7 @@ class Native:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         process = CDLL(None)
-        for name in called:  # Numba's own are for errors and counted references, of which the loop has none
+        for name in called:  # Numba's functions for errors and reference counts, which the loop never calls
             if not hasattr(process, name) and binding.address_of_symbol(name) is None:
                 binding.add_symbol(name, cast(process.abort, c_void_p).value)
         machine = binding.Target.from_default_triple().create_target_machine()
@@ -99,12 +99,12 @@ class Native:
 
 
 class Call:
-    """The loaded function for one caller, with the places of the arrays of its last call."""
+    """The loaded function for one caller. Keeps the places of the arrays of its last call."""
 
     def __init__(self, native: Native) -> None:
         self._native, self._run = native, native.run
-        self._known: list[Any] = []  # the arguments of the last call, so that their arrays stay where they are
-        self._first: list[int] = []  # by argument, the place of its first array
+        self._known: list[Any] = []  # arguments of the last call, kept so that their arrays are not freed
+        self._first: list[int] = []  # for each argument, the place of its first array
         self._result, self._error = c_int64(), c_void_p()
         self._places: tuple[Any, ...] = ()
 

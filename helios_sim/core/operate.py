@@ -32,7 +32,7 @@ def operating_point(
     whole: Numbers,
     means: Numbers,
 ) -> int:
-    """Price a prompt on its own, in chunks of the token budget, and find the smallest batch that keeps up with arrivals.
+    """Price a prompt on its own, in chunks of the token budget, and find the least batch that keeps up with arrivals.
 
     If no batch keeps up, the last one is taken. B requests that decode together at d(B) seconds an iteration are served
     at 1 / (prompt + further tokens x d(B) / B) requests per second. Everything runs in one band. `found` (batches, 3)
@@ -93,7 +93,7 @@ def estimate(
     whole: Numbers,
     means: Numbers,
 ) -> int:
-    """Run `operating_point` if POINT is asked for, else `price_many`: one entry point, since both are compiled together."""
+    """Run `operating_point` if POINT is asked for, else `price_many`. One entry point: both are compiled together."""
     if asked[POINT]:
         return operating_point(
             t, scalar_table, iterations, spans, class_layers, work, chunks, asked, found, whole, means

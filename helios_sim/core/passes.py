@@ -1,9 +1,9 @@
-"""The steps in which Numba compiles the loop's functions: those that numbers, records and arrays need.
+"""The compiler passes for the loop's functions: only those that numbers, records and arrays need.
 
-Numba's own also look for closures, contexts, exceptions, constants to fold, array expressions, parallel loops and
-objects to be freed, of which the loop has none, and write down every type for people to read. And they make machine
-code of each function with all that it calls, where all that is ever run here is the one that calls the others: so what
-LLVM is to compile is collected, and put together when all of it is there (`Collected.module`).
+Numba's default passes also look for closures, contexts, exceptions, constants to fold, array expressions, parallel
+loops and objects to be freed, of which the loop has none, and annotate every type for people to read. They also make
+machine code of each function together with all that it calls, while only the outermost function is run here. So the
+input of LLVM is collected instead, and linked when all functions are there (`Collected.module`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 @cache
 def compiler_class() -> Any:
-    """What `numba.njit` takes as `pipeline_class`. The library of what it compiles has a method `module`."""
+    """Return a `pipeline_class` for `numba.njit`. The library of a compiled function has a method `module`."""
     compiler: Any = import_module("numba.core.compiler")
     machinery: Any = import_module("numba.core.compiler_machinery")
     untyped: Any = import_module("numba.core.untyped_passes")
@@ -25,7 +25,7 @@ def compiler_class() -> Any:
     llvm: Any = import_module("llvmlite.binding")
 
     class Collected(codegen.CodeLibrary):  # type: ignore[misc]
-        """What LLVM is to compile of one function, and the libraries of those that it calls."""
+        """The LLVM code of one function, and the libraries of the functions that it calls."""
 
         def __init__(self, of: Any, name: str) -> None:
             super().__init__(of, name)
@@ -40,20 +40,20 @@ def compiler_class() -> Any:
             self._called.append(library if own else library._get_module_for_linking())  # of Numba's own functions
 
         def finalize(self) -> None:
-            """There is nothing to do before all functions are there."""
+            """Do nothing: code is linked when all functions are there."""
 
         def get_pointer_to_function(self, name: str) -> int:
-            return 0  # it is nowhere in this process
+            return 0  # the function is not loaded into this process
 
         @property
         def codegen(self) -> Any:
-            return self  # of which all that is wanted is the next
+            return self  # callers only use `set_env` of it
 
         def set_env(self, name: str, env: Any) -> None:
-            """For objects that machine code uses."""
+            """Do nothing: the machine code uses no Python objects."""
 
         def module(self) -> Any:
-            """The function and all that it calls, directly or not, as one module of LLVM."""
+            """Return the function and all that it calls, directly or not, as one LLVM module."""
             whole = llvm.parse_assembly("")
             for part in self._parts(set()):
                 whole.link_in(part)
@@ -61,7 +61,7 @@ def compiler_class() -> Any:
 
         def _parts(self, seen: set[Any]) -> Iterator[Any]:
             seen.add(self)
-            yield from map(llvm.parse_assembly, self._texts)  # first: of Numba's own only what is called is taken
+            yield from map(llvm.parse_assembly, self._texts)  # first, so that Numba's are linked only if called
             for library in self._called:
                 if library in seen:
                     continue
@@ -81,7 +81,7 @@ def compiler_class() -> Any:
             return str(self.module())
 
         def get_asm_str(self) -> str:
-            raise NotImplementedError  # of a part there is none: machine code is emitted of the whole
+            raise NotImplementedError  # machine code exists only for the whole module
 
     class Lowering(typed.NativeLowering):  # type: ignore[misc]
         _name = "collected_lowering"

@@ -1,11 +1,11 @@
-"""The types of compiled code: an array is the place where its address and its lengths are written.
+"""The array types of compiled code: an array is passed as its place, where its address and lengths are written.
 
-Numba's own array is a struct of seven numbers or more, which each call takes apart and puts together again, and a group
-of arrays is one of fifty: most of what there is to compile would be that. A place is one pointer, a group the pointer
-to its first place, and what is written there is read where it is needed.
+Numba's own array is a struct of seven or more numbers, and a group of arrays has fifty. Each call takes them apart and
+puts them together again, which would be most of the code to compile. A place is one pointer, and a group is the pointer
+to its first place; addresses and lengths are read where they are needed.
 
-A place is a row of `NUMBERS` whole numbers: the address, then the length of each axis. Arrays are in one piece, no
-index is below 0, and no place changes while compiled code runs.
+A place is a row of `NUMBERS` whole numbers: the address, then the length of each axis. Arrays are contiguous, no index
+is negative, and no place changes while compiled code runs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-_DIMENSIONS = 5  # most that an array has
+_DIMENSIONS = 5  # most axes of an array
 NUMBERS = 1 + _DIMENSIONS
 
 
 def place_of(array: NDArray[Any]) -> list[int]:
-    """What is written at the place of an array."""
+    """The numbers that are written at the place of an array."""
     return [address_of(array), *array.shape, *[0] * (_DIMENSIONS - array.ndim)]
 
 
 def address_of(array: Any) -> int:
-    """Where an array lies. `__array_interface__` would describe each field of a record as well, which takes long."""
+    """The address of an array. `__array_interface__` is slower, since it also describes each field of a record."""
     address: int = array.ctypes.data
     return address
 
 
 def arrays_of(arg: Any) -> Iterator[Any]:
-    """The arrays of an argument, in order."""
+    """Yield the arrays of an argument, in order."""
     if isinstance(arg, tuple):
         for each in arg:
             yield from arrays_of(each)
@@ -43,19 +43,19 @@ def arrays_of(arg: Any) -> Iterator[Any]:
 
 
 def type_of(arg: Any) -> Any:
-    """Numba's type of the place of an array, or of the places of a named tuple of arrays, one after the other."""
+    """Numba's type for the place of an array, or for the consecutive places of a named tuple of arrays."""
     if isinstance(arg, tuple):
         return group_type(type(arg).__name__, {name: type_of(each) for name, each in arg._asdict().items()})  # type: ignore[attr-defined]
     return _types().place(import_module("numba").from_dtype(arg.dtype), arg.ndim)
 
 
 def group_type(name: str, fields: dict[str, Any]) -> Any:
-    """Of places one after the other, as attributes of these types."""
+    """Numba's type for consecutive places, which are attributes of these types."""
     return _types().group(name, fields)
 
 
 def array_type(group: Any) -> Any:
-    """Of an array whose rows are the places of such groups."""
+    """Numba's type for an array with the places of one such group in each row."""
     return _types().place(group, 1)
 
 
@@ -66,7 +66,7 @@ class _Types(NamedTuple):
 
 @cache
 def _types() -> _Types:
-    """Both types, made known to Numba with what the loop does with them: indices, lengths, shapes and fields."""
+    """Both types, registered with Numba for what the loop does with them: indices, lengths, shapes and fields."""
     numba, extending = import_module("numba"), import_module("numba.extending")
     cgutils, attributes = import_module("numba.core.cgutils"), import_module("numba.core.typing.templates")
     types: Any = numba.types
@@ -96,7 +96,7 @@ def _types() -> _Types:
             return self.name, tuple(self.fields.items())
 
     def number(builder: Any, place: Any, at: int) -> Any:
-        """The number that is written there."""
+        """Load the number with index `at` of a place."""
         found = builder.load(builder.gep(builder.bitcast(place, whole.as_pointer()), [whole(at)], inbounds=True))
         found.set_metadata("invariant.load", builder.module.add_metadata([]))
         return found

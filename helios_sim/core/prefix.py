@@ -1,44 +1,44 @@
-"""Prefix caching: KV blocks that hold the same beginning of a text are computed once and shared, as in vLLM v1.
+"""Prefix caching: KV blocks with the same beginning of a text are computed once and shared, as in vLLM v1.
 
 The rules are those of vllm/v1/core/{kv_cache_manager,block_pool,kv_cache_utils,single_type_kv_cache_manager}.py:
 
 - A block that is full has a hash, chained over all tokens before it (`chain`; `hash_block_tokens`).
-- A request that enters takes the longest run of its first full blocks that are cached, but for the last token, which is
-  computed in any case (`find`; `get_computed_blocks`, `find_longest_cache_hit`). It may enter if the others, and those
-  of its found blocks that are free, are not more than the free ones (`get_num_blocks_to_allocate`).
-- Blocks become known as soon as the chunk that fills them is scheduled (`settle`; `allocate_slots`, `cache_blocks`), so
-  a request that enters beside it finds them. Equal blocks are not merged; the one that was known first is found.
-  What vLLM hashes but only the request itself could look for, a text of its own, becomes known when it is preempted.
-- Blocks are counted by who holds them (`touch`). Without a holder a block is free but stays cached, in a queue by the
+- A request that enters takes the longest run of its first full blocks that are cached, without the last token, which
+  is always computed (`find`; `get_computed_blocks`, `find_longest_cache_hit`). It may enter if enough blocks are free
+  for its further blocks and for those cached blocks that are free now (`get_num_blocks_to_allocate`).
+- Blocks become known (can be found) as soon as the chunk that fills them is scheduled (`settle`; `allocate_slots`,
+  `cache_blocks`), so a request that enters in the same iteration finds them. Equal blocks are not merged; the one that
+  became known first is found. A text that only its own request could look for becomes known when it is preempted.
+- Each block counts its holders (`touch`). A block without a holder is free but stays cached, in a queue ordered by the
   time at which it became free, the last block of a request first (`release`; `free_blocks`, `free`). A new block is one
-  that never held anything, else the first of the queue, which is forgotten then (`take`; `get_new_blocks`).
+  that never had content, else the first of the queue; its content is then discarded (`take`; `get_new_blocks`).
 
-A block has a number only while it is known. Of the others, which nobody looks for, a request and the queue count how
-many they are: it makes no difference which of them is taken.
+A block has a number only while it is known. Other blocks are only counted, by their request or in the queue: it makes
+no difference which of them is taken.
 
-What vLLM has no word for is depth. A block holds K and V up to the layer to which all of its tokens were computed, and
-a request finds only blocks that reach as deep as its own tokens would run: what a cap computed serves the same cap and
-lower ones, and a raise of the cap computes it again. Where a lower cap comes into force memory is cut anew, and deeper
-K and V are gone (`keep_layers` in `serving/prefix.py`); where another model does, all is. Layers that a token skipped
-and still owes are missing; those that were propagated are there. An oracle's skipped layers cost nothing and lack
-nothing.
+Unlike in vLLM a block has a depth: it holds K and V up to the layer to which all of its tokens were computed, and a
+request finds only blocks at least as deep as its own tokens would run. So what was computed under a cap serves the same
+cap and lower ones, and is computed again after the cap is raised. When a lower cap comes into force, memory is cut
+anew and deeper K and V are lost (`keep_layers` in `serving/prefix.py`); when another model does, all blocks are. Layers
+that a token skipped and still owes are missing; propagated ones are there. An oracle's skipped layers cost nothing and
+lack nothing.
 
-A text is known by segments, not by tokens: whose text it is, and which place in it a token has. A prompt begins with
-the segments of its row, which other requests share, and goes on in a stream of its own (that of a
-session where it has one), in which its answer follows. `Prefix` holds:
+A text is identified by segments, not by tokens: a segment's text, and a token's place in it. A prompt begins with the
+segments of its row, which other requests share, and goes on in a stream of its own (its session's, if it has one), in
+which its answer follows. `Prefix` holds:
 
-- `blocks` (numbers + 1, 4): of each block its hash (NEVER: none), layers, holders, and place in the queue of free
-  blocks (NEVER: it is not there). Number 0 is no block. `rings` (numbers + 1, 2): its neighbours among those of its
-  bucket; of a number without a block the next such number, from `spare_block` on.
-- `queue` (a power of two,): free blocks by their places, `queue_first` to `queue_end`, counted since the run began: the
-  number of one, or -n for n without numbers. A block that was taken from the middle leaves its number behind, which is
-  passed over: its place is another one.
-- `buckets` (a power of two,): by the last bits of the hash, the first block of a ring in the order they became known.
+- `blocks` (numbers + 1, 4): for each block its hash (NEVER if it has none), layers, holders, and place in the queue of
+  free blocks (NEVER if it is not free). Number 0 is no block. `rings` (numbers + 1, 2): the block's neighbours in its
+  bucket; for an unused number the next unused number, beginning with `spare_block`.
+- `queue` (a power of two,): free blocks in places `queue_first` to `queue_end`, counted since the run began. An entry
+  is the number of a block, or -n for n blocks without numbers. A block that was taken from the middle leaves its number
+  behind; that entry is skipped, since the block's place is another one.
+- `buckets` (a power of two,): for the last bits of a hash, the first block of a ring in the order they became known.
 - `table` (seats + 1, most blocks of a request): the known blocks of each request that runs or lingers, which are its
-  first ones; in the last row those that `find` has found. `seats` (seats, 3): how many blocks a request holds, how many
-  of them are known, and a list of free seats.
-- `starts` (rows + 1,): where the shared segments of each row begin. `segments` (segments, 2): the text of each, and
-  where it ends, in tokens of the active model. `exits`: the depths of the active model's exits.
+  first ones; the last row receives the blocks that `find` finds. `seats` (seats, 3): blocks that the request holds,
+  how many of them are known, and a list of free seats.
+- `starts` (rows + 1,): where the shared segments of each row begin. `segments` (segments, 2): the text of each segment,
+  and its end in tokens of the active model. `exits`: the depths of the active model's exits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HASH, LAYERS, HOLDERS, PLACE = range(4)
 BEFORE, AFTER = range(2)
 HELD, KNOWN, FREE = range(3)
 TEXT, END = range(2)
-_BITS = 0x7FFF_FFFF_FFFF_FFFF  # of a hash: the sign stays free, so plain numbers and 64-bit ones give the same
+_BITS = 0x7FFF_FFFF_FFFF_FFFF  # bits of a hash, without the sign: Python's and 64-bit integers give the same
 _FACTOR, _OF_TEXT = 0x1E35_A7BD_9E37_79B9, 0x2545_F491_4F6C_DD1D
 
 
@@ -68,9 +68,9 @@ class Prefix(NamedTuple):
 
 
 def mix(so_far: int, text: int, place: int, length: int) -> int:
-    """The hash of what came before and of so many tokens of a text from a place in it on.
+    """Extend the hash `so_far` by `length` tokens of a text, from `place` on.
 
-    Plain numbers are made of NumPy's, which would warn where they overflow.
+    NumPy's numbers are converted to Python's, since they would warn about overflows.
     """
     value = (int(text) * _OF_TEXT + (int(place) << 31) + int(length)) & _BITS
     mixed = ((int(so_far) ^ value) * _FACTOR) & _BITS
@@ -78,16 +78,17 @@ def mix(so_far: int, text: int, place: int, length: int) -> int:
 
 
 def own_text(stream: int, request_id: int) -> int:
-    """The text that a prompt goes on with after its shared segments: its session's, or one of its own."""
+    """The text of a prompt after its shared segments: its session's, or one of its own."""
     return 3 * request_id + 2 if stream == NEVER else 3 * stream + 1
 
 
 def chain(
     r: Record, c: Prefix, shared: int, own: int, so_far: int, block: int, segment: int
 ) -> tuple[int, int]:  # fmt: skip
-    """The hash of a block of a prompt, after that of the one before it, and the segment in which it ends.
+    """Return the hash of a block of a prompt, and the segment in which it ends.
 
-    `segment` is that of an earlier token, or the first of the row; `own` is the text after the segments.
+    `so_far` is the hash of the block before it, `segment` the segment of an earlier token or the first of the row, and
+    `own` the text after the segments.
     """
     first, last = _segments(c, shared)
     at, end = block * r.block_tokens, (block + 1) * r.block_tokens
@@ -110,20 +111,20 @@ def _segments(c: Prefix, shared: int) -> tuple[int, int]:
 
 
 def has_room(s: Record, c: Prefix, blocks: int, widest: int) -> bool:
-    """Whether the tables are large enough for so many blocks more, and for a request that may get so many in all."""
+    """Whether the tables have room for `blocks` more blocks, and for a request that may hold `widest` in all."""
     s.widest_request = max(s.widest_request, widest)
     return most_known(s, blocks) < len(c.blocks) and widest <= c.table.shape[1]
 
 
 def most_known(s: Record, blocks: int) -> int:
-    """How many blocks may be known at once, at most, before more than so many further ones are taken."""
+    """The most blocks that may be known at once after `blocks` further ones are taken."""
     return min(s.total_blocks, s.used_blocks + s.queue_end - s.queue_first + blocks)
 
 
 def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int, noted: bool) -> int:
-    """How many of the first full blocks of a prompt of so many tokens are cached up to these layers.
+    """How many of the first full blocks of a prompt are cached, at least `layers` deep. The last token does not count.
 
-    They are put into the last row of `table` if they are to be `noted`. The last token is not looked for.
+    With `noted` the blocks are written into the last row of `table`.
     """
     limit, n = (tokens - 1) // r.block_tokens, 0
     value, segment = 0, _segments(c, shared)[0]
@@ -139,7 +140,7 @@ def find(r: Record, c: Prefix, shared: int, own: int, tokens: int, layers: int, 
 
 
 def _look_up(c: Prefix, value: int, layers: int) -> int:
-    """The block of this hash that became known first, of those that reach as deep; 0: there is none."""
+    """The first block that became known with this hash and is at least so deep, or 0."""
     blocks = c.blocks
     first = c.buckets[value & (len(c.buckets) - 1)]
     block = first
@@ -153,16 +154,16 @@ def _look_up(c: Prefix, value: int, layers: int) -> int:
 
 
 def still_blocked(s: Record, seq: int) -> bool:
-    """Whether the request that lacked blocks when it was last looked at must lack them now: then nothing is looked up.
+    """Whether the request that lacked blocks at its last look-up must still lack them, so that no look-up is needed.
 
-    Since then no block was freed but what others took, and none became known that it could share.
+    That is so if no more blocks are free than then, and none has become known that it could share.
     """
     same = s.blocked_seq == seq and s.blocked_known == s.made_known
     return same and s.total_blocks - s.used_blocks <= s.blocked_free
 
 
 def free_among(c: Prefix, found: int) -> int:
-    """How many of the first so many of the found blocks are free: to take them leaves fewer to others."""
+    """How many of the first `found` blocks in the last row of `table` are free."""
     free = 0
     for i in range(found):
         if c.blocks[c.table[len(c.table) - 1, i], HOLDERS] == 0:
@@ -171,7 +172,7 @@ def free_among(c: Prefix, found: int) -> int:
 
 
 def hold(s: Record, c: Prefix, request: Record, found: int, blocks: int) -> None:
-    """A request that enters gets so many blocks, the first of them those that were found."""
+    """Give a request that enters `blocks` blocks, of which the first `found` are cached ones."""
     s.free_seats -= 1
     seat = c.seats[s.free_seats, FREE]
     request.seat = seat
@@ -189,7 +190,7 @@ def hold(s: Record, c: Prefix, request: Record, found: int, blocks: int) -> None
 
 
 def take(s: Record, c: Prefix, blocks: int) -> None:
-    """So many of the free blocks, those that hold nothing first; the scheduler has looked whether there are so many."""
+    """Take free blocks, empty ones first. The scheduler has checked that there are enough."""
     empty = s.total_blocks - s.used_blocks - s.queued_blocks
     s.used_blocks += blocks
     if blocks > empty:
@@ -197,7 +198,7 @@ def take(s: Record, c: Prefix, blocks: int) -> None:
 
 
 def _drop(s: Record, c: Prefix, blocks: int) -> None:
-    """So many blocks leave the queue, the longest free first, and are forgotten."""
+    """Remove blocks from the queue, the longest free first, and discard their content."""
     queue, mask, place = c.queue, len(c.queue) - 1, s.queue_first
     s.queued_blocks -= blocks
     while blocks > 0:
@@ -216,7 +217,7 @@ def _drop(s: Record, c: Prefix, blocks: int) -> None:
 
 
 def _new_number(s: Record, c: Prefix) -> int:
-    """For a block that becomes known, of one request."""
+    """Return a number for a block that becomes known. It has one holder."""
     block = s.spare_block
     if block != 0:
         s.spare_block = c.rings[block, AFTER]
@@ -229,7 +230,7 @@ def _new_number(s: Record, c: Prefix) -> int:
 
 
 def _give_back(s: Record, c: Prefix, block: int) -> None:
-    """The number of a block that is not known any more."""
+    """Make the number of a block that is no longer known available again."""
     c.blocks[block, HOLDERS] = 0
     c.blocks[block, PLACE] = NEVER
     c.rings[block, AFTER] = s.spare_block
@@ -237,13 +238,13 @@ def _give_back(s: Record, c: Prefix, block: int) -> None:
 
 
 def shrink(s: Record, c: Prefix, total_blocks: int) -> None:
-    """So many blocks from now on: the first of the queue go. At least those that are held must remain."""
+    """Shrink the pool, discarding the first blocks of the queue. Blocks that are held must fit into the new size."""
     _drop(s, c, max(s.used_blocks + s.queued_blocks - total_blocks, 0))
     s.total_blocks = total_blocks
 
 
 def blocks_due(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix) -> int:
-    """Blocks that the decodes need for the K and V of their next token, and do not hold yet."""
+    """Blocks that decodes need for the K and V of their next token, and do not hold yet."""
     due = 0
     for i in range(s.decoding):
         request = requests[lists.batch[i]]
@@ -253,7 +254,7 @@ def blocks_due(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix) -
 
 
 def extend(s: Record, r: Record, requests: Table, lists: Lists, c: Prefix, owed: Numbers, needy: int) -> None:
-    """So many decodes have filled their last block: they get another one, but for those that have got it already."""
+    """Give another block to the first `needy` decodes in `lists.needy`, unless they have got it already."""
     slots, seats, block_tokens, taken = lists.needy, c.seats, r.block_tokens, 0
     for i in range(needy):
         slot = slots[i]
@@ -279,10 +280,10 @@ def settle(
     generated: int,
     private: bool,
 ) -> bool:
-    """The blocks that the first so many tokens of a request fill become known. False: there is none that is not yet.
+    """Make known the blocks that a request's first `tokens` tokens fill. Returns False if all of them are known.
 
-    `generated`: the answer tokens it had when the last of these was computed. Blocks of a text of its own only where
-    they are `private`: nobody else looks for them.
+    `generated` is the number of answer tokens when the last of these tokens was computed. Blocks that no other request
+    can look for are made known only with `private`.
     """
     seat, shared = request.seat, request.shared
     if request.stream == NEVER and not private:
@@ -309,14 +310,14 @@ def settle(
 
 
 def depth(r: Record, generated: int) -> int:
-    """To which layer K and V are read, and computed, for a request with so many answer tokens."""
+    """The layer up to which K and V are read and computed for a request with `generated` answer tokens."""
     if r.observe_tokens != NEVER and generated < r.observe_tokens:
         return r.loaded_layers
     return r.rule_layers
 
 
 def _paid_layers(r: Record, c: Prefix, owed: Numbers, slot: int, later: int) -> int:
-    """The layers that a token has run or caught up with, with so many tokens after it."""
+    """The layers that a token has run or caught up with, if `later` tokens came after it."""
     band = 0
     while band < r.bands and owed[slot, band] <= later:
         band += 1
@@ -326,13 +327,13 @@ def _paid_layers(r: Record, c: Prefix, owed: Numbers, slot: int, later: int) -> 
 def leave_blocks(
     s: Record, r: Record, c: Prefix, request: Record, owed: Numbers, slot: int, may_return: bool
 ) -> int:  # fmt: skip
-    """A request leaves the batch: what it has filled becomes known, if anyone may look for it.
+    """Take a request out of the batch, and make known the blocks that it has filled and a request may look for.
 
-    Returns its seat, to be given to `release`.
+    Returns its seat, which `release` takes.
     """
     settle(s, r, c, request, owed, slot, request.context_tokens, request.generated - 1, may_return)
     seat = request.seat
-    while c.seats[seat, KNOWN] * r.block_tokens > request.context_tokens:  # of an iteration that was given up
+    while c.seats[seat, KNOWN] * r.block_tokens > request.context_tokens:  # blocks of an iteration that was given up
         c.seats[seat, KNOWN] -= 1
         block = c.table[seat, c.seats[seat, KNOWN]]
         _forget(c, block)
@@ -352,7 +353,7 @@ def leave_blocks(
 
 
 def release(s: Record, c: Prefix, seat: int) -> None:
-    """The blocks of a seat lose a holder; those without one become free, the last ones first."""
+    """Remove a holder from the blocks of a seat. Blocks without a holder become free, the last ones first."""
     blocks, table, known = c.blocks, c.table, c.seats[seat, KNOWN]
     if s.queue_end - s.queue_first + known + 1 > len(c.queue):
         _close_up(s, c)
@@ -376,14 +377,14 @@ def release(s: Record, c: Prefix, seat: int) -> None:
 
 
 def _append(s: Record, c: Prefix, block: int) -> None:
-    """A known block is the last of the queue."""
+    """Append a known block to the queue."""
     c.queue[s.queue_end & (len(c.queue) - 1)] = block
     c.blocks[block, PLACE] = s.queue_end
     s.queue_end += 1
 
 
 def _append_unknown(s: Record, c: Prefix, blocks: int) -> None:
-    """So many that are not known are the last of the queue."""
+    """Append blocks that are not known to the queue."""
     last = (s.queue_end - 1) & (len(c.queue) - 1)
     if s.queue_end > s.queue_first and c.queue[last] < 0:
         c.queue[last] -= blocks
@@ -393,9 +394,9 @@ def _append_unknown(s: Record, c: Prefix, blocks: int) -> None:
 
 
 def _close_up(s: Record, c: Prefix) -> None:
-    """The numbers that blocks have left behind go.
+    """Remove the entries that blocks taken from the middle have left behind.
 
-    The queue has room for all numbers twice: there may be some without numbers between two of them.
+    The queue has room for all numbers twice, since there may be blocks without numbers between any two of them.
     """
     queue, mask, end = c.queue, len(c.queue) - 1, s.queue_end
     s.queue_end = s.queue_first
@@ -408,7 +409,7 @@ def _close_up(s: Record, c: Prefix) -> None:
 
 
 def make_known(c: Prefix, block: int, value: int) -> None:
-    """A block becomes known, after those of its bucket that are."""
+    """Make a block known: append it to the ring of its bucket."""
     rings = c.rings
     c.blocks[block, HASH] = value
     bucket = value & (len(c.buckets) - 1)
@@ -422,7 +423,7 @@ def make_known(c: Prefix, block: int, value: int) -> None:
 
 
 def _forget(c: Prefix, block: int) -> None:
-    """Nobody finds what the block held."""
+    """Make a block unknown, so that it is no longer found."""
     rings, value = c.rings, c.blocks[block, HASH]
     if value == NEVER:
         return

@@ -1,13 +1,14 @@
 """The price of one iteration: its time, its roofline floor, and whether a table had to be extrapolated.
 
-Between two points at which the host waits for the device, both run side by side and the slower one counts. Without
-checks that the host must see, an iteration is one such group; each check ends one. The host's own overhead comes on
-top, unless it prepares the next iteration while this one runs (`iteration.host_ahead`, without such checks): then it is
-part of the host's side. A gap of the runtime is time in which neither works. One step of drafting is launched with
-the others of its pass, so that the host's overhead and the gap come once a pass.
+Host and device work side by side between two points at which the host waits for the device; the slower one counts.
+Each check that the host must see is such a point; without one, the whole iteration is one group. The host's own
+overhead is added, unless the host prepares the next iteration while this one runs (`iteration.host_ahead`, without such
+checks): then it is part of the host's side. A gap of the runtime is time in which neither works. Draft passes are
+launched together with the verification, so the host's overhead and the gap are paid once for all of them.
 
-Rows that verify drafts go through matrices as any other; their attention reads the K and V of their request once, with
-the first row, as kernels do whose tiles hold several queries. While it is bound by memory, it takes what one row takes.
+Rows that verify drafts go through matrix products like any other row. Their attention reads the K and V of a request
+once, together with the request's first row, as kernels do that process several queries in a tile. So memory-bound
+attention takes as long as for one row.
 
 Tables are linear inside the measured grid. Beyond it rows, prompts and KV lengths go on with the last slope, and
 batches in proportion. Tables of several layer classes differ in size; they lie in arrays as large as the largest.
@@ -20,35 +21,35 @@ from typing import NamedTuple
 from helios_sim.core.layout import FOREVER_NS, NEVER, Kind, Numbers, Record, Table
 
 NS_PER_S = 1e9
-# Tables by number of rows: four of the model, then three of each layer class.
+# Tables by number of rows: four of the model, then three for each layer class.
 HEAD, CHECK, CLASSIFIER, EMBEDDING, FIRST_OF_CLASS = range(5)
 DENSE, PADDED_DENSE, KV_PROJECTION, OF_CLASS = range(4)
-# Axes of a class's term for decodes beside a chunk, and of its term for unequal lengths.
+# Axes of the term for decodes beside a chunk, and of the term for unequal lengths.
 CHUNK_AXIS, CONTEXT_AXIS, BATCH_AXIS, KV_AXIS = range(4)
 LENGTH_AXIS = 1
-TIME, FLOOR, OUTSIDE = range(3)  # what is asked for of many iterations
+TIME, FLOOR, OUTSIDE = range(3)  # quantities that `price_many` computes
 
 SCALARS = Kind.of(
     "ScalarsRow",
     (
-        "head_values", "layer_values", "layer_bytes", "kv_values", "kv_weight_bytes",  # for the roofline floor, with
+        "head_values", "layer_values", "layer_bytes", "kv_values", "kv_weight_bytes",  # for the floor, as are
         "kv_bytes", "value_bytes", "width",
         "padded_kv",
-        "of_model", "of_class",  # its first table by rows and its first class: tables may hold two models
-        "resident_layers",  # those above come from host memory in each iteration that runs them
+        "of_model", "of_class",  # first table by rows and first class of this model: tables may hold two models
+        "resident_layers",  # layers above this come from host memory in each iteration that runs them
     ),
     floats=(
         "launch_s_per_layer", "launch_s_per_graph", "sync_s", "host_overhead_s", "host_s_per_request", "gap_s",
         "prefill_gap_s", "gap_s_per_request", "prefill_launch_s_per_layer", "regroup_s",
         "load_slowdown", "mixed_factor", "kv_factor", "time_factor", "hbm_bytes_per_s", "flops_per_s",
         "layer_flops_per_s", "attention_flops_per_s",
-        "late_s_per_layer", "late_write_s_per_layer",  # of one that comes: over the link, and of the card's bandwidth
+        "late_s_per_layer", "late_write_s_per_layer",  # a late layer's time on the link, and on the card's memory
     ),
 )  # fmt: skip
 
 
 class ByRows(NamedTuple):
-    """R tables by number of rows."""
+    """Times by number of rows, R tables."""
 
     seconds: Numbers  # (R, rows); no rows take no time
     first: Numbers  # (R,) rows measured
@@ -57,28 +58,28 @@ class ByRows(NamedTuple):
 
 
 class DecodeAttention(NamedTuple):
-    """By batch and mean KV tokens, for C layer classes."""
+    """Attention of decodes by batch size and mean KV tokens, for C layer classes."""
 
     seconds: Numbers  # (C, 2, batch, interval) and their slopes
-    kv: Numbers  # (C, interval) where each begins
-    interval: Numbers  # (C, KV tokens) that a whole number falls into
-    first_batch: Numbers  # (C,) measured
+    kv: Numbers  # (C, interval) KV tokens at which each interval begins
+    interval: Numbers  # (C, KV tokens) the interval of each whole number
+    first_batch: Numbers  # (C,) smallest measured batch
     last_batch: Numbers
-    first_kv: Numbers  # (C,) KV tokens measured
+    first_kv: Numbers  # (C,) fewest measured KV tokens
     last_kv: Numbers
 
 
 class PrefillAttention(NamedTuple):
-    """By a chunk's new tokens and those before it."""
+    """Attention of a chunk by its new tokens and the context before it."""
 
     seconds: Numbers  # (C, tokens, context)
-    grid: Numbers  # (C, 2, points) tokens and context
-    sizes: Numbers  # (C, 2) points of each
+    grid: Numbers  # (C, 2, points) of new tokens and of context
+    sizes: Numbers  # (C, 2) points of each axis
     fixed_s: Numbers  # (C,)
 
 
 class MixedAttention(NamedTuple):
-    """What decodes add beside a chunk, where a class has this term."""
+    """Time that decodes add beside a chunk, for layer classes with this term."""
 
     seconds: Numbers  # (C, chunk, context, batch, KV)
     grid: Numbers  # (C, 4, points)
@@ -86,7 +87,7 @@ class MixedAttention(NamedTuple):
 
 
 class UnequalLengths(NamedTuple):
-    """By what share decodes of unequal lengths take longer, where a class has this term."""
+    """Share by which decodes of unequal lengths take longer, for layer classes with this term."""
 
     share: Numbers  # (C, chunk, batch, longest, share of the long ones)
     grid: Numbers  # (C, 2, points) chunk and longest
@@ -95,20 +96,20 @@ class UnequalLengths(NamedTuple):
 
 
 class PriceTables(NamedTuple):
-    """Shapes are as large as the largest table needs."""
+    """All tables of a profile. Each array is as large as its largest table needs."""
 
     rows: ByRows
     decode: DecodeAttention
     prefill: PrefillAttention
     mixed: MixedAttention
     unequal: UnequalLengths
-    windows: Numbers  # (C,) how many tokens a layer of the class looks back over; 0: all
+    windows: Numbers  # (C,) attention window of the class in tokens; 0 if it is not limited
 
 
 def whole_ns(seconds: float) -> int:
-    """A duration in whole nanoseconds, halves to even, at least one, so that time always advances.
+    """A duration in whole nanoseconds, halves rounded to even, at least 1, so that time always advances.
 
-    FOREVER_NS where it is not finite or does not fit: the loop then stops with HORIZON, and the server refuses it.
+    FOREVER_NS if it is not finite or does not fit: the loop then stops with HORIZON, and the server raises an error.
     """
     ns = seconds * NS_PER_S
     if not -FOREVER_NS < ns < FOREVER_NS:
@@ -120,13 +121,13 @@ def whole_ns(seconds: float) -> int:
 def time_s(
     t: PriceTables, x: Record, it: Record, spans: Table, class_layers: Numbers, work: Table, chunks: Table, bands: int
 ) -> float:
-    """Seconds of one iteration: `it` counts its chunks and sampled rows, `work` its rows by band.
+    """Seconds of one iteration: `it` has its chunks and sampled rows, `work` its rows by band.
 
-    `spans` are the bands, of which the first so many run; `class_layers` (C, bands) how many layers of each class they
-    have.
+    `spans` are the bands, of which the first `bands` are priced; `class_layers` (C, bands) is the number of layers of
+    each class in each band.
     """
-    # What is asked for once an iteration stands in names of its own: interpreted, each look and each call takes time,
-    # and so do `max`, `min` and loops over nothing.
+    # Local names hold what is read once an iteration: interpreted, each look and each call takes time, and so do
+    # `max`, `min` and empty loops.
     n_chunks, by_rows = it.chunks, t.rows
     slowdown = x.load_slowdown if it.loading else 1.0
     decodes = work[it.first_band].decode_tokens
@@ -208,11 +209,11 @@ def time_s(
 def _with_late_layers_s(
     x: Record, it: Record, spans: Table, work: Table, chunks: Table, bands: int, total_s: float
 ) -> float:  # fmt: skip
-    """The same with the layers that come from host memory meanwhile: the link or all else, whichever takes longer.
+    """Seconds of the iteration if some layers come from host memory meanwhile: the slower of the link and all else.
 
-    Layers come one after the other, as long as the iteration lasts, each into the room of one that has run. What they
-    write takes the card's memory from the kernels. Beside a load, which then takes twice as long, they have half of the
-    link, and the slowdown of loads stands for both.
+    Late layers come one after the other throughout the iteration, each into the room of one that has run. Writing them
+    takes memory bandwidth from the kernels. Beside a load they have half of the link, and the slowdown of loads stands
+    for the bandwidth of both.
     """
     layers = 0
     for s in range(bands):
@@ -241,11 +242,11 @@ def price_many(
     asked: Numbers,
     found: Numbers,
 ) -> int:
-    """What is asked for of K iterations, into `found` (K, 3): `time_s`, `floor_s` and `outside_grid`. Returns K.
+    """Compute `time_s`, `floor_s` and `outside_grid` of K iterations, into `found` (K, 3). Returns K.
 
-    `asked` (3,): whether each of these is. `counts` (K, 3 + 6 S): sampled rows, least and most KV tokens, then the
-    fields of `work` for each of S bands. `scalar_table` and `iterations` have one row each; the chunks of `iterations`
-    are in every one of the K.
+    `asked` (3,) says which of the three are computed. `counts` (K, 3 + 6 S) has the sampled rows, the least and most KV
+    tokens, then the fields of `work` for each of S bands. `scalar_table` and `iterations` have one row each; each of
+    the K iterations has the chunks of `iterations`.
     """
     it = iterations[0]
     for k in range(counts.shape[0]):
@@ -276,7 +277,7 @@ def price_one(
     found: Numbers,
     k: int,
 ) -> None:
-    """What is asked for of the iteration that the records say, into the k-th row of `found`."""
+    """Compute what `asked` says of the iteration in `iterations` and `work`, into the k-th row of `found`."""
     x, it = scalar_table[0], iterations[0]
     if asked[TIME]:
         found[k, TIME] = time_s(t, x, it, spans, class_layers, work, chunks, len(spans))
@@ -291,10 +292,10 @@ def floor_s(
 ) -> float:
     """Roofline floor in seconds that no kernel on this card can beat: max(bytes / bandwidth, operations / peak), where
 
-    bytes = weights of each band that runs (K and V projections alone where it only propagates), KV read, LM head for
-    each check and for sampling; operations = 2 per weight and row, 4 per query, key and head width in attention.
-    Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than it looks back.
-    Quantized weights and K and V in fp8 may be multiplied at rates of their own.
+    bytes = weights of each band that runs (only K and V projections in a band that only propagates), K and V read, and
+    the LM head for each check and for sampling; operations = 2 per weight and row, 4 per query, key and head width in
+    attention. Activations are left out, which keeps it a floor. A layer with a window reads no more K and V than the
+    window. Quantized weights, and K and V in fp8, may be multiplied at rates of their own.
     """
     n_chunks, sampled, classes = it.chunks, it.sampled_tokens, len(class_layers)
     head_bytes = x.head_values * x.value_bytes
@@ -405,12 +406,12 @@ def _launch_s_per_layer(x: Record, n_chunks: int) -> float:
 
 
 def _later_s(one_s: float, other_s: float) -> float:
-    """Of two that run side by side the one that ends later."""
+    """The later end of two activities that run side by side."""
     return other_s if other_s > one_s else one_s
 
 
 def _by_rows_s(t: ByRows, table: int, rows: int) -> float:
-    """Seconds of so many rows; no rows take no time."""
+    """Seconds of `rows` rows; 0 rows take no time."""
     end = t.last[table]
     if rows <= end:
         return t.seconds[table, rows]
@@ -418,7 +419,7 @@ def _by_rows_s(t: ByRows, table: int, rows: int) -> float:
 
 
 def _read_kv_tokens(x: Record, it: Record, w: Record) -> int:
-    """KV tokens that a band's decodes read: where contexts are padded, as far as the longest goes in each row."""
+    """KV tokens that a band's decodes read. If contexts are padded, each row reads as far as the longest."""
     if x.padded_kv and it.kv_most != NEVER:
         return w.decode_tokens * it.kv_most
     return w.kv_tokens
@@ -427,7 +428,7 @@ def _read_kv_tokens(x: Record, it: Record, w: Record) -> int:
 def _decodes_s(
     t: PriceTables, x: Record, it: Record, c: int, work: Table, w: Record, reach: int, chunk: int, context: int
 ) -> float:
-    """Attention of a band's decodes, beside the longest chunk where there is one (`reach`)."""
+    """Seconds of the attention of a band's decodes, beside the longest chunk if there is one (`reach`)."""
     kv_tokens = _read_kv_tokens(x, it, w)
     if reach and t.mixed.sizes[c, CHUNK_AXIS]:
         seconds = _mixed_s(t.mixed, c, chunk, context, w.decode_tokens, kv_tokens)
@@ -440,7 +441,7 @@ def _decodes_s(
 
 
 def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:
-    """Bilinear in the batch and the mean KV tokens; `kv_tokens` is the sum over the batch."""
+    """Seconds by bilinear interpolation in the batch and the mean KV tokens; `kv_tokens` is the sum over the batch."""
     if batch == 0:
         return 0.0
     table, end_batch, end_kv = t.seconds, t.last_batch[c], t.last_kv[c]
@@ -452,7 +453,7 @@ def _decode_s(t: DecodeAttention, c: int, batch: int, kv_tokens: int) -> float:
 
 
 def _prefill_s(t: PrefillAttention, c: int, tokens: int, context_tokens: int) -> float:
-    """Bilinear in a chunk's new tokens and those before it; the caller pays the fixed part of the kernel once."""
+    """Seconds by bilinear interpolation in a chunk's new tokens and its context, with the kernel's fixed part."""
     i = _interval(t.grid, c, 0, t.sizes[c, 0], tokens)
     other = i + 1 if i + 1 < t.sizes[c, 0] else i - 1
     j = _interval(t.grid, c, 1, t.sizes[c, 1], context_tokens)
@@ -465,7 +466,7 @@ def _prefill_s(t: PrefillAttention, c: int, tokens: int, context_tokens: int) ->
 
 
 def _interval(grid: Numbers, c: int, axis: int, points: int, value: float) -> int:
-    """The last point of an axis that is not above the value, at least the first one."""
+    """The index of the last point of an axis that is not above the value; 0 if all are."""
     at = 0
     while at + 1 < points and grid[c, axis, at + 1] <= value:
         at += 1
@@ -473,7 +474,7 @@ def _interval(grid: Numbers, c: int, axis: int, points: int, value: float) -> in
 
 
 def _mixed_s(t: MixedAttention, c: int, chunk: int, context: int, batch: int, kv_tokens: int) -> float:
-    """Seconds that decodes add beside a chunk. Below the grid its edge holds; beyond its batch the ratio."""
+    """Seconds that decodes add beside a chunk. Below the grid its edge counts; beyond its last batch, in proportion."""
     if batch == 0:
         return 0.0
     grid, sizes = t.grid, t.sizes
@@ -509,19 +510,19 @@ def _mixed_s(t: MixedAttention, c: int, chunk: int, context: int, batch: int, kv
 
 
 def _lower(grid: Numbers, c: int, axis: int, points: int, value: float) -> int:
-    """The lower end of the value's interval, of the last one beyond the axis."""
+    """The index of the lower end of the value's interval; beyond the axis, of the last interval."""
     return min(_interval(grid, c, axis, points, value), points - 2)
 
 
 def _weight(grid: Numbers, c: int, axis: int, low: int, value: float) -> float:
-    """Of the interval's upper end: above 1 beyond the axis, 0 before it."""
+    """Weight of the interval's upper end in linear interpolation: above 1 beyond the axis, 0 before it."""
     return max((value - grid[c, axis, low]) / (grid[c, axis, low + 1] - grid[c, axis, low]), 0.0)
 
 
 def unequal_share(t: UnequalLengths, c: int, chunk: int, batch: int, kv_tokens: int, least: int, most: int) -> float:
-    """The share by which decode attention takes longer because lengths differ; edges hold beyond the grid.
+    """The share by which decode attention takes longer because lengths differ; beyond the grid its edge counts.
 
-    `chunk` is the longest chunk's tokens beside the decodes, 0 for none; `kv_tokens` the batch's sum.
+    `chunk` is the tokens of the longest chunk beside the decodes, 0 if there is none; `kv_tokens` the batch's sum.
     """
     if batch < 2 or most <= least:
         return 0.0

@@ -1,9 +1,9 @@
-"""Several replicas and the requests between them: which replica each goes to, and how far the others may run meanwhile.
+"""Routing over several replicas: advances all replicas to each arrival, and sends the request to one of them.
 
 A router counts the requests in each replica when one arrives, or looks for its prompt in their caches. So all replicas
-are brought up to an arrival, the request joins the line of one of them, and they run on up to the next arrival. A
-replica that needs more than the loop (its policy is to be asked, its results are to be handed over) stops, and the
-caller goes on with it on the clock.
+run up to the arrival, the request joins the line of one of them, and they run on to the next arrival. A replica that
+needs more than the loop (its policy is to be asked, its results are to be handed over) stops, and the caller goes on
+with it on SimPy's clock.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from helios_sim.core.prefix import Prefix, depth, find, own_text
 ROUND_ROBIN, LEAST_LOADED, POWER_OF_TWO, BY_TASK, PREFIX_AWARE = range(5)
 # Why `route` returns.
 (
-    DONE,  # every request is routed, and the replicas are brought up to `until_ns`
-    STOPPED,  # replicas have stopped, each for a reason of its own
-    CLOCK,  # something else is on the clock before the next arrival
+    DONE,  # every request is routed, and all replicas have run up to `until_ns`
+    STOPPED,  # some replicas have stopped; `stops` says why
+    CLOCK,  # another event is on the clock before the next arrival
     SUBMIT,  # the next request goes to a replica that does not run ahead
-    ROOM,  # the next request goes to a replica whose tables are full
-    LOOK,  # it is `look_ns`: whoever looks at the load, and sends replicas away or calls them back, is to do it now
+    ROOM,  # the next request goes to a replica with full tables
+    LOOK,  # it is `look_ns`: the autoscaler is to look at the load now
 ) = range(6)
-AWAY = 1 << 40  # requests that a replica seems to have to which none are sent
+AWAY = 1 << 40  # added to the request count of a replica that gets no requests
 
 FRONT = Kind.of(
     "FrontRow",
     (
         "router",
-        "next", "known",  # request, and how many there are
+        "next", "known",  # index of the next request, and number of requests
         "routed_before",  # requests of earlier blocks
-        "clock_ns",  # now
-        "event_ns",  # the next on the clock
-        "until_ns",  # after the last request; NEVER: that is all
-        "look_ns",  # FOREVER_NS: nobody looks
-        "first", "end",  # the replicas that may be brought up
+        "clock_ns",  # SimPy's time
+        "event_ns",  # time of its next event
+        "until_ns",  # time up to which replicas run after the last request; NEVER: they do not
+        "look_ns",  # time at which the autoscaler looks next; FOREVER_NS if there is none
+        "first", "end",  # range of replicas that may run
         "chosen",
     ),
 )  # fmt: skip
@@ -55,11 +55,13 @@ def route(
     inside: Numbers,
     stops: Numbers,
 ) -> int:
-    """Routes requests (n,) one after the other, and brings the replicas up to each arrival and at last to `until_ns`.
-    In place of one that is away the next gets them that is not.
+    """Route requests (n,) one after the other. Runs all replicas up to each arrival, and at last to `until_ns`.
 
-    Of R replicas: `ahead` says which ones run ahead of the clock, `due_ns` up to when nothing happens in them, `inside`
-    how many requests they have, `stops` why they have stopped. `pairs` (n, 2) and `homes` (tasks, R) are the routers'.
+    A request for a replica that gets none goes to the next replica that does.
+
+    For each of R replicas `ahead` says whether it runs ahead of the clock, `due_ns` until when nothing happens in it,
+    `inside` how many requests it has, and `stops` why it has stopped. `pairs` (n, 2) and `homes` (tasks, R) are data of
+    routers: two replicas drawn for each request, and the replicas meant for each task.
     """
     f = fronts[0]
     while True:
@@ -112,10 +114,10 @@ def route(
 
 
 def choose(router: int, number: int, task: int, pairs: Numbers, row: int, homes: Numbers, inside: Numbers) -> int:
-    """The replica of a request, which is the `number`-th of all.
+    """The replica for a request, the `number`-th of the run.
 
-    By the requests in each replica: the one with the fewest, of two drawn at random the one with fewer (`pairs[row]`),
-    or the one with the fewest among those meant for its task. Of equals the first.
+    Least loaded: the replica with the fewest requests. Power of two: of two drawn at random (`pairs[row]`) the one with
+    fewer. By task: the one with the fewest of those meant for the task. Of equal ones the first.
     """
     n = len(inside)
     if n == 1:
@@ -139,7 +141,7 @@ def choose(router: int, number: int, task: int, pairs: Numbers, row: int, homes:
 
 
 def by_prefix(replicas: Any, row: int, inside: Numbers) -> int:
-    """The replica with the highest score for the request in that row of those that come; of equals the first."""
+    """The replica with the highest score for the request in row `row` of `coming`; of equal ones the first."""
     n, total = len(inside), 0
     for i in range(n):
         total += inside[i]
@@ -155,17 +157,17 @@ def by_prefix(replicas: Any, row: int, inside: Numbers) -> int:
 
 
 def score(share: float, inside: int, total: int, n: int) -> float:
-    """How well a replica suits a request of whose prompt it has cached that share, with so many requests in it.
+    """How well a replica suits a request: `share` of its prompt is cached there, and `inside` requests are in it.
 
-    The rule of the vLLM production stack's load-aware router, with its default weight of 1: the share, less by how many
-    times the mean the replica's requests are above the mean of all n, which have `total` requests. A mean below 1
-    counts as 1. A replica with twice the mean loses as much as a prompt that is wholly cached gains.
+    The rule of the vLLM production stack's load-aware router with its default weight of 1: the cached share, minus the
+    replica's excess over the mean number of requests, in units of that mean (at least 1). All n replicas have `total`
+    requests. A replica with twice the mean loses as much as a wholly cached prompt gains.
     """
     return share - (n * inside - total) / max(n, total)
 
 
 def cached_share(r: Record, c: Prefix, shared: int, stream: int, request_id: int, prompt_tokens: int) -> float:
-    """The share of a new prompt whose K and V are cached, as deep as its tokens would run."""
+    """The share of a new prompt's tokens with K and V in the cache, as deep as its tokens would run."""
     if not r.shares:
         return 0.0
     blocks = find(r, c, shared, own_text(stream, request_id), prompt_tokens, depth(r, 0), False)
@@ -173,7 +175,7 @@ def cached_share(r: Record, c: Prefix, shared: int, stream: int, request_id: int
 
 
 def _join(s: Record, t: Any, now_ns: int) -> None:
-    """The request that has just become known arrives; an idle server may wake."""
+    """Let the request that has just become known arrive. It may wake an idle server."""
     if s.phase != WAITING:
         take_arrivals(s, t.rules[0], t.requests, t.lists, t.line, t.arrivals, t.tokens, now_ns)
         return

@@ -1,36 +1,36 @@
-"""Chooses what the next iteration runs, as the v1 scheduler of vLLM 0.19 does.
+"""The scheduler: chooses what the next iteration runs, as the v1 scheduler of vLLM 0.19 does.
 
-Decodes first, then the rest of prompts that were begun, then new requests from the head of the waiting line, all
-within one token budget. A prompt enters only when blocks for all of it are free; when a decode finds no block, the
-running request that is last in order is preempted, and it is computed again from its text later. There is no watermark.
+Within one token budget decodes come first, then prompts that were begun, then new requests from the head of the waiting
+line. A prompt enters only if blocks for all of it are free. If a decode finds no block, the running request that is
+last in order is preempted and later computed again from its text. There is no watermark.
 
-Prompts are computed in chunks, as many tokens as the budget leaves, unless `rules.whole_prompts`.
+Prompts are computed in chunks of as many tokens as the budget leaves, unless `rules.whole_prompts`.
 
-Two things more are as in vLLM 0.19 (vllm/v1/core/sched/scheduler.py, async_scheduler.py) where `rules.vllm_v1`:
-- Planned ahead, an iteration is settled when the one before it begins. A request that produces its last token in
-  between is known not to run again, but it lingers: it still holds its place among the running requests and its blocks.
-- A preempted request finds those of its blocks in the prefix cache that have not been taken since (`blocks`), and
-  computes the rest again. `rules.refinds` says so, since the engine can be told to do without that cache.
+With `rules.vllm_v1` two more rules of vLLM 0.19 hold (vllm/v1/core/sched/scheduler.py, async_scheduler.py):
+- Planned ahead, an iteration is scheduled when the one before it begins. A request that produces its last token in
+  between is known not to run again, but it lingers: it keeps its place among the running requests and its blocks.
+- A preempted request finds those of its blocks that have not been taken since (`blocks`), and computes the rest again.
+  That is `rules.refinds`, since the engine's prefix cache can be switched off.
 
-Rules of other engines, each by its own flag:
+Rules of other engines, each with its own flag:
 - `rules.prefill_first` (SGLang): an iteration computes prompts or decodes, never both, and prompts come first.
-- `rules.keeps_answers` (TensorRT-LLM): a request enters only when blocks for its whole answer are free too, beside what
-  the running ones will still need, so that none loses its place.
+- `rules.keeps_answers` (TensorRT-LLM): a request enters only if blocks for its whole answer are free too, beyond what
+  the running requests will still need, so that none is preempted.
 - `rules.wait_iterations` (TensorRT-LLM's batch_wait): while others decode, prompts wait for so many iterations, or
   until an iteration would have `rules.wait_tokens`.
 
-Where requests draft (`rules.draft_tokens`), a decode takes blocks for what it drafts too, and as many tokens of the
-budget; the blocks of drafts that come to nothing are given back when the iteration ends.
+If requests draft (`rules.draft_tokens`), a decode also takes blocks and token budget for its drafts. Blocks of drafts
+that are rejected are given back when the iteration ends.
 
-Where another card drafts (`rules.draft_parts`), an iteration verifies the drafts that are there, and meanwhile one part
-of the other requests is drafted for.
+If the drafter has its own card (`rules.draft_parts`), an iteration verifies the drafts that are there. Meanwhile the
+drafter drafts for one part of the other requests.
 
-Where batches are split at exits (`rules.regroups`), an iteration runs either the tokens that wait at one exit, without
-prompts, or all others. Those that wait run on when they are enough, when one of them has waited for long enough or
-would miss the bound on its time per token, or when nothing else decodes.
+If batches are split at exits (`rules.regroups`), an iteration runs either the tokens that wait at one exit, without
+prompts, or all other tokens. Waiting tokens run on when there are enough of them, when one of them has waited long
+enough or would miss its bound on TPOT, or when nothing else decodes.
 
-One thing is simpler: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are free but takes
-them chunk by chunk, so that a decode can take one between two chunks of a prompt.
+One rule is simpler than vLLM's: blocks of a whole prompt are taken when it enters. vLLM checks that all of them are
+free but takes them chunk by chunk, so that a decode can take one between two chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -79,22 +79,22 @@ def begin_schedule(
     prefix: Prefix,
     owed: Numbers,
 ) -> None:
-    """Makes room for the decodes, preempting where it must, and continues prompts that were begun.
+    """Make room for the decodes, by preemption if need be, and continue prompts that were begun.
 
-    Leaves in `it` what admission needs: the token budget, and whether anything may enter at all.
+    Leaves in `it` what admission needs: the token budget, and whether any request may enter.
     """
     it.lingering = s.lingering
     it.drafts = it.drafted = it.drafting_apart = it.first_band = it.splits = 0
-    # A migration empties the batch; once it has, nothing of the old model starts any more.
+    # A migration empties the batch; after that no request of the old model starts.
     it.blocked = s.migrating and s.running == 0
     it.due_blocks = _blocks_due(s, r, it, requests, lists)
     while it.due_blocks > free_blocks(s):
         if r.shares and blocks_due(s, r, requests, lists, prefix) <= free_blocks(s):
-            break  # some have got theirs already, in a turn that came to nothing
+            break  # some have got their block already, in a turn that scheduled nothing
         preempt(s, r, requests, lists, line, freed, prefix, owed)
         it.blocked = 1
         it.due_blocks = _blocks_due(s, r, it, requests, lists)
-    if r.shares and it.due_blocks:  # before anything enters, since to take a free block may forget what it holds
+    if r.shares and it.due_blocks:  # before requests enter, since taking a free block may discard its content
         extend(s, r, requests, lists, prefix, owed, it.due_blocks)
         it.due_blocks = 0
     it.decodes = it.members if r.regroups or r.draft_parts else s.decoding
@@ -129,9 +129,9 @@ def admit(
     prefix: Prefix,
     owed: Numbers,
 ) -> int:
-    """Requests enter from the head of the line as long as there is budget, a place and memory for them.
+    """Admit requests from the head of the line as long as there is budget, a place and memory for them.
 
-    Returns GO_ON when admission is over, or why it has to be called again: RETOKENIZE, FLUSH.
+    Returns GO_ON when admission is over, or why it has to be called again: RETOKENIZE or FLUSH.
     """
     while not it.blocked and it.budget > 0 and s.waiting > 0:
         if s.running + it.lingering >= running_limit(s, r):
@@ -233,16 +233,16 @@ def admit(
 
 
 def running_limit(s: Record, r: Record) -> int:
-    """Requests that may run at once; after an OOM fewer, and one more with each that completes."""
+    """Requests that may run at once: fewer after an OOM, and one more with each request that completes."""
     return min(r.running_limit, s.fewer + s.completed)
 
 
 def preempt(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, freed: Table, prefix: Prefix, owed: Numbers
 ) -> None:
-    """The running request that is last in order loses its place and its cache; it is computed again later.
+    """Preempt the running request that is last in order: it loses its place and its KV cache.
 
-    If a request that is done but lingers comes after it, only what that one still holds becomes free.
+    If a lingering request comes after it in order, only the blocks of that request are freed.
     """
     place = last_in_order(s, requests, lists)
     request = requests[lists.batch[place]]
@@ -271,7 +271,7 @@ def withdraw(
     owed: Numbers,
     place: int,
 ) -> None:
-    """A running request goes back into the waiting line."""
+    """Put a running request back into the waiting line."""
     slot = lists.batch[place]
     remove_running(s, lists, place)
     request = requests[slot]
@@ -281,7 +281,7 @@ def withdraw(
 
 
 def remove_running(s: Record, lists: Lists, place: int) -> None:
-    """Takes a request out of the batch; the others keep their order."""
+    """Remove a request from the batch. The others keep their order."""
     s.running -= 1
     if place < s.decoding:
         s.decoding -= 1
@@ -295,7 +295,7 @@ def held_blocks(r: Record, request: Record) -> int:
 
 
 def _promised_blocks(s: Record, r: Record, requests: Table, lists: Lists) -> int:
-    """Blocks that the running requests will still take."""
+    """Blocks that the running requests will still need to complete."""
     promised = 0
     for i in range(s.running):
         request = requests[lists.batch[i]]
@@ -305,7 +305,7 @@ def _promised_blocks(s: Record, r: Record, requests: Table, lists: Lists) -> int
 
 
 def _waiting_tokens(s: Record, r: Record, requests: Table, line: Line, tokens: Table) -> int:
-    """Tokens to compute of the prompts that wait, not more than one iteration takes."""
+    """Prompt tokens of the waiting requests, at most as many as one iteration takes."""
     waiting = 0
     for i in range(s.waiting):
         ref = line.ref[i]
@@ -322,7 +322,7 @@ def _waiting_tokens(s: Record, r: Record, requests: Table, line: Line, tokens: T
 def let_go(
     s: Record, r: Record, freed: Table, prefix: Prefix, request: Record, owed: Numbers, slot: int, owner: int
 ) -> int:
-    """All blocks of a running request become free. Returns the entry that remembers them for the owner, or NEVER."""
+    """Free all blocks of a running request. Returns the entry of `freed` that remembers them, or NEVER."""
     if not r.shares:
         return give_blocks(s, r, freed, held_blocks(r, request), owner)
     release(s, prefix, leave_blocks(s, r, prefix, request, owed, slot, request.remaining > 0))
@@ -330,7 +330,7 @@ def let_go(
 
 
 def release_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Prefix) -> None:
-    """Requests that are done give back what they still hold."""
+    """Free the blocks of all lingering requests."""
     for i in range(s.lingering):
         _give_lingering(s, r, lists, freed, prefix, i)
     s.lingering = 0
@@ -344,7 +344,7 @@ def _give_lingering(s: Record, r: Record, lists: Lists, freed: Table, prefix: Pr
 
 
 def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
-    """Blocks that the decodes need for the K and V of their next token; lists who needs one, and sums up contexts."""
+    """Count the blocks that decodes need for their next token. Lists those decodes, and sums up their contexts."""
     if r.draft_tokens:
         return blocks_to_draft(s, r, it, requests, lists)
     if r.regroups:
@@ -363,10 +363,10 @@ def _blocks_due(s: Record, r: Record, it: Record, requests: Table, lists: Lists)
 
 
 def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
-    """The same with K and V of what they draft. Decides how much that is: the batch may be too large for it.
+    """Count as `_blocks_due` does, with drafts. Decides how many tokens each request drafts: none in a large batch.
 
-    Where another card drafts, those are verified now whose drafts are there, and those that do not draft: they come
-    first. Of the others one part, those after them, is drafted for. Blocks are taken for the verification alone.
+    If another card drafts, requests with drafts, and those that do not draft, are verified now and come first in the
+    batch. One part of the others, right after them, is drafted for. Only the verification takes blocks.
     """
     batch, due, kv_tokens, apart = lists.batch, 0, 0, r.draft_parts
     drafts = r.draft_tokens if s.decoding <= r.draft_batch else 0
@@ -394,13 +394,13 @@ def blocks_to_draft(s: Record, r: Record, it: Record, requests: Table, lists: Li
 
 
 def blocks_to_regroup(s: Record, r: Record, it: Record, requests: Table, lists: Lists) -> int:
-    """The same where batches are split. Decides which decodes run, and puts them before those that wait.
+    """Count as `_blocks_due` does, with split batches. Decides which decodes run, and puts them before the others.
 
-    Of those that wait, the deepest run that are due; else those that do not wait.
+    The deepest group of waiting tokens that is due runs; if none is due, the decodes that do not wait run.
     """
     batch, members, due, kv_tokens = lists.batch, gather(requests, lists, s.decoding, 0), 0, 0
     enough = members if r.flush_requests == NEVER or members == 0 else r.flush_requests
-    # One more iteration of the others, and then their own: each takes about as long as the latest.
+    # One more iteration of the others and then their own, each about as long as the latest iteration.
     soon_ns = s.now_ns if s.started_ns == NEVER else 3 * s.now_ns - 2 * s.started_ns
     it.first_band = 0
     for band in range(1, r.bands):
@@ -426,7 +426,7 @@ def blocks_to_regroup(s: Record, r: Record, it: Record, requests: Table, lists: 
 
 
 def gather(requests: Table, lists: Lists, n: int, held: int) -> int:
-    """Of the first n of the batch, those that wait at this place come first from now on. Returns how many they are."""
+    """Move those of the first n of the batch with this value of `held` to the front. Returns how many there are."""
     batch, others, found = lists.batch, lists.leaving, 0
     for i in range(n):
         slot = batch[i]
@@ -441,7 +441,7 @@ def gather(requests: Table, lists: Lists, n: int, held: int) -> int:
 
 
 def _take_prompt_blocks(s: Record, r: Record, freed: Table, request: Record, prefill: int, blocks: int) -> int:
-    """Blocks for a request that enters. Returns how many of them still hold its first tokens."""
+    """Take blocks for a request that enters. Returns how many of them still hold its first tokens."""
     kept = _refound(s, r, freed, request, prefill)
     if request.cached_tokens and kept_blocks(s, freed, request.freed_at, request.request_id) > 0:
         take_back(s, freed, request.freed_at, kept)
@@ -451,15 +451,15 @@ def _take_prompt_blocks(s: Record, r: Record, freed: Table, request: Record, pre
 
 
 def _refound(s: Record, r: Record, freed: Table, request: Record, prefill: int) -> int:
-    """How many blocks of a request that lost its place still hold its first tokens."""
+    """How many blocks of a preempted request still hold its first tokens."""
     if request.cached_tokens == 0 or request.freed_at == NEVER:
         return 0
-    known = min(request.cached_tokens, prefill - 1)  # its last token is computed in any case
+    known = min(request.cached_tokens, prefill - 1)  # the last token is always computed
     return min(kept_blocks(s, freed, request.freed_at, request.request_id), known // r.block_tokens)
 
 
 def _count_hits(s: Record, r: Record, request: Record, prefill: int, hit_tokens: int) -> None:
-    """As vLLM's PrefixCacheStats (vllm/v1/metrics/stats.py): tokens looked for and found, without the preempted."""
+    """Count tokens looked up and found, preempted requests apart, as vLLM's PrefixCacheStats (v1/metrics/stats.py)."""
     if request.preemptions > 0:
         s.prefix_cache_refound += hit_tokens
         return

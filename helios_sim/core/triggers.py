@@ -1,4 +1,4 @@
-"""What ends the serving of a deployment: a policy's triggers, and what a pending change of placement waits for."""
+"""Conditions that interrupt serving: a policy's triggers, and what a pending change of placement waits for."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from helios_sim.core.power import is_above
 def turn_is_due(
     s: Record, r: Record, requests: Table, lists: Lists, line: Line, watch: Watch, marks: Table
 ) -> bool:  # fmt: skip
-    """Whether the server has more to do now than to schedule: ask its policy, or go on with a change or a probe."""
+    """Whether the server must ask its policy now, or go on with a change or a probe, before it schedules."""
     if s.turn_wanted or (s.awaits_completion and s.completed > 0):
         return True
-    if s.pending:  # until a change is in force no policy is asked
+    if s.pending:  # no policy is asked until a change is in force
         if s.room_blocks != NEVER and blocks_to_finish(s, r, requests, lists, line) <= s.room_blocks:
             return True
         return s.awaits_answers != 0 and not in_flight(s, requests, line)
@@ -40,7 +40,7 @@ def turn_is_due(
 
 
 def first_fired(s: Record, r: Record, requests: Table, line: Line, watch: Watch, marks: Table, start: int) -> int:
-    """The place of the first trigger from `start` on that asks the policy now; NEVER: none does."""
+    """The index of the first trigger from `start` on that has fired, or NEVER."""
     for k in range(start, len(watch.triggers)):
         if _has_fired(s, r, requests, line, watch, marks, watch.triggers[k]):
             return k
@@ -56,7 +56,7 @@ def _has_fired(
         return window.filled == window.length and window.breaches > window.limit
     if kind == COMPLETIONS:
         return s.completed - s.completed_before >= argument
-    if kind in (QUEUE_ABOVE, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE):  # fires again only after it has fallen
+    if kind in (QUEUE_ABOVE, RUNNING_ABOVE, KV_ABOVE, POWER_ABOVE):  # fires again only after it has fallen below
         if not _is_above(s, r, marks, trigger):
             trigger.spent = 0
             return False
@@ -67,7 +67,7 @@ def _has_fired(
         return s.now_ns >= argument
     if kind == DRAINED:
         return s.starts_left == 0 and s.running == 0 and not _started_waits(s, requests, line)
-    return kind == PROBED and argument != 0  # set when the probe has scored every candidate
+    return kind == PROBED and argument != 0  # its argument is set when the probe has scored every candidate
 
 
 def _is_above(s: Record, r: Record, marks: Table, trigger: Record) -> bool:
@@ -82,7 +82,7 @@ def _is_above(s: Record, r: Record, marks: Table, trigger: Record) -> bool:
 
 
 def next_alarm_ns(s: Record, watch: Watch) -> int:
-    """The next time at which a trigger wakes an idle server; FOREVER_NS: there is none."""
+    """The next time at which a trigger wakes an idle server, or FOREVER_NS."""
     found = FOREVER_NS
     for k in range(len(watch.triggers)):
         trigger = watch.triggers[k]
@@ -99,7 +99,7 @@ def watches_queue(watch: Watch) -> bool:
 
 
 def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: Watch) -> None:
-    """The iteration's decode tokens enter the windows of the breach counter, in order of the batch.
+    """Add the iteration's decode tokens to the windows of the breach counter, in order of the batch.
 
     Observed tokens are left out, because they ran deeper than the cap.
     """
@@ -118,14 +118,14 @@ def slide_windows(s: Record, it: Record, requests: Table, lists: Lists, watch: W
 
 
 def slide_completed(r: Record, request: Record, watch: Watch) -> None:
-    """A request that completes enters the windows of SLO attainment."""
+    """Add a completed request to the windows of SLO attainment."""
     for k in range(len(watch.windows)):
         if watch.windows[k].of_requests:
             _enter(watch.windows[k], watch.flags, k, 0 if meets_slo(r, request) else 1)
 
 
 def meets_slo(r: Record, request: Record) -> bool:
-    """Whether a completed request met every SLO; one token has no time per further token."""
+    """Whether a completed request met every SLO. An answer of one token has no TPOT."""
     first_ns, last_ns, arrival_ns = request.first_token_ns, request.last_token_ns, request.arrival_ns
     if r.ttft_ns != NEVER and first_ns - arrival_ns > r.ttft_ns:
         return False
@@ -136,7 +136,7 @@ def meets_slo(r: Record, request: Record) -> bool:
 
 
 def _enter(window: Record, flags: Numbers, k: int, breach: int) -> None:
-    """The oldest entry of the window leaves its ring, the k-th, where that is full."""
+    """Add an entry to the k-th window. If its ring is full, the oldest entry leaves."""
     at, length = window.next, window.length
     if window.filled == length:
         window.breaches -= flags[k, at]
@@ -148,7 +148,7 @@ def _enter(window: Record, flags: Numbers, k: int, breach: int) -> None:
 
 
 def in_flight(s: Record, requests: Table, line: Line) -> bool:
-    """Whether an answer of the active model has begun; one that was preempted is at the head of the line."""
+    """Whether an answer of the active model has begun. A preempted one is at the head of the line."""
     if s.running > 0:
         return True
     return s.waiting > 0 and line.ref[0] < 0 and is_begun(s, requests[-1 - line.ref[0]])
@@ -159,7 +159,7 @@ def is_begun(s: Record, request: Record) -> bool:
 
 
 def blocks_to_finish(s: Record, r: Record, requests: Table, lists: Lists, line: Line) -> int:
-    """KV blocks that all answers in flight hold when each is complete."""
+    """KV blocks that all answers in flight will hold when they are complete."""
     blocks = 0
     for i in range(s.running):
         blocks += _whole_blocks(r, requests[lists.batch[i]])

@@ -1,4 +1,4 @@
-"""The simulated engine: time from a profile, exits from a trace. The loop does the rest (`core`)."""
+"""The simulated engine: times come from a profile, exits from a trace. The serving loop is in `core`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelData:
 
 
 class SimulatedEngine:
-    """Follows the `Foresees` protocol. One object serves one replica.
+    """Implements the `Foresees` protocol. One object serves one replica.
 
     `warm_up_ns`: the very first iteration takes so much longer.
     """
@@ -83,7 +83,7 @@ class SimulatedEngine:
         return np.stack([data.profile.model.tokens_of_many(prompt), tokens, first, start, length], axis=1)
 
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms:
-        """The same object for deployments that differ in nothing that the loop prices."""
+        """The terms of a deployment. Deployments that do not differ in anything that is priced share one object."""
         d = deployment
         regroups = d.batching is BatchingRule.REBATCH and isinstance(d.exit_rule, PerToken)
         key = (
@@ -108,13 +108,13 @@ class SimulatedEngine:
         return None
 
     def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
-        """Memory is counted by the server; nothing lies in it here."""
+        """Do nothing: the server counts memory."""
 
     def lay_beside(self, model: str, drafter: str) -> None:
-        """The same."""
+        """Do nothing: the server counts memory."""
 
     def free(self) -> None:
-        """Nothing lies in memory here."""
+        """Do nothing: the server counts memory."""
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
         duration_ns = max(1, to_ns(self._models[model].profile.load_time_s(n_bytes), "load"))
@@ -131,11 +131,11 @@ class SimulatedEngine:
 
     @property
     def transfer_end_ns(self) -> int | None:
-        """When the transfer in progress ends; None: there is none."""
+        """The end of the transfer in progress, or None if there is none."""
         return self._transfer_ends_ns[0] if self._transfer_ends_ns else None
 
     def forget(self, request_id: int, again: bool = False) -> None:
-        """Nothing is kept of a request here: its exits lie in the trace."""
+        """Do nothing: a request's exits are in the trace, and nothing is kept of it here."""
 
     def observe(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
@@ -265,7 +265,7 @@ def _terms(data: ModelData, deployment: Deployment, storage: Storage, drafter: M
 
 
 def _leaves(replayed: Replay) -> NDArray[np.int16]:
-    """As `Trace.leaves` has them."""
+    """`Trace.leaves` of a replayed trace."""
     found = replayed.exit_index.astype(np.int16) << LEAF_BITS
     found |= replayed.breach * np.int16(BREACHES_THERE)
     found |= replayed.agreed * np.int16(AGREES_THERE)
@@ -273,15 +273,14 @@ def _leaves(replayed: Replay) -> NDArray[np.int16]:
 
 
 def _checks_at(rule: ExitRule, depth: int) -> bool:
-    """Whether tokens are checked there, under a rule that checks them before they have run all layers."""
+    """Whether the rule checks tokens at this depth before they have run all layers."""
     if isinstance(rule, ReleaseEarly):
         return depth in rule.ramps
     return isinstance(rule, PerToken) and rule.checks_at(depth)
 
 
 def _looks(trace: ExitTrace, rule: ExitRule | None) -> tuple[dict[str, int], tuple[IntArray, IntArray, IntArray]]:
-    """Rules of tokens that are looked at alone, with bits of the exits before the last: sure of each token (T,), asked
-    in vain (T,), and near enough to each exit to look (E,)."""
+    """Rules of exits that check tokens one by one, and the trace's `sure` (T,), `in_vain` (T,) and `near` (E,)."""
     none = np.zeros(0, np.int64)
     if not isinstance(rule, PerToken) or not rule.looks:
         return {"looks": 0, "proposes": 0, "always_checks": 0, "recent_mask": 0}, (none, none, none)
@@ -299,7 +298,7 @@ def _looks(trace: ExitTrace, rule: ExitRule | None) -> tuple[dict[str, int], tup
 
 
 def _frozen(values: NDArray[Any]) -> NDArray[Any]:
-    """One type of array, whether it may be written or not: each type would be compiled anew."""
+    """Return a read-only view, so that all arrays have one type: each further type would be compiled anew."""
     view = values.view()
     view.flags.writeable = False
     return view
