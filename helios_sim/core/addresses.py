@@ -31,7 +31,7 @@ class Compiled(Protocol):
 
 
 class Replicas:
-    """The tables of R replicas. `raw` is the tables themselves if the loop is interpreted, else the addresses and shapes
+    """The tables of R replicas. `raw` is the tables if the loop is interpreted, else the addresses and shapes
     of their arrays, (R, arrays, 1 + dimensions)."""
 
     def __init__(self, n: int, machine: Compiled | None) -> None:
