@@ -1,6 +1,6 @@
-"""Requests that leave before they are done: cancelled by their user, failed on the device, or out of memory (OOM).
+"""Aborts requests before they are done: cancelled by the user, failed on the device, or out of memory (OOM).
 
-All of it happens between two iterations, and blocks come back at once.
+Requests are aborted between two iterations, and their blocks are freed at once.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ class Aborts:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._asked: dict[int, str] = {}  # request -> reason
-        self._alone: tuple[int, int] | None = None  # which request ran out of memory alone, after how many iterations
+        self._alone: tuple[int, int] | None = None  # request that ran out of memory alone, and iterations by then
 
     def ask(self, request_id: int, reason: str) -> None:
-        """The first reason counts. A request that has left already is let be."""
+        """Ask for a request to be aborted. The first reason counts; a request that has left already is ignored."""
         self._asked.setdefault(request_id, reason)
 
     def carry_out(self) -> bool:
-        """Whether there was anything to do."""
+        """Abort the requests that were asked for. Returns whether there were any."""
         asked, self._asked = self._asked, {}
         if asked:
             abort(self._replica, asked)
         return bool(asked)
 
     def give_way(self, reason: str) -> None:
-        """An iteration of the whole batch ran out of memory: nothing of it counts.
+        """Handle an iteration of the whole batch that ran out of memory: nothing of it counts.
 
-        All who ran go back to the waiting line, so that their memory is free, and half as many run together from then
-        on; each request that completes makes room for one more. A request that runs out of memory twice in a row
-        while it runs alone can never be served, and is dropped.
+        All running requests go back to the waiting line, so that their memory is free, and half as many may run
+        together from then on; each request that completes raises that limit by one. A request that runs out of memory
+        twice in a row while it runs alone can never be served, and is dropped.
         """
         replica = self._replica
         running = [

@@ -1,11 +1,11 @@
-"""Replicas that come and go with load, by the rule of Kubernetes' HorizontalPodAutoscaler for an average value.
+"""Starts and stops replicas with load, by the rule of Kubernetes' HorizontalPodAutoscaler for an average value.
 
-Every `every_ns` it wants as many replicas as there are requests in the system over `requests_per_replica`, rounded up,
-from `least` to all there are. More are started at once: a replica that drains serves on, another takes `start_ns` until
-it serves. Fewer are kept only after it has wanted no more than so many for `down_after_ns` (its stabilisation window):
-then those with the fewest requests drain. They get none anew, and are off when a look finds them empty. Requests stay
-where the router sent them; what waits when a replica starts is not shared out anew. Whoever pays for cards pays from
-the start of a replica until it is off. A replica that is off has forgotten its prefixes.
+Every `every_ns` the number of replicas wanted is the requests in the system divided by `requests_per_replica`, rounded
+up, from `least` to all there are. More replicas are started at once: a draining one serves again, any other takes
+`start_ns` until it serves. Fewer are kept only if no more were wanted for `down_after_ns` (the stabilisation window):
+then the replicas with the fewest requests drain. A draining replica gets no requests, and is off when a later look
+finds it empty. Requests stay where the router sent them; waiting requests are not moved to a replica that starts. Cards
+are paid for from the start of a replica until it is off. A replica that is off has lost its prefix cache.
 
 https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/ (algorithm, sync period 15 s, stabilisation
 window 300 s).
@@ -21,17 +21,17 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How many replicas there are to be. The times are in ns."""
+    """Settings of the autoscaler. Times are in ns."""
 
     least: int
     requests_per_replica: float
     every_ns: int
     down_after_ns: int
     start_ns: int
-    first: int | None = None  # that serve at the beginning; None: `least`
+    first: int | None = None  # replicas that serve at the beginning; None: `least`
 
     def wanted(self, requests: int, most: int) -> int:
-        """Replicas for so many requests in the system."""
+        """The replicas wanted for so many requests in the system."""
         return min(max(-int(-requests // self.requests_per_replica), self.least), most)
 
 
@@ -44,14 +44,14 @@ class _State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What an autoscaler did: the times between which each replica was on, and how many were from each moment on."""
+    """What an autoscaler did: when each replica was on, and how many replicas were on over time."""
 
     on_ns: tuple[tuple[tuple[int, int], ...], ...]
     counts: tuple[tuple[int, int, int], ...]  # time in ns, replicas that serve, replicas that are on
-    starts: int  # those at the beginning are none
+    starts: int  # replicas started, without those at the beginning
 
     def mean(self, first_ns: int, last_ns: int) -> float:
-        """Replicas that were on between these times, on average."""
+        """The mean number of replicas that were on between these times."""
         inside = sum(
             max(0, min(until, last_ns) - max(since, first_ns)) for spans in self.on_ns for since, until in spans
         )
@@ -59,35 +59,35 @@ class Scaled:
 
 
 class Autoscaler:
-    """Switches replicas of one run on and off: told when it is `next_ns`, until the last request has come."""
+    """Switches replicas of one run on and off. It is called at `next_ns`, until the last request has arrived."""
 
     def __init__(self, scaling: Scaling, replicas: int, requests_in: Callable[[int], int]) -> None:
-        """`requests_in`: how many requests are in a replica now."""
+        """`requests_in` returns how many requests are in a replica now."""
         self._scaling, self._requests_in = scaling, requests_in
         first = scaling.least if scaling.first is None else scaling.first
         self._states = [_State.UP if number < first else _State.OFF for number in range(replicas)]
         self._since_ns = [0] * replicas
-        self._ready_ns: dict[int, int] = {}  # of those that start
+        self._ready_ns: dict[int, int] = {}  # when each starting replica will serve
         self._on_ns: list[list[tuple[int, int]]] = [[] for _ in range(replicas)]
         self._counts: list[tuple[int, int, int]] = []
         self._starts = 0
-        self._gone: list[int] = []  # since it was last asked
-        # time and replicas wanted then, of the stabilisation window
+        self._gone: list[int] = []  # replicas that went off since `gone` was last called
+        # time and replicas wanted at each look of the stabilisation window
         self._recent: deque[tuple[int, int]] = deque([(0, first)])
         self._look_ns = scaling.every_ns
         self._count(0)
 
     @property
     def next_ns(self) -> int:
-        """When it is to look, or a replica has started."""
+        """The time of the next look, or at which a replica has started."""
         return min(self._look_ns, *self._ready_ns.values()) if self._ready_ns else self._look_ns
 
     def serves(self, number: int) -> bool:
-        """Whether a router may send requests there."""
+        """Whether a router may send requests to this replica."""
         return self._states[number] is _State.UP
 
     def gone(self) -> list[int]:
-        """The replicas that went off since this was last asked."""
+        """Return the replicas that went off since the last call."""
         found, self._gone = self._gone, []
         return found
 
@@ -101,7 +101,7 @@ class Autoscaler:
         self._count(now_ns)
 
     def finish(self, end_ns: int) -> Scaled:
-        """What there is to tell when the last request has left, at `end_ns`."""
+        """Return what was done, when the last request has left at `end_ns`."""
         on_ns = [list(spans) for spans in self._on_ns]
         for number, state in enumerate(self._states):
             if state is not _State.OFF:
@@ -129,7 +129,7 @@ class Autoscaler:
                 self._starts += 1
         fewer = coming - max(wanted for _, wanted in self._recent)
         up = sorted(self._in(_State.UP), key=lambda number: (requests[number], -number))
-        for number in up[: max(0, min(fewer, len(up) - 1))]:  # what starts is let start
+        for number in up[: max(0, min(fewer, len(up) - 1))]:  # starting replicas are not stopped
             self._states[number] = _State.DRAINING
 
     def _in(self, state: _State) -> list[int]:

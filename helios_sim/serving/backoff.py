@@ -1,7 +1,7 @@
-"""When a model is loaded again whose loads have failed: the same rule in a simulation and live.
+"""The delay before a model is loaded again after failed loads, the same in a simulation and live.
 
-It is that of Kubernetes for containers that crash (kubernetes.io, "Pod Lifecycle", CrashLoopBackOff): the first time at
-once, then after 10 s, 20 s, 40 s and so on, at most 300 s. A load that comes through forgets what was before.
+The rule is Kubernetes' for containers that crash (kubernetes.io, "Pod Lifecycle", CrashLoopBackOff): the first retry is
+at once, the next after 10 s, 20 s, 40 s and so on, at most 300 s. A successful load resets the delay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FIRST_S, MOST_S = 10, 300
 
 @dataclass(slots=True)
 class _Failed:
-    """Loads of one model that failed, and until when it is not loaded again."""
+    """Failed loads of one model, and the time before which it is not loaded again."""
 
     in_a_row: int = 0
     until_ns: int = 0
@@ -36,12 +36,12 @@ class Backoff:
         self._failed.pop(model, None)
 
     def until_ns(self, model: str, now_ns: int) -> int | None:
-        """Before this time the model is not loaded; None: it may be."""
+        """The time before which the model is not loaded, or None if it may be loaded."""
         failed = self._failed.get(model)
         return failed.until_ns if failed is not None and failed.until_ns > now_ns else None
 
     def told(self, model: str, now_ns: int) -> str:
-        """What a log says of a model that is not loaded now; "" where it may be."""
+        """Text for the log on a model that is not loaded now; "" if it may be loaded."""
         until_ns = self.until_ns(model, now_ns)
         if until_ns is None:
             return ""

@@ -37,9 +37,9 @@ from helios_sim.request import NS_PER_S
 from helios_sim.serving.handover import latest_completed, tell
 from helios_sim.serving.replica import Replica
 
-MOST_DECISIONS = 10_000  # in the log of a replica, which must not grow with the length of a run
-POWER_WINDOW_NS = 10 * NS_PER_S  # over which telemetry averages power
-_SHAPES = 8  # of triggers and windows, whose arrays are kept
+MOST_DECISIONS = 10_000  # in a replica's log, so that it does not grow with the length of a run
+POWER_WINDOW_NS = 10 * NS_PER_S  # window over which telemetry averages power
+_SHAPES = 8  # shapes of triggers and windows for which arrays are kept
 DECISIONS_AT_ONE_TIME = 1000  # more than any policy needs; beyond it the policy contradicts its own triggers
 
 
@@ -60,15 +60,15 @@ class Decider:
         self.decisions: list[Decision] = []  # at most MOST_DECISIONS: the first half of them and the latest
         self.decisions_left_out = 0
         self.probe_left: list[str] = []  # models that the deployment's probe has not scored yet
-        self._failed: LoadFailed | None = None  # of which the policy has not been told
-        self._ask_ns = 0  # it is told then, or when one of its triggers fires before
-        self._answers_failure = False  # the latest decision was its answer to that
-        self._stays = False  # what comes into force next has been in force before
+        self._failed: LoadFailed | None = None  # a failed load that the policy has not been told of
+        self._ask_ns = 0  # the policy is told of it then, or when one of its triggers fires earlier
+        self._answers_failure = False  # the latest decision was the policy's answer to a failed load
+        self._stays = False  # the deployment that comes into force next was in force before
         self._triggers: tuple[Trigger, ...] = ()
-        self._watched: Placement | None = None  # by the breach windows
+        self._watched: Placement | None = None  # placement that the breach windows watch
         self._flags: NDArray[np.uint8]
         self._seen: Watch  # `watch` for plain Python
-        self._kept: dict[tuple[int, ...], tuple[Watch, Watch, NDArray[np.uint8]]] = {}  # all three, by their shapes
+        self._kept: dict[tuple[int, ...], tuple[Watch, Watch, NDArray[np.uint8]]] = {}  # by shapes
         self.watch = self._watch([], [], np.zeros((0, 0), np.uint8))
 
     def start(self) -> Deployment:
@@ -77,9 +77,9 @@ class Decider:
         return deployment
 
     def arm(self) -> None:
-        """A deployment came into force: its triggers start to watch.
+        """Start to watch the triggers of a deployment that has come into force.
 
-        A window goes on where the same limit watches the same placement.
+        A window keeps its content if the same limit watched the same placement before.
         """
         deployment = self._replica.deployment
         self.probe_left = list(deployment.probe.models) if deployment.probe is not None else []
@@ -111,7 +111,7 @@ class Decider:
         self.note_probe()
 
     def _watch(self, triggers: list[list[int]], windows: list[list[int]], flags: NDArray[np.uint8]) -> Watch:
-        """These triggers and windows, in arrays that the loop knows already where some had their shape."""
+        """Write triggers and windows into arrays, reusing those of the same shape, which the loop knows already."""
         storage, shape = self._replica.storage, (len(triggers), *flags.shape)
         if shape in self._kept:
             watch, self._seen, self._flags = self._kept[shape]
@@ -130,14 +130,14 @@ class Decider:
         return watch
 
     def note_probe(self) -> None:
-        """A probe's trigger may fire when every candidate is scored."""
+        """Let a probe's trigger fire when every candidate has been scored."""
         done = self._replica.deployment.probe is not None and not self.probe_left
         for row in self._seen.triggers:
             if row.kind == layout.PROBED:
                 row.argument = int(done)
 
     def decide(self) -> Deployment | None:
-        """What the policy decides now, if a load has failed or a trigger has fired and it decides anything."""
+        """Ask the policy if a load has failed or a trigger has fired. Returns its decision, or None."""
         replica, s = self._replica, self._replica.state
         self._answers_failure = False
         first = NEVER if self._failed is None or replica.now_ns >= self._ask_ns else self._fired(0)
@@ -154,7 +154,7 @@ class Decider:
                 return deployment
         k = NEVER
         while (k := self._fired(k + 1)) != NEVER:
-            if k == len(self._triggers):  # the time to tell of a failed load, which is done
+            if k == len(self._triggers):  # the alarm for a failed load, which the policy has been told of
                 self._seen.triggers[k].spent = 1
                 continue
             trigger = self._triggers[k]
@@ -168,7 +168,7 @@ class Decider:
         return None
 
     def _spend(self, k: int) -> None:
-        """The policy has been asked because of this trigger."""
+        """Note that the policy has been asked because of this trigger."""
         trigger, row = self._triggers[k], self._seen.triggers[k]
         if isinstance(trigger, BreachLimit | SloBelow):
             window = self._seen.windows[int(row.window)]
@@ -187,19 +187,21 @@ class Decider:
         )
 
     def note_failed_load(self, model: str, reason: str, deployment: Deployment) -> None:
-        """The log tells what stays in force, and the policy is asked as soon as it is."""
+        """Log the deployment that stays in force after a failed load. The policy is asked as soon as it is in force."""
         self._failed, self._ask_ns, self._stays = LoadFailed(model, reason), 0, True
         self._log(self._failed, deployment)
 
     def note_refused(self, model: str, reason: str, deployment: Deployment, until_ns: int) -> None:
-        """As `note_failed_load`, of a model that is not loaded before then. If that was the policy's answer to a failed
-        load already, it is asked when the model may be loaded again, or with its next trigger.
+        """Log a decision that is refused, since the model is not loaded before `until_ns`, like a failed load.
+
+        If the decision was itself the answer to a failed load, the policy is asked again when the model may be loaded,
+        or when one of its triggers fires.
         """
         self.note_failed_load(model, reason, deployment)
         self._ask_ns = until_ns if self._answers_failure else 0
 
     def note_fault(self, what: str) -> None:
-        """The log tells it; what is in force does not change."""
+        """Log a fault. The deployment in force does not change."""
         self._log(Faulted(what), self._replica.deployment)
 
     @property
@@ -209,7 +211,7 @@ class Decider:
 
     @property
     def rests(self) -> bool:
-        """Whether no trigger of the policy waits for a time."""
+        """Whether no trigger waits for a point in time."""
         now_ns, rows = self._replica.now_ns, self._seen.triggers[: len(self._triggers)]
         return not any(row.kind == layout.AT_TIME and row.argument > now_ns for row in rows)
 
@@ -222,7 +224,7 @@ class Decider:
         return any(isinstance(trigger, PowerAbove) for trigger in self._triggers)
 
     def energy(self) -> Energy | None:
-        """What the replica's card has drawn by now; None: it is not known."""
+        """The energy that the replica's card has drawn so far, or None if it is not known."""
         replica, s, r = self._replica, self._replica.state, self._replica.rules
         if not replica.read_counter():
             return None
@@ -258,7 +260,7 @@ class Decider:
         )
 
     def _breaches(self, cause: Cause) -> int:
-        """In the window of the trigger that fired, or of the first breach limit."""
+        """Breaches in the window of the trigger that fired, or of the first breach limit."""
         limits = [trigger for trigger in self._triggers if isinstance(trigger, BreachLimit)]
         if not limits:
             return 0
@@ -267,7 +269,7 @@ class Decider:
         return int(self._seen.windows[int(row.window)].breaches)
 
     def _read_energy(self) -> Callable[[], Energy | None]:
-        """A device is asked only by a policy that wants to know; in a simulation it is what was drawn by now."""
+        """A function that returns the energy drawn. A device is read only when the policy calls it."""
         if not self._replica.foresees:
             return self.energy
         found = self.energy()
@@ -289,7 +291,7 @@ class Decider:
 
 
 def _window(limit: BreachLimit | SloBelow) -> tuple[int, int]:
-    """How many tokens or requests a window holds, and above how many breaches or misses among them it fires."""
+    """The size of a window in tokens or requests, and the number of breaches or misses above which it fires."""
     match limit:
         case BreachLimit(tokens, most):
             return tokens, most
@@ -302,7 +304,7 @@ def _span_ns(trigger: Trigger) -> int:
 
 
 def _numbers(trigger: Trigger) -> tuple[int, int]:
-    """A trigger's kind and argument in the loop's records."""
+    """The kind and argument of a trigger in the loop's records."""
     match trigger:
         case BreachLimit() | SloBelow():
             return layout.BREACHES, 0

@@ -1,4 +1,4 @@
-"""What a device is asked to run, from the loop's records, and what became of it, back into them."""
+"""Translates between the loop's records and a device: the plan of an iteration, and its outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helios_sim.serving.replica import Replica
 
 
 def plan_of(replica: Replica, loading: bool) -> Plan:
-    """The iteration that has been scheduled, for a device."""
+    """The scheduled iteration as a plan for a device."""
     s, it, deployment = replica.state, replica.iteration, replica.deployment
     slots = [int(slot) for slot in replica.lists.batch[: int(s.running)]]
     place = {slot: index for index, slot in enumerate(slots)}
@@ -44,9 +44,9 @@ def plan_of(replica: Replica, loading: bool) -> Plan:
 
 
 def note_outcome(replica: Replica, decoded: Sequence[Token], prefilled: Sequence[Token]) -> None:
-    """What became of each token, before the iteration is committed.
+    """Write the outcome of each token into the loop's records, before the iteration is committed.
 
-    Whether a token that left early equals full depth's is not known while serving, unless it ran on: it is scored
+    Whether a token that left early agrees with full depth is not known while serving, unless it ran on; it is scored
     afterwards.
     """
     it = replica.iteration

@@ -1,4 +1,4 @@
-"""What of an exit rule the loop works with itself, in whole numbers, whoever runs the iterations."""
+"""Exit rules as the loop's rules in whole numbers, for simulated and live engines alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helios_sim.request import to_ns
 
 
 def split_above(how: Regrouping, exits: int) -> IntArray:
-    """(exits,) by exit before the last, in millionths, the share of a batch that splits it."""
+    """The share of a batch, in millionths, above which it is split at each exit before the last, (exits,)."""
     shares = (how.split_above,) * exits if isinstance(how.split_above, float | int) else how.split_above
     above = np.zeros(max(exits, 1), np.int64)
     above[:exits] = [round(MILLIONTHS * min(share, 1.0)) for share in shares[:exits]]
@@ -19,7 +19,7 @@ def split_above(how: Regrouping, exits: int) -> IntArray:
 
 
 def flushes(deployment: Deployment) -> dict[str, int]:
-    """Of `core.layout.RULES`: whether batches are split at exits, and when those that wait there run on."""
+    """The rules (`core.layout.RULES`) on split batches: whether they are split, and when waiting tokens run on."""
     per_token = isinstance(deployment.exit_rule, PerToken) and deployment.plan is None
     if not per_token or deployment.batching is not BatchingRule.REBATCH:
         return {"regroups": 0, "flush_requests": NEVER, "flush_ns": FOREVER_NS}
@@ -32,13 +32,13 @@ def flushes(deployment: Deployment) -> dict[str, int]:
 
 
 def released(deployment: Deployment) -> dict[str, int]:
-    """Of `core.layout.RULES`: whether answers leave at ramps, and whether the policy is told of all their tokens."""
+    """The rules (`core.layout.RULES`) on released answers: whether ramps release them, and whether all are observed."""
     rule = deployment.exit_rule
     releases = isinstance(rule, ReleaseEarly) and deployment.plan is None
     return {"releases": int(releases), "tells_all": int(isinstance(rule, ReleaseEarly) and releases and rule.tells_all)}
 
 
 def of_device(deployment: Deployment, exits: tuple[int, ...]) -> dict[str, int]:
-    """Those of `core.layout.RULES` that the loop reads where a device runs a model with these exits."""
+    """The rules (`core.layout.RULES`) that the loop reads if a device runs a model with these exits."""
     last = exits.index(deployment.active.layers)
     return {"bands": last + 1, "rule_exit": last, **flushes(deployment), **released(deployment)}

@@ -1,11 +1,11 @@
-"""Carries out a plan of faults: at the engine, in a server, and between them, in a simulation and live alike.
+"""Injects faults into engines and servers, the same in a simulation and live.
 
-Faults come at known times, so a simulation runs up to each of them and no further. At one time requests arrive first,
-then faults strike, then servers take their turns: an iteration that ends just then is still in progress.
+Faults come at known times, so a simulation stops at each of them. At one point in time requests arrive first, then
+faults strike, then servers take their turns: an iteration that ends at that time is still in progress.
 
-Transfers fail or stall at the engine's protocol (`FaultyEngine`), and so do the iterations of a device. A simulated
-iteration is given up while it is in progress; that of a device before it begins, one later, because what it has
-computed cannot be taken back.
+Transfers fail or stall at the engine's protocol (`FaultyEngine`), and a device's iterations fail there too. A simulated
+iteration is given up while it is in progress. A device's computation cannot be taken back, so its next iteration
+fails before it begins.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ REASONS = {
 
 
 class FaultyEngine(Around):
-    """An engine whose transfers fail or stall when they are told to."""
+    """An engine with transfers that fail or stall on demand."""
 
     def __init__(self, inner: Engine, env: simpy.Environment) -> None:
         super().__init__(inner)
         self._env = env
-        self.pace = 1.0  # iterations take so many times as long
-        self.on_fault: Callable[[FaultKind, int], None] = lambda kind, until_ns: None  # one has taken effect
+        self.pace = 1.0  # factor of the time of iterations
+        self.on_fault: Callable[[FaultKind, int], None] = lambda kind, until_ns: None  # a fault has taken effect
         self.on_failed_load: Callable[[str], None] = lambda reason: None
         self.may_lose_load: Callable[[], bool] = lambda: True
         self.wake: Callable[[], None] = lambda: None
-        self._armed: dict[FaultKind, int] = {}  # faults that wait for something to strike, and how long each lasts
+        self._armed: dict[FaultKind, int] = {}  # faults that wait for a transfer or iteration, and how long each lasts
         self._stalled_until_ns: int | None = None
-        self._abandoned = 0  # transfers that began before this one was counted are nobody's any more
+        self._abandoned = 0  # transfers up to this number were abandoned: their end is ignored
 
     def arm(self, kind: FaultKind, lasts_ns: int = 0) -> bool:
-        """The transfer in progress, or the next one, fails or takes so much longer; the next iteration fails.
+        """Let the transfer in progress, or the next one, fail or take so much longer, or the next iteration fail.
 
-        False: another fault of the kind waits for it already.
+        Returns False if another fault of the kind is waiting already.
         """
         if kind in self._armed:
             return False
@@ -88,18 +88,18 @@ class FaultyEngine(Around):
 
     @property
     def armed(self) -> Iterable[FaultKind]:
-        """What was armed and has not taken effect."""
+        """The faults that have not taken effect yet."""
         return tuple(self._armed)
 
     def _fail(self, now_ns: int) -> None:
-        """Raises what was armed for the next iteration of a device."""
+        """Raise the failure that waits for the next iteration of a device."""
         for kind, error in ((FaultKind.OUT_OF_MEMORY, OutOfMemory), (FaultKind.ITERATION_FAILS, IterationFailed)):
             if self._armed.pop(kind, None) is not None:
                 self.on_fault(kind, now_ns)
                 raise error(REASONS[kind], now_ns + 1)
 
     def abandon_transfers(self) -> None:
-        """What is under way arrives nowhere."""
+        """Ignore the end of all transfers in progress."""
         self._abandoned += 1
         self._stalled_until_ns = None
 
@@ -113,7 +113,7 @@ class FaultyEngine(Around):
             return
         self._stalled_until_ns = None
         now_ns = int(self._env.now)
-        if FaultKind.TRANSFER_STALLS in stalls:  # one at a time
+        if FaultKind.TRANSFER_STALLS in stalls:  # transfers run one at a time
             lasts_ns = self._armed.pop(FaultKind.TRANSFER_STALLS)
             self._stalled_until_ns = now_ns + lasts_ns
             self.on_fault(FaultKind.TRANSFER_STALLS, now_ns + lasts_ns)
@@ -130,13 +130,13 @@ class FaultyEngine(Around):
 
 
 class FaultyForesight(FaultyEngine):
-    """An engine that foresees, with faults: a slow card is a factor of every iteration's price."""
+    """An engine that foresees iterations, with faults: a slow card is a factor of every iteration's price."""
 
     def __init__(self, inner: Foresees, env: simpy.Environment) -> None:
         super().__init__(inner, env)
         self._foresees = inner
         self.warm_up_ns = inner.warm_up_ns
-        self._slowed: tuple[Any, float, Terms] | None = None  # of which terms, how much
+        self._slowed: tuple[Any, float, Terms] | None = None  # the terms before, the factor, and the terms with it
 
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms:
         terms = self._foresees.terms(deployment, situation, storage)
@@ -178,7 +178,7 @@ class FaultyDevice(FaultyEngine):
 
 
 class FaultyThread(FaultyEngine):
-    """The same of an engine that executes in a thread of its own, which sleeps no longer for a slow card."""
+    """A `FaultyDevice` for an engine that executes in its own thread. A slow card is waited for on the clock."""
 
     def __init__(self, inner: Hands, env: simpy.Environment) -> None:
         super().__init__(inner, env)
@@ -217,16 +217,16 @@ def _raise(error: Exception) -> Outcome:
 
 
 def with_faults(engine: Engine, env: simpy.Environment) -> FaultyEngine:
-    """The engine with faults that can be injected."""
+    """Wrap an engine so that faults can be injected."""
     if isinstance(engine, Foresees):
         return FaultyForesight(engine, env)
     return FaultyThread(engine, env) if isinstance(engine, Hands) else FaultyDevice(cast(Executes, engine), env)
 
 
 class Breakdown:
-    """What faults do to one server.
+    """Applies faults to one server.
 
-    Those that hit its requests return who was lost; None: there was nothing to strike.
+    Methods for faults that hit requests return the requests that were lost, or None if there was nothing to strike.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Breakdown:
     ) -> None:
         self._server, self._replica, self._decider = server, replica, decider
         self._transitions, self._prober, self._aborts = transitions, prober, aborts
-        self.died_ns = self.back_ns = 0  # it is down from the one to the other
+        self.died_ns = self.back_ns = 0  # the server is down between these times
 
     @property
     def engine(self) -> FaultyEngine:
@@ -254,7 +254,7 @@ class Breakdown:
 
     @property
     def waits_for_device(self) -> bool:
-        """A device computes the iteration in progress, or has already: the next one is what can fail."""
+        """Whether a device computes, or has computed, the iteration in progress, so that only the next one can fail."""
         return not self._replica.foresees and self._runs
 
     @property
@@ -262,18 +262,18 @@ class Breakdown:
         return int(self._replica.state.phase) == layout.RUNNING
 
     def note(self, what: str) -> None:
-        """The decision log tells it."""
+        """Write a fault into the decision log."""
         self._decider.note_fault(what)
 
     def meet(self, on_fault: Callable[[FaultKind, int], None]) -> None:
-        """Faults at the engine reach the server; `on_fault` is told of each and until when it lasts."""
+        """Let faults at the engine reach the server. `on_fault` is called with each and the time at which it ends."""
         engine = self.engine
         engine.on_fault, engine.on_failed_load = on_fault, self.load_fails
         engine.may_lose_load = lambda: not self._transitions.falls_back
         engine.wake = self._transitions.wake
 
     def load_fails(self, reason: str, again: bool = True) -> None:
-        """`again`: what has to be there to serve on is loaded once more where its load was lost, too."""
+        """Handle a failed load. With `again`, weights needed to serve on are loaded once more if they were lost too."""
         model = self._prober.streams or self._transitions.loads
         if model is not None:
             self._transitions.backoff.note_failed(model, self._replica.now_ns)
@@ -301,7 +301,7 @@ class Breakdown:
         return self._settled(NOBODY)
 
     def dies(self, back_ns: int, again: Callable[[int], bool], reason: str) -> Lost:
-        """Whatever is loading is lost as well; nothing runs before it is back."""
+        """The replica dies: requests and loads in progress are lost, and nothing runs before it is back."""
         self._server.catch_up()
         self._give_up_iteration()
         self.died_ns, self.back_ns = self._replica.now_ns, back_ns
@@ -319,12 +319,12 @@ class Breakdown:
             self._replica.reprice()
 
     def _settled(self, lost: Lost) -> Lost:
-        self._server.catch_up()  # users of a closed loop, whose requests were dropped, send the next ones
+        self._server.catch_up()  # users of a closed loop send their next requests in place of dropped ones
         self._server.stop()
         return lost
 
     def _give_up_iteration(self) -> bool:
-        """Nothing of the iteration in progress counts but the time that it took. False: there is none."""
+        """Discard the iteration in progress, except for the time it took. Returns False if there is none."""
         replica, s = self._replica, self._replica.state
         if not self._runs:
             return False
@@ -335,10 +335,10 @@ class Breakdown:
 
 
 class Injector:
-    """The process of faults. Keeps what each of them did.
+    """The process that injects faults. Records what each of them did.
 
-    `send_again` gets requests that a replica has lost; `note_down` is told when a replica is back that has died, and
-    None when it is; `more_comes` says whether requests are still to arrive.
+    `send_again` gets requests that a replica has lost. `note_down` is called with the time at which a dead replica will
+    be back, and with None when it is back. `more_comes` says whether requests are still to arrive.
     """
 
     def __init__(
@@ -354,14 +354,14 @@ class Injector:
         self._send_again, self._note_down, self._more_comes = send_again, note_down, more_comes
         self._coming = plan.faults(len(servers))
         self._next = next(self._coming, None)
-        self._hits: Counter[int] = Counter()  # by request: how often a fault has hit it
+        self._hits: Counter[int] = Counter()  # by request: how often a fault hit it
         self.struck: list[Struck] = []
         for server in servers:
             server.injector = self
 
     @property
     def next_ns(self) -> int:
-        """When the next fault strikes: servers may act on each other then."""
+        """The time of the next fault, at which servers may act on each other."""
         return FOREVER_NS if self._next is None else self._next.time_ns
 
     def run(self) -> Generator[Event, Any, None]:
@@ -376,7 +376,7 @@ class Injector:
             for server in self._servers:
                 server.catch_up()
             if not self._more_comes() and all(server.at_rest for server in self._servers):
-                self._next = None  # what is left can never be served, and no fault changes that
+                self._next = None  # the remaining requests can never be served, and no fault changes that
                 return
             while self._next is not None and self._next.time_ns <= env.now:
                 fault, self._next = self._next, next(self._coming, None)
@@ -385,14 +385,14 @@ class Injector:
                 server.look()
 
     def finish(self) -> tuple[Struck, ...]:
-        """The run is over: what each fault did, those that found nothing included."""
+        """Return what each fault did when the run is over, including those that struck nothing."""
         now_ns = int(self._env.now)
         for number, server in enumerate(self._servers):
             self.struck += [Struck(now_ns, kind, number, False, now_ns) for kind in server.breakdown.engine.armed]
         return tuple(self.struck)
 
     def iteration_failed(self, number: int) -> None:
-        """The iteration of a device failed before it began."""
+        """Handle an iteration of a device that failed before it began."""
         kind = FaultKind.ITERATION_FAILS
         lost = self._servers[number].breakdown.iteration_fails(self._again, self._reason(kind))
         self._settle(number, kind, lost, 0)
@@ -423,8 +423,8 @@ class Injector:
             self._settle(fault.replica, fault.kind, None, 0)
 
     def _note(self, number: int, kind: FaultKind, until_ns: int) -> None:
-        """A fault took effect at the engine."""
-        if kind is not FaultKind.ITERATION_FAILS:  # which says itself whom it lost
+        """Record a fault that took effect at the engine."""
+        if kind is not FaultKind.ITERATION_FAILS:  # `iteration_failed` records the requests that were lost
             self._settle(number, kind, NOBODY, until_ns - int(self._env.now))
 
     def _settle(self, number: int, kind: FaultKind, lost: Lost | None, lasts_ns: int) -> None:

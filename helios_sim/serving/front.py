@@ -1,7 +1,7 @@
-"""The loop as servers call it, and the router in front of them where requests are routed by load.
+"""The loop as servers call it, and the router in front of them if requests are routed by load or prefix.
 
-Replicas that need nothing but the loop are parked here: the router brings them up to each arrival. A replica that needs
-more is woken, and its server goes on with it on SimPy's clock.
+Replicas that need nothing but the loop are parked here, and the router runs them up to each arrival. A replica that
+needs more is woken, and its server goes on with it on SimPy's clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from helios_sim.request import Request, RequestBlock
 from helios_sim.routing import Routing
 from helios_sim.serving.inbox import COLUMNS, arrival_rows, raw_requests
 
-_ROUTED_AT_ONCE = 1024  # requests whose tokens every replica knows beforehand
+_ROUTED_AT_ONCE = 1024  # requests that are tokenized for every replica beforehand
 
 
 class Routed(Protocol):
@@ -41,7 +41,7 @@ class Routed(Protocol):
 
 
 class Looker(Protocol):
-    """Looks at the requests in each replica from time to time, and says which ones get requests."""
+    """An autoscaler: looks at the requests in each replica from time to time, and says which replicas get requests."""
 
     @property
     def next_ns(self) -> int: ...
@@ -66,7 +66,7 @@ class Loop:
         self.stops = storage.numbers(replicas)
 
     def advance(self, number: int, tables: Tables, until_ns: int) -> int:
-        """Lets one replica run up to then. Returns why it stopped."""
+        """Let one replica run until `until_ns`. Returns why it stopped."""
         one = self._one
         one.first, one.end, one.until_ns = number, number + 1, until_ns
         self.replicas.put(number, tables)
@@ -83,7 +83,7 @@ class Loop:
 
 
 class Front:
-    """Sends each request to a replica when it arrives, by the requests, or the prefixes, that each one has then."""
+    """Sends each request to a replica when it arrives, by the load or the cached prefixes of each replica."""
 
     def __init__(
         self,
@@ -110,18 +110,18 @@ class Front:
 
     @property
     def horizon_ns(self) -> int:
-        """When the next request arrives: nothing acts on a replica from outside before."""
+        """The next arrival, before which nothing acts on a replica from outside."""
         if self.closed:
             return FOREVER_NS
         f = self._front
         return min(int(self._raw[int(f.next), 1]), int(f.look_ns)) if f.next < f.known else 0
 
     def frontier_ns(self, number: int) -> int | None:
-        """Up to when a parked replica has been brought; None: it is not parked."""
+        """The time up to which a parked replica has run, or None if it is not parked."""
         return None if self._parked[number] is None else self.horizon_ns
 
     def park(self, number: int) -> Event:
-        """The replica needs nothing but the loop: the event comes with why it has stopped."""
+        """Park a replica that needs nothing but the loop. The event's value is why it stopped."""
         event = self._parked[number] = self._env.event()
         s = self._servers[number].state
         self.loop.due_ns[number] = s.end_ns if s.phase == layout.RUNNING else NEVER
@@ -129,7 +129,7 @@ class Front:
         return event
 
     def run(self, blocks: Iterator[RequestBlock]) -> Generator[Event, None, None]:
-        """The process of arrivals."""
+        """The SimPy process of arrivals."""
         f = self._front
         self._note_away()
         for block in blocks:
@@ -155,7 +155,7 @@ class Front:
                 if parked is None:
                     server = self._servers[number]
                     self.loop.inside[number] = server.requests_in_system + int(server.state.away)
-                    if f.router == PREFIX_AWARE:  # which looks into its tables
+                    if f.router == PREFIX_AWARE:  # the router looks into the replicas' prefix tables
                         self._put(number)
             why = self.loop.route(f, self._routed, self._ahead)
             if why == DONE:
@@ -188,7 +188,7 @@ class Front:
             s.away = away
 
     def _expect(self, requests: IntArray) -> None:
-        """These are the next requests (n, 9)."""
+        """Set the next requests, (n, 9)."""
         f, storage = self._front, self.loop.storage
         self._raw, f.next, f.known = requests, 0, len(requests)
         self._routed = (
@@ -205,7 +205,7 @@ class Front:
         self.loop.replicas.put(number, self._servers[number].tables())
 
     def _wake(self) -> None:
-        """Servers of replicas that have stopped go on."""
+        """Wake the servers of replicas that have stopped."""
         for number, event in enumerate(self._parked):
             if event is not None and not self._ahead[number]:
                 self._parked[number] = None

@@ -1,4 +1,4 @@
-"""What the loop has done becomes part of a replica's books: sums, records of requests that left, observations, samples.
+"""Hands results of the loop over to a replica's statistics: sums, records of requests, observations and samples.
 
 Requests also leave for reasons that the loop does not know: aborted, or unfinished when a run ends.
 """
@@ -23,7 +23,7 @@ DROP_REASONS = {
     layout.POOL_EXCEEDED: "larger than the KV pool beside {model}",
     layout.PLACES_EXCEEDED: "longer than the {tokens} tokens that KV memory has for a request on {model}",
 }
-_TEXT = COLUMNS[:7]  # of a request: what it asks for
+_TEXT = COLUMNS[:7]  # columns that say what a request asks for
 _LEFT_FIELDS = (
     *_TEXT, "model", "prompt_tokens", "generated", "earlier_tokens", "scheduled_ns", "first_token_ns",
     "last_token_ns", "left_ns", "why", "hit_tokens", "layers_run", "early_tokens", "breach_tokens", "agreed_tokens",
@@ -39,7 +39,7 @@ _SPAN_FIELDS = ("request_id", "model", "trace_first", "trace_start", "trace_leng
 
 
 def hand_over(replica: Replica) -> None:
-    """What has happened since the last time becomes part of the books: sums, records, observations, samples."""
+    """Hand over everything since the last call: sums, records, observations and samples."""
     s, stats = replica.state, replica.stats
     if s.iterations or s.preemptions:
         for name, value in zip(SUMS, take_sums(s), strict=True):
@@ -57,7 +57,7 @@ def hand_over(replica: Replica) -> None:
 
 
 def settle(replica: Replica, model: str) -> None:
-    """What is noted under the deployment in force, before one of this model is."""
+    """Hand over what belongs to the deployment in force, before a deployment of this model comes into force."""
     if model != replica.deployment.active.model:
         _depths(replica)
     _observations(replica)
@@ -70,7 +70,7 @@ def _depths(replica: Replica) -> None:
 
 
 def tell(replica: Replica) -> None:
-    """What a policy may ask for becomes known."""
+    """Hand over what a policy may ask for."""
     _forget_arrivals(replica)
     _observations(replica)
 
@@ -88,7 +88,7 @@ def _samples(replica: Replica) -> None:
 
 
 def _forget_arrivals(replica: Replica) -> None:
-    """Rows of arrivals that have started are forgotten, but for the latest: their times say how often requests come."""
+    """Forget rows of arrivals that have started, except for the latest, from which the arrival rate is computed."""
     s = replica.state
     before = int(s.arrived) - RECENT
     if replica.inbox.may_forget(s, before):
@@ -110,7 +110,7 @@ def _observations(replica: Replica) -> None:
 
 
 def latest_completed(replica: Replica) -> IntArray:
-    """Of the latest completed requests, oldest first, (n, 7): the fields of `LATEST`."""
+    """The fields of `LATEST` for the latest completed requests, oldest first, (n, 7)."""
     completed, names = int(replica.state.completed), LATEST.dtype.names or ()
     ring = numbers_of(replica.counts.latest, slice(min(completed, RECENT)), names)
     oldest = completed % RECENT if completed > RECENT else 0
@@ -138,7 +138,7 @@ def _records(replica: Replica) -> None:
 
 
 def _block(replica: Replica, slots: Sequence[int]) -> RecordBlock:
-    """The records of these requests as columns, where nothing outside reacts to each."""
+    """Return the records of these requests as columns. Used if nothing outside reacts to each single record."""
     table = replica.requests[np.array(slots)]
     why, models = table["why"], replica.models
     output_tokens = table["generated"] + table["earlier_tokens"]
@@ -172,7 +172,7 @@ def _told(why: int, model: str, place_tokens: int) -> str:
 
 
 def _depart(replica: Replica, slot: int, now_ns: int) -> None:
-    """The books of a request that leaves for a reason of its own."""
+    """Count a request that leaves for a reason outside the loop."""
     s, request = replica.state, replica.requests[slot]
     arrive.note_change(s, now_ns)
     s.in_system -= 1
@@ -183,7 +183,7 @@ def _depart(replica: Replica, slot: int, now_ns: int) -> None:
 
 
 def _leave(replica: Replica, slot: int, now_ns: int, status: Status, reason: str | None) -> None:
-    """A request leaves for a reason of its own."""
+    """Let a request leave for a reason outside the loop."""
     _depart(replica, slot, now_ns)
     if replica.rules.closed_loop:
         replica.state.to_release += 1
@@ -211,7 +211,7 @@ def _record(replica: Replica, row: Sequence[int], status: Status, reason: str | 
 
 
 def abort(replica: Replica, reasons: dict[int, str]) -> None:
-    """Requests with these numbers leave now, dropped for these reasons; those that have left already are let be."""
+    """Drop requests now, by id with the reason. Requests that have left already are ignored."""
     tell(replica)
     now_ns = replica.now_ns
     for place in reversed(range(int(replica.state.running))):
@@ -224,17 +224,17 @@ def abort(replica: Replica, reasons: dict[int, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Requests that a fault has taken out of a replica."""
+    """Requests that a replica has lost through a fault."""
 
-    again: list[Request]  # to be sent again, in their order of arrival
+    again: list[Request]  # requests to be sent again, in order of arrival
     dropped: int
-    wasted_tokens: int  # output tokens that all of them had
+    wasted_tokens: int  # output tokens of all lost requests
 
 
 def lose(replica: Replica, all_of_them: bool, again: Callable[[int], bool], reason: str) -> Lost:
-    """Requests that run here (`all_of_them`: or wait) leave now, and what was computed for them is lost.
+    """Take the running requests (with `all_of_them` also the waiting ones) out; what was computed for them is lost.
 
-    Where `again` says so of its number, a request leaves without a record. Others are dropped for this reason.
+    Requests for which `again` is true of their id leave without a record. All others are dropped for this reason.
     """
     now_ns, found = replica.now_ns, Lost([], 0, 0)
     slots = [_take_from_batch(replica, place) for place in reversed(range(int(replica.state.running)))]
@@ -254,7 +254,7 @@ def lose(replica: Replica, all_of_them: bool, again: Callable[[int], bool], reas
 
 
 def _take_from_batch(replica: Replica, place: int) -> int:
-    """Takes a running request out of the batch, whose blocks are free. Returns its slot."""
+    """Take a running request out of the batch and free its blocks. Returns its slot."""
     slot = int(replica.lists.batch[place])
     schedule.remove_running(replica.state, replica.lists, place)
     schedule.let_go(
@@ -265,7 +265,7 @@ def _take_from_batch(replica: Replica, place: int) -> int:
 
 
 def finish(replica: Replica) -> None:
-    """Ends the run: every request that is still here leaves as unfinished."""
+    """End the run: every request that is still here leaves as unfinished."""
     s = replica.state
     hand_over(replica)
     replica.release_lingering()
@@ -282,7 +282,7 @@ def finish(replica: Replica) -> None:
 
 
 def _take_from_line(replica: Replica, wanted: set[int] | None) -> list[int]:
-    """Takes these requests (None: all) out of the line, in its order. Returns their slots."""
+    """Take these requests (None: all) out of the line, in its order. Returns their slots."""
     s, kept, taken = replica.state, [], []
     tokens = replica.inbox.tokens(s, int(s.model)) if s.known > s.first_row else None
     while s.waiting:

@@ -1,7 +1,7 @@
-"""Requests of one replica that are known and have not started: those that wait, and those that are still to come.
+"""Requests of one replica that are known and have not started: waiting ones, and those still to arrive.
 
-Each has a number, in order of arrival; its row is forgotten when all requests up to it have started or left. What a
-model makes of a request (its tokens) stands beside, for each model that has been asked.
+Requests are numbered in order of arrival. A row is forgotten when all requests up to it have started or left. The
+request's tokens are kept in a table of their own for each model that has read it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from helios_sim.policy.deployment import ServicePlan
 from helios_sim.request import Request, RequestBlock
 
 TokensOf = Callable[[str, IntArray], IntArray]
-"""A model and n requests (n, 9) -> prompt tokens, output tokens, first, start and length in the trace, (n, 5)."""
+"""Maps a model and requests (n, 9) to prompt tokens, output tokens, first, start and length in the trace, (n, 5)."""
 COLUMNS = (
     "request_id", "arrival_ns", "prompt_chars", "output_chars", "task", "text_start", "priority", "shared", "stream",
 )  # fmt: skip
@@ -25,23 +25,23 @@ _LEAST_ROOM = 64
 class Inbox:
     def __init__(self, storage: Storage, models: tuple[str, ...], tokens_of: TokensOf) -> None:
         self.rows: Table = storage.rows(ARRIVAL, _LEAST_ROOM)
-        self.planned = np.zeros(1, np.int64)  # exits of the tokens that a service plan names, request after request
+        self.planned = np.zeros(1, np.int64)  # exits of all tokens of a service plan, request after request
         self._storage, self._models, self._tokens_of = storage, models, tokens_of
-        self._tokens: dict[int, tuple[Table, int]] = {}  # by model: a table, and how many of its rows are filled
+        self._tokens: dict[int, tuple[Table, int]] = {}  # for each model a table, and how many of its rows are filled
         self._plan: ServicePlan | None = None
         self._coming: IntArray = np.zeros((0, len(COLUMNS)), np.int64)
         self._coming_rows: Table = storage.rows(ARRIVAL, 0)
         self._coming_tokens: dict[int, Table] = {}
 
     def expect(self, raw: IntArray, rows: Table) -> None:
-        """A router may send any of these requests (n, 9) here; `rows` are they, without a service plan."""
+        """Set the requests (n, 9) that a router may send here. `rows` has the same requests, without a service plan."""
         self._coming, self._coming_rows = raw, rows
         self._coming_tokens.clear()
         if self._plan is not None:
             self._plan_coming()
 
     def coming(self, model: int) -> tuple[Table, Table]:
-        """The requests that a router may send here, and their tokens as that model reads them."""
+        """The requests that a router may send here, and their tokens for this model."""
         found = self._coming_tokens.get(model)
         if found is None:
             columns = np.zeros((5, 0), np.int64)
@@ -51,12 +51,12 @@ class Inbox:
         return self._coming_rows, found
 
     def note_routed(self, state: Record, model: int) -> None:
-        """The loop has put requests into the rows, and their tokens as that model reads them beside."""
+        """Note that the loop has added requests to the rows, and their tokens for this model."""
         if model in self._tokens:
             self._tokens[model] = self._tokens[model][0], int(state.known - state.first_row)
 
     def tokens(self, state: Record, model: int) -> Table:
-        """The tokens of all known requests, as that model reads them."""
+        """The tokens of all known requests for this model."""
         known = int(state.known - state.first_row)
         table, filled = self._tokens.get(model, (None, 0))
         if table is not None and filled >= known and len(table) >= len(self.rows):
@@ -76,7 +76,7 @@ class Inbox:
         self.add(state, raw_requests(block))
 
     def insert(self, state: Record, request: Request) -> None:
-        """The request becomes known as the next to arrive, before others that are known already."""
+        """Add a request as the next to arrive, before others that are known already."""
         raw = np.array([[getattr(request, name) for name in COLUMNS]], np.int64)
         place, known = int(state.arrived - state.first_row), int(state.known - state.first_row)
         if place == known:
@@ -97,7 +97,7 @@ class Inbox:
             self._follow(place, place + 1)
 
     def add(self, state: Record, raw: IntArray) -> None:
-        """Requests (n, 9) become known: they arrive in this order, after all that are known."""
+        """Add requests (n, 9) that arrive in this order, after all known ones."""
         n, known = len(raw), int(state.known - state.first_row)
         self.make_room(state, n)
         self.rows[known : known + n] = arrival_rows(self._storage, raw)
@@ -106,7 +106,7 @@ class Inbox:
             self._follow(known, known + n)
 
     def follow(self, state: Record, plan: ServicePlan | None, exits: Callable[[str], tuple[int, ...]]) -> bool:
-        """From now on each request's model and the exits of its tokens are those of the plan. True: that is new."""
+        """Take each request's model and the exits of its tokens from the plan. Returns whether the plan is new."""
         if plan is self._plan:
             return False
         self._plan, self._exits = plan, exits
@@ -137,7 +137,7 @@ class Inbox:
         self.planned = np.concatenate(parts)
 
     def make_room(self, state: Record, n: int) -> None:
-        """Room for n more rows: forgets those before the first that is still needed, or makes the table larger."""
+        """Make room for n more rows, by a larger table if need be."""
         known = int(state.known - state.first_row)
         if known + n <= len(self.rows):
             return
@@ -145,11 +145,11 @@ class Inbox:
         self.rows = self._storage.grown(ARRIVAL, self.rows, room)
 
     def may_forget(self, state: Record, number: int) -> bool:
-        """Whether the rows before this request are so many that it pays to forget them."""
+        """Whether there are enough rows before this request for it to pay to forget them."""
         return int(number - state.first_row) >= max(_LEAST_ROOM, int(state.known - state.first_row) // 2)
 
     def forget_before(self, state: Record, number: int) -> None:
-        """Rows of requests before this one are not needed any more."""
+        """Forget the rows of requests before this one."""
         if not self.may_forget(state, number):
             return
         gone, known = int(number - state.first_row), int(state.known - state.first_row)

@@ -1,4 +1,4 @@
-"""What the server asks a device to run, what comes back, and the protocols that engines follow."""
+"""The plan and the outcome of an iteration on a device, and the protocols of engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A running request, as it stands before the iteration."""
+    """A running request before the iteration."""
 
     request: Request
     model: str
@@ -32,16 +32,16 @@ class Member:
     output_tokens: int
     span: TokenSpan
     generated: int  # output tokens produced so far
-    context_tokens: int  # whose K and V are in the cache
-    recent: int = 0  # where its latest tokens left, where exits near these look (`exits/schedule.py`)
-    held: int = 0  # the band before which its next token waits; 0: it does not
+    context_tokens: int  # tokens with K and V in the cache
+    recent: int = 0  # exits of its latest tokens, for exits that check near them (`exits/schedule.py`)
+    held: int = 0  # the band before which its next token waits; 0 if it does not wait
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPart:
     """A chunk of one running request's prompt."""
 
-    index: int  # among the members
+    index: int  # of its request among the members
     tokens: int
     context_tokens: int
     finishes: bool  # its last token yields the next output token
@@ -57,32 +57,32 @@ class Plan:
     exit_rule: ExitRule
     batching: BatchingRule
     kv_rule: KvRule
-    members: Sequence[Member]  # of the batch, in order of admission: those that decode, then those that prefill
-    decoding: int  # so many members decode: the first ones
+    members: Sequence[Member]  # running requests in order of admission: decodes first, then prefills
+    decoding: int  # members that decode: the first ones
     prefill: tuple[PrefillPart, ...]
-    observe_tokens: int | None  # each request's first tokens that run all loaded layers, every exit observed
-    service_plan: ServicePlan | None  # depths of every token, in place of the exit rule: the oracle's
+    observe_tokens: int | None  # first tokens of each answer that run all loaded layers and are checked at every exit
+    service_plan: ServicePlan | None  # the oracle's depths of every token, in place of the exit rule
     host_ahead: bool  # the host plans the next iteration while this one runs
     loading: bool  # weights stream in meanwhile
-    drafts: int = 0  # tokens that a request drafts at most, to be verified at once; 0: none drafts
+    drafts: int = 0  # most tokens that a request drafts, verified in the same iteration; 0: none drafts
     regrouping: Regrouping = field(default_factory=Regrouping)  # with BatchingRule.REBATCH
-    first_band: int = 0  # with which the tokens of those that decode begin or go on
-    waiting: int = 0  # so many members after those that decode wait at an exit meanwhile
-    resident_layers: int | None = None  # those above come from host memory when they run; None: all are there
+    first_band: int = 0  # first band that the decodes run; above 0 they go on from an exit
+    waiting: int = 0  # members after the decodes that wait at an exit meanwhile
+    resident_layers: int | None = None  # layers above come from host memory when they run; None: all are resident
 
 
 class Token(NamedTuple):
-    """What became of one request's token."""
+    """The outcome of one request's token."""
 
-    layers: int  # that it ran
+    layers: int  # layers that it ran
     breach: bool = False  # it left at the cap without confidence
     last: bool = False  # it ends the answer, which may have been planned longer
-    drafted: int = 0  # tokens that its request drafted before it
-    accepted: int = 0  # those of them that became tokens too
-    held: int = 0  # there is none yet: it waits before this band
-    ramp: int = 0  # layers of the exit where its answer left while it ran on; 0: it left at the end
-    earlier_ns: int = 0  # by how much that was before the iteration ended
-    agrees: bool = True  # with full depth, as far as the device knows
+    drafted: int = 0  # tokens that the request drafted before it
+    accepted: int = 0  # drafts that were accepted
+    held: int = 0  # above 0 there is no token yet: it waits before this band
+    ramp: int = 0  # depth of the exit that released the answer while the token ran on; 0: it was released at the end
+    earlier_ns: int = 0  # how long before the end of the iteration the answer was released
+    agrees: bool = True  # it agrees with full depth, as far as the device knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +90,27 @@ class Outcome:
     """An iteration that has run."""
 
     end_ns: int  # absolute
-    profile: Profile  # of the model and the card that ran it
-    composition: Composition  # what ran
-    decoded: Sequence[Token]  # of the members that decode
-    prefilled: Sequence[Token]  # of the parts that finish, in their order
-    drafted: Sequence[Composition] = ()  # what ran before: a step of drafting each
-    draft_ns: int = 0  # that they took
-    drafter: Profile | None = None  # of the model that ran those, where it is another one
-    late_layers: int = 0  # that came from host memory
+    profile: Profile  # profile of the model and the card that ran it
+    composition: Composition  # rows that ran
+    decoded: Sequence[Token]  # tokens of the members that decode
+    prefilled: Sequence[Token]  # tokens of the prompts that finish, in their order
+    drafted: Sequence[Composition] = ()  # rows of each draft pass before
+    draft_ns: int = 0  # time of the draft passes
+    drafter: Profile | None = None  # profile of the drafter, if it is another model
+    late_layers: int = 0  # layers that came from host memory
 
     @property
     def parts(self) -> list[tuple[Profile, Composition]]:
-        """All that ran, in order, each with the profile that prices it."""
+        """All passes that ran, in order, each with the profile that prices it."""
         return [*((self.drafter or self.profile, step) for step in self.drafted), (self.profile, self.composition)]
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What an engine's memory has room for at once."""
+    """The requests that an engine's memory has room for at once."""
 
     requests: int
-    tokens: int  # of each of them at most, prompt and answer
+    tokens: int  # most tokens of each request, prompt and answer
 
 
 class OutOfMemory(Exception):
@@ -136,68 +136,69 @@ class Engine(Protocol):
     """
 
     def tokenize(self, model: str, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
-        """Prompt tokens (with the characters answered so far) and the span of what is still to be answered."""
+        """Prompt tokens, including the text answered so far, and the span of the tokens still to be answered."""
         ...
 
     def places(self, model: str) -> Places | None:
-        """For requests of this model; None: as many and as long ones as the server's blocks hold."""
+        """The room for requests of this model, or None if only the server's blocks limit it."""
         ...
 
     def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
-        """So many layers of these models lie in memory from now on, or are about to; everything else leaves it.
+        """Keep so many layers of these models in memory, now or when they have been loaded; free everything else.
 
-        What is named first, when a run begins, is there at once. `for_good`: nothing else will be.
+        The models of the first call, when a run begins, are loaded at once. With `for_good` no other call follows.
         """
         ...
 
     def lay_beside(self, model: str, drafter: str) -> None:
-        """From now on K and V of a model that drafts lie beside those of the model that it drafts for, as long as no
-        other pair is named. `hold` comes next. Nothing may be running, unless this is the pair already."""
+        """Keep K and V of a drafter beside those of the model that it drafts for, until another pair is named.
+
+        `hold` is called next. Nothing may be running, unless this is the pair already."""
         ...
 
     def free(self) -> None:
-        """All weights and all K and V leave memory, until `hold` says what is to be there. Nothing may be running."""
+        """Free all weights and all K and V, until `hold` is called. Nothing may be running."""
         ...
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        """Starts to copy a model's weights into the card and calls back when they are there. Transfers queue up."""
+        """Start to copy weights to the card, and call back when they are there. Transfers run one at a time."""
         ...
 
     def observe(
         self, model: str, request_id: int, span: TokenSpan, n_tokens: int, exit_rule: ExitRule, time_ns: int
     ) -> Observation:
-        """What every exit said about the first tokens of this request's answer."""
+        """The predictions of every exit for the first tokens of this request's answer."""
         ...
 
     def forget(self, request_id: int, again: bool = False) -> None:
-        """The request has left the system. Of those that completed, a probe may still ask for the latest texts.
+        """Note that the request has left the system. A probe may still ask for the texts of the latest completed ones.
 
-        `again`: it will come back under this number and start anew.
+        With `again` it will come back under the same id and start anew.
         """
         ...
 
     def probe(
         self, model: str, requests: Sequence[Request], exit_rule: ExitRule
     ) -> tuple[int, tuple[Observation, ...]]:
-        """Scores served texts, prompt and answer, in one full-depth pass. Returns its duration in ns and the scores."""
+        """Score served texts, prompt and answer, in one full-depth pass. Returns its duration in ns and the scores."""
         ...
 
 
 @runtime_checkable
 class Executes(Engine, Protocol):
     def execute(self, plan: Plan, now_ns: int) -> Outcome:
-        """Runs the iteration, starting now. Raises OutOfMemory where the device has none for it, and IterationFailed
-        where it gives no result."""
+        """Run the iteration, starting now. Raises OutOfMemory if the device lacks memory for it, and IterationFailed if
+        it gives no result."""
         ...
 
 
 @runtime_checkable
 class Hands(Engine, Protocol):
-    """An engine that executes in a thread of its own, beside others."""
+    """An engine that executes iterations in its own thread, beside other replicas."""
 
     def hand(self, plan: Plan, now_ns: int, tell: Callable[[Callable[[], Outcome]], None]) -> None:
-        """Starts the iteration and returns. When it has ended, `tell` is called in the environment's thread with what
-        returns its outcome, or raises, as `Executes.execute` does."""
+        """Start the iteration and return. When it has ended, `tell` is called in the environment's thread, with a
+        function that returns the outcome or raises, as `Executes.execute` does."""
         ...
 
     def hand_probe(
@@ -207,42 +208,42 @@ class Hands(Engine, Protocol):
         exit_rule: ExitRule,
         tell: Callable[[Callable[[], tuple[int, tuple[Observation, ...]]]], None],
     ) -> None:
-        """Starts a probe likewise; what `tell` is called with returns what `Engine.probe` does."""
+        """Start a probe in the same way. The function passed to `tell` returns what `Engine.probe` does."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """What the loop needs to know of a model, a card and a deployment to say what iterations take."""
+    """All that the loop needs to price iterations of a model on a card under a deployment."""
 
-    rules: Mapping[str, int]  # of core.layout.RULES, those that depend on the exits and the profile
+    rules: Mapping[str, int]  # the core.layout.RULES that depend on the exits and the profile
     exits: tuple[int, ...]
     trace: Trace
     prices: PriceTables
-    scalars: Table  # of core.price.SCALARS, one row
+    scalars: Table  # core.price.SCALARS, one row
     uniform: tuple[Table, Numbers]  # bands of iterations in which all tokens run the same layers, with layers by class
-    banded: tuple[Table, Numbers]  # of the others
-    drafter: Drafter  # what another model that drafts costs; without one, the model itself
+    banded: tuple[Table, Numbers]  # bands of all other iterations
+    drafter: Drafter  # prices of another model that drafts; without one, of the model itself
 
 
 @runtime_checkable
 class Foresees(Engine, Protocol):
-    warm_up_ns: int  # the very first iteration takes so much longer
+    warm_up_ns: int  # extra time of the very first iteration
 
     def terms(self, deployment: Deployment, situation: Situation, storage: Storage) -> Terms: ...
 
     def tokens_of(self, model: str, requests: IntArray) -> IntArray:
-        """`tokenize` of requests (n, 9): prompt and output tokens, first, start and length in the trace, (n, 5)."""
+        """Tokenize requests (n, 9): prompt and output tokens, first, start and length in the trace, (n, 5)."""
         ...
 
     @property
     def transfer_end_ns(self) -> int | None:
-        """When the transfer in progress ends; None: there is none."""
+        """The end of the transfer in progress, or None if there is none."""
         ...
 
 
 class Around:
-    """An engine around another one, to which it hands everything on."""
+    """An engine that wraps another one and passes every call on to it."""
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner

@@ -1,6 +1,6 @@
-"""The memory of a replica's prefix cache (`core/prefix.py` says what lies in it), and what a change of deployment does.
+"""The tables of a replica's prefix cache (`core/prefix.py` describes them), and changes of deployment.
 
-A pool may be far larger than what is ever used of it, so tables grow with the blocks that are.
+A pool may be far larger than the part that is ever used, so tables grow with the blocks in use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from helios_sim.core.prefix import Prefix
 from helios_sim.profile.profile import Profile
 from helios_sim.workload.prefixes import SharedPrefixes
 
-_FIELDS = 4  # of a block
+_FIELDS = 4  # fields of a block
 
 
 class PrefixCache:
-    """`seats`: requests that hold blocks at once, at most. Without `shares` it is empty."""
+    """The prefix cache. `seats` is the most requests that hold blocks at once. Empty without `shares`."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class PrefixCache:
             nothing if texts is None or not shares else texts.starts, np.zeros((0, 2), np.int64), nothing,
         )  # fmt: skip
         state.free_seats = self._seats
-        self._segments: dict[str, IntArray] = {}  # by model
+        self._segments: dict[str, IntArray] = {}  # segments by model
         self._model: str | None = None
         self._show()
 
     def _show(self, **changed: IntArray) -> None:
-        """What the loop sees from now on."""
+        """Set the tables that the loop sees."""
         self._tables = self._tables._replace(
             blocks=self._blocks, rings=self._rings, queue=self._queue, buckets=self._buckets, **changed
         )  # fmt: skip
         self.tables = self._storage.group(self._tables)
 
     def follow(self, model: str, exits: Sequence[int], layers: int) -> None:
-        """A deployment is in force: its model, the depths of its exits, and the layers that KV memory holds."""
+        """Follow a deployment: its model, the depths of its exits, and the layers for which KV memory has room."""
         if not self.shares:
             return
         if model != self._model:
@@ -73,12 +73,12 @@ class PrefixCache:
         self.keep_layers(layers)
 
     def keep_layers(self, layers: int) -> None:
-        """What blocks hold above these layers is gone."""
+        """Discard what blocks hold above these layers."""
         depths = self._blocks[:, prefix.LAYERS]
         np.minimum(depths, layers, out=depths)
 
     def free_tokens(self, block_tokens: int) -> int:
-        """Tokens whose K and V are cached and held by no request."""
+        """Tokens with cached K and V that no request holds."""
         if not self.shares:
             return 0
         blocks = self._blocks[1 : int(self._state.made_blocks) + 1]
@@ -86,11 +86,11 @@ class PrefixCache:
         return block_tokens * int(cached.sum())
 
     def resize(self, total_blocks: int) -> None:
-        """A new size of the pool; the caller has made room first."""
+        """Set the size of the pool. The caller has made room first."""
         prefix.shrink(self._state, self.tables, total_blocks)
 
     def make_room(self) -> None:
-        """Room for what may be taken before the next look: a block for each seat, and those of one request more."""
+        """Make room for blocks taken until the next call: one for each seat, and those of one more request."""
         if not self.shares:
             return
         s, known = self._state, self._tables.table
@@ -113,7 +113,7 @@ class PrefixCache:
             self._show(table=table)
 
     def _spread(self, old: IntArray) -> None:
-        """What is known goes from these buckets into the present ones, in its order."""
+        """Move known blocks from these buckets into the present ones, in their order."""
         for first in old[old > 0].tolist():
             ring, block = [first], int(self._rings[first, prefix.AFTER])
             while block != first:
@@ -123,7 +123,7 @@ class PrefixCache:
                 prefix.make_known(self.tables, block, int(self._blocks[block, prefix.HASH]))
 
     def forget(self) -> None:
-        """Nothing is cached any more. No request may hold a block."""
+        """Discard everything cached. No request may hold a block."""
         s = self._state
         if s.used_blocks:
             raise RuntimeError(f"the prefix cache is emptied while {s.used_blocks} KV blocks are held")

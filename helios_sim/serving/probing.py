@@ -31,7 +31,7 @@ class Prober:
 
     @property
     def awaits_completion(self) -> bool:
-        """Whether there is nothing to score before a request has been served."""
+        """Whether the probe must wait, since no request has been served that it could score."""
         scoring = self._replica.deployment.probe is not None and not self._transitions.pending
         return scoring and self._streaming is None and bool(self._decider.probe_left)
 
@@ -41,24 +41,24 @@ class Prober:
         return self._streaming
 
     def lose_stream(self) -> None:
-        """What was streaming, or has streamed, is not there: the candidate's turn comes again."""
+        """Note that streamed weights were lost: the candidate is streamed again."""
         self._streaming = self._streamed = None
 
     def advance(self) -> Generator[Event, Any, int | None]:
-        """Starts the next candidate's stream, or scores the one that has streamed: then the end of that pass.
+        """Start the next candidate's stream, or score the one that has streamed and return the end of that pass.
 
-        Where the engine has a thread of its own, it waits until that has scored.
+        An engine with its own thread is waited for.
         """
         replica = self._replica
         probe = replica.deployment.probe
         if probe is None or self._transitions.pending:
             self._streamed = None
             return None
-        hand_over(replica)  # texts that were served
+        hand_over(replica)  # records of served texts
         if self._streamed is not None:
             model, self._streamed = self._streamed, None
             if model not in self._decider.probe_left:
-                return None  # of a probe that was given up
+                return None  # the probe was given up
             requests = [Request(*row) for row in list(replica.served)[-probe.prompts :]]
             rule, began_ns = replica.deployment.exit_rule, replica.now_ns
             duration_ns: int
@@ -80,7 +80,7 @@ class Prober:
         return None
 
     def _pass_over(self) -> None:
-        """Candidates whose streams have failed too often are not scored by this probe."""
+        """Leave candidates out of this probe if their streams have failed too often."""
         for model in list(self._decider.probe_left):
             told = self._transitions.backoff.told(model, self._replica.now_ns)
             if told:
@@ -89,7 +89,7 @@ class Prober:
                 self._decider.note_fault(f"{model} is not probed: its loads failed {told}")
 
     def _stream(self, model: str) -> bool:
-        """Starts the stream of the layers that are not resident. True when there are none to wait for."""
+        """Start to stream the layers that are not resident. Returns True if there are none to wait for."""
         profile = self._replica.situation.candidates[model].profile
         loaded = self._transitions.residency.layers.get(model)
         n_bytes = profile.weight_bytes(profile.model.n_layers) - (profile.weight_bytes(loaded) if loaded else 0)

@@ -1,4 +1,4 @@
-"""The state of one replica in the loop's records, and its elementary moves. The server's parts share it."""
+"""The state of one replica in the loop's records, and elementary operations on it. All parts of a server share it."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from helios_sim.serving.iteration import Engine, Foresees, IntArray, Terms
 from helios_sim.serving.prefix import PrefixCache
 from helios_sim.serving.stats import SAMPLES, Recent, RunStats, Timeline, bucket_edges_ns
 
-COUNTER_EVERY_NS = NS_PER_S // 10  # between two looks at a device's energy counter, which take their time
-COUNTED_MW = 100_000  # a counter's joules are kept as nanoseconds of so much power
-MOST_MW = 50_000_000  # of a group of cards above idle, halved
+COUNTER_EVERY_NS = NS_PER_S // 10  # shortest time between two reads of a device's energy counter, which are slow
+COUNTED_MW = 100_000  # a counter's energy is kept as nanoseconds of this power
+MOST_MW = 50_000_000  # most power of a group of cards above idle, halved
 SERVED_TEXTS = 64  # latest completed requests that a probe can score
 OnLeft = Callable[[RequestRecord, int], None]
-"""A request has left, at that time in ns."""
+"""Called with the record of a request that has left, and the time in ns."""
 
 
 class Replica:
-    """`on_left` gets each record, with the time at which its request left."""
+    """The state of one replica. `on_left` gets each record, with the time at which its request left."""
 
     def __init__(
         self,
@@ -70,27 +70,27 @@ class Replica:
         departures: int = layout.FLUSH_REQUESTS,
     ) -> None:
         self.env, self.number, self.engine, self.situation, self.on_left = env, number, engine, situation, on_left
-        self.on_block: Callable[[RecordBlock], None] | None = None  # gets records in its place, many at once
+        self.on_block: Callable[[RecordBlock], None] | None = None  # gets records as columns instead, many at once
         self.storage = storage
         self.models = tuple(situation.candidates)
         self.stats = RunStats(block_tokens=situation.memory.block_tokens, prefix_caching=int(situation.shares))
         self.timeline = Timeline()
         self.recent = Recent(situation.slo)
-        self.observations: list[Observation] = []  # new since the policy was last asked
-        self.served: deque[Sequence[int]] = deque(maxlen=SERVED_TEXTS)  # what `Request` is made of
-        # Models can be compared only where what they make of the text was recorded for all of them.
+        self.observations: list[Observation] = []  # observations since the policy was last asked
+        self.served: deque[Sequence[int]] = deque(maxlen=SERVED_TEXTS)  # fields of `Request`
+        # Models can be compared only if their bits per character were recorded for all of them.
         self.scores_text = all(c.offline.bits_per_char is not None for c in situation.candidates.values())
         self.foresees = isinstance(engine, Foresees)
-        self.terms: Terms | None = None  # of the deployment in force, where the engine foresees
+        self.terms: Terms | None = None  # of the deployment in force, if the engine foresees iterations
         self._deployment: Deployment
         self._closed_loop, self._departures = closed_loop, departures
-        self.joules: Callable[[], float | None] | None = None  # of a device's counter
-        self._counter_ns = 0  # when it was read last
-        self._trace: Trace | None = None  # as the deployment's rule replays it
+        self.joules: Callable[[], float | None] | None = None  # reads a device's energy counter
+        self._counter_ns = 0  # when the counter was last read
+        self._trace: Trace | None = None  # the trace as the deployment's rule replays it
         self._trace_of: tuple[Any, Any] = None, None
         self._enforced: Deployment | None = None
         self._rules_now: Mapping[str, int] = {}
-        self._rules_of: dict[tuple[Terms, int | None, int | None], Mapping[str, int]] = {}  # by all that is behind them
+        self._rules_of: dict[tuple[Terms, int | None, int | None], Mapping[str, int]] = {}  # by all that they depend on
         self._make_tables()
 
     def _make_tables(self) -> None:
@@ -137,7 +137,7 @@ class Replica:
         self.meet_timeline()
 
     def grow_slots(self, n: int) -> None:
-        """So many slots from now on."""
+        """Grow to n slots."""
         storage, known = self.storage, len(self.requests)
         self.requests = storage.grown(REQUEST, self.requests, n)
         self.request_views = storage.views(REQUEST, self.requests)  # the same for plain Python
@@ -155,7 +155,7 @@ class Replica:
         self.state.free = free + len(slots)
 
     def _grow_freed(self, n: int) -> None:
-        """A larger ring keeps every entry under its number."""
+        """Grow the ring of freed blocks. Every entry keeps its number."""
         s, old = self.state, self.freed
         self.freed = self.storage.rows(FREED, n)
         for entry in range(int(s.freed_first), int(s.freed_end)):
@@ -163,14 +163,14 @@ class Replica:
             now.owner, now.blocks = kept.owner, kept.blocks
 
     def grow_line(self) -> None:
-        """Room for all that may wait at once before the next look at it."""
+        """Make room in the line for all requests that may wait until the next call."""
         s = self.state
         most = int(s.waiting + s.known - s.arrived) + len(self.requests) + 1
         if len(self.line.key) < most:
             self.line = Line(*(self.storage.more_numbers(each, 2 * most) for each in self.line))
 
     def ready(self) -> None:
-        """Makes room for what may come before the next look: call it before each `advance`."""
+        """Make room for everything that the next `advance` may need. Call it before each."""
         self.grow_line()
         self.prefix.make_room()
         if self.state.left == 0 and self.state.free < self.rules.running_limit + 2:
@@ -194,12 +194,12 @@ class Replica:
         self.enforce()
 
     def reprice(self) -> None:
-        """Writes the rules of the deployment in force, at the prices that iterations have from now on."""
+        """Write the rules of the deployment in force again, after prices have changed."""
         self._enforced = None
         self.enforce()
 
     def enforce(self) -> None:
-        """Writes the rules of the deployment in force, where it is another than before."""
+        """Write the rules of the deployment in force, if it has changed."""
         r, s, deployment, situation = self.rules, self.state, self._deployment, self.situation
         if self.foresees and deployment is self._enforced:
             return
@@ -216,7 +216,7 @@ class Replica:
             values = {**self._rules_of_deployment(), **exit_rules.of_device(deployment, exits)}
         if r.regroups and (not values.get("regroups") or values["bands"] != r.bands):
             self._begin_anew()
-        if r.draft_parts and not values["draft_parts"]:  # what was drafted is given up: no token of it was counted
+        if r.draft_parts and not values["draft_parts"]:  # drafts are given up; none of them was counted
             for slot in self.lists.batch[: int(s.running)]:
                 self.requests[slot].held = 0
         if values is not self._rules_now:
@@ -230,7 +230,7 @@ class Replica:
             self._plan_running()
 
     def _rules_of_deployment(self) -> dict[str, int]:
-        """Those of the deployment in force, whatever it costs."""
+        """The rules of the deployment in force that do not depend on prices."""
         deployment, situation = self._deployment, self.situation
         profile = situation.candidates[deployment.active.model].profile
         places = self.engine.places(deployment.active.model)
@@ -246,7 +246,7 @@ class Replica:
             "running_limit": limit,
             "context_limit": profile.model.max_context_tokens,
             "place_tokens": NEVER if places is None else places.tokens,
-            # What the host must see first is a barrier: nothing is planned across an exit check or a verification.
+            # The host cannot plan ahead across an exit check or a verification, since it must see the answer first.
             "ahead": situation.schedule_ahead > 0 and not seen_first,
             "observe_tokens": NEVER if deployment.observe_tokens is None else deployment.observe_tokens,
             "planned": deployment.plan is not None,
@@ -258,7 +258,7 @@ class Replica:
         }
 
     def _rules_of_run(self) -> dict[str, int]:
-        """Those that hold whatever the deployment."""
+        """The rules that do not depend on the deployment."""
         situation = self.situation
         return {
             "order": line.ORDERS[situation.order],
@@ -280,9 +280,9 @@ class Replica:
         }
 
     def _begin_anew(self) -> None:
-        """Tokens that wait at an exit are computed from the first layer again: their hidden states are of no use now.
+        """Let tokens that wait at an exit begin again from the first layer, since their hidden states are useless now.
 
-        What their K and V took so far is free.
+        Frees the blocks of their K and V.
         """
         s, r = self.state, self.rules
         for slot in self.lists.batch[: int(s.decoding)]:
@@ -293,7 +293,7 @@ class Replica:
                 blocks.give_blocks(s, r, self.freed, held - schedule.held_blocks(r, request), NEVER)
 
     def read_counter(self, every_ns: int = 0) -> bool:
-        """Notes what a device's counter says, unless it did so within `every_ns`. Whether what is drawn is known."""
+        """Read a device's energy counter, unless it was read within `every_ns`. Returns whether energy is known."""
         if self.foresees:
             return self.situation.power_w is not None
         s, now_ns = self.state, max(int(self.state.end_ns), self.now_ns)
@@ -308,14 +308,14 @@ class Replica:
         return True
 
     def _plan_running(self) -> None:
-        """Requests that hold a slot follow the service plan as their rows do."""
+        """Let requests with a slot follow the service plan as their rows do."""
         plan = self.deployment.plan
         if plan is None:
             for request in self.requests:
                 request.planned_model = request.planned_first = NEVER
 
     def tables(self, watch: Watch) -> Tables:
-        """All that the loop works on now."""
+        """All tables that the loop works on now."""
         model, terms = int(self.state.model), self.terms
         tokens, (coming, coming_tokens) = self.inbox.tokens(self.state, model), self.inbox.coming(model)
         priced: tuple[Any, ...] = (None,) * 9
@@ -333,7 +333,7 @@ class Replica:
 
     @cached_property
     def marks(self) -> Sequence[Record]:
-        """What had been drawn by when (`core.power`), for plain Python."""
+        """The marks of energy drawn (`core.power`), for plain Python."""
         return self.storage.views(MARK, self.counts.marks)
 
     @property
@@ -355,7 +355,7 @@ class Replica:
 
     @property
     def arrival_rate_per_s(self) -> float | None:
-        """Over the latest `RECENT` arrivals. None with fewer than two, or when all came at once."""
+        """Mean rate of the latest `RECENT` arrivals; None with fewer than two arrivals, or if all came at once."""
         s, rows = self.state, self.inbox.rows
         n, end = min(int(s.arrived), RECENT), int(s.arrived - s.first_row)
         if n < 2:
@@ -386,11 +386,11 @@ class Replica:
     # --- Moves ------------------------------------------------------------------------------------------------------
 
     def run_fewer(self, requests: int) -> None:
-        """So many may run together from now on, and one more with each that completes."""
+        """Limit the requests that run together to n, and to one more with each that completes."""
         self.state.fewer = requests - int(self.state.completed)
 
     def preempt_until(self, used_blocks: int) -> None:
-        """Preempts, last in order first, until at most so many blocks are used (0: nothing runs any more)."""
+        """Preempt requests, last in order first, until at most so many blocks are used (0: nothing runs any more)."""
         self.grow_line()
         s = self.state
         while s.running and s.used_blocks > used_blocks:
@@ -399,11 +399,11 @@ class Replica:
             )
 
     def release_lingering(self) -> None:
-        """Requests that are done give back what they still hold."""
+        """Free the blocks of lingering requests."""
         schedule.release_lingering(self.state, self.rules, self.lists, self.freed, self.prefix.tables)
 
     def forget_prefixes(self) -> None:
-        """K and V that are cached are gone; no request may hold any."""
+        """Discard all cached K and V. No request may hold any."""
         if self.prefix.shares:
             self.release_lingering()
             self.prefix.forget()
@@ -421,7 +421,7 @@ class Replica:
         s.peak_bytes = max(s.peak_bytes, s.weight_bytes + s.used_blocks * s.block_bytes)
 
     def first_waiting_model(self) -> str | None:
-        """The model that a service plan gives to the next request in line; None: nothing waits, or there is no plan."""
+        """The model that a service plan gives to the next request in line; None if none waits or there is no plan."""
         if self.deployment.plan is None or not self.state.waiting:
             return None
         ref = int(self.line.ref[0])
@@ -429,7 +429,7 @@ class Replica:
         return self.models[int(row.planned_model)]
 
     def retokenize(self) -> None:
-        """The next request's rest on the active model: its text so far becomes part of the prompt."""
+        """Tokenize the next request for the active model. Its answer so far becomes part of the prompt."""
         request, model = self.requests[-1 - int(self.line.ref[0])], self.deployment.active.model
         open_chars = int(request.output_chars) - int(request.earlier_chars)
         request.earlier_chars += open_chars * int(request.generated) // int(request.output_tokens)
@@ -441,7 +441,7 @@ class Replica:
         request.trace_first, request.trace_start, request.trace_length = span.first, span.start, span.length
 
     def submit(self, request: Request) -> bool:
-        """A request arrives now. False: it can never run as deployed and has left at once."""
+        """Let a request arrive now. Returns False if it can never run as deployed and has left at once."""
         s = self.state
         self.inbox.insert(s, request)
         if not s.free:
@@ -454,7 +454,7 @@ class Replica:
         return not rejected
 
     def sample(self) -> None:
-        """The state now, for pictures: where no iteration ends that would sample it."""
+        """Sample the state now, for pictures, when no iteration ends that would sample it."""
         s = self.state
         self.timeline.sample(
             self.now_ns, self.deployment.active.model, self.run_layers, self.running_requests, self.waiting_requests,
@@ -467,7 +467,7 @@ class Replica:
         self.meet_timeline()
 
     def meet_timeline(self) -> None:
-        """The loop samples the state where the timeline would keep the sample."""
+        """Let the loop sample the state only when the timeline would keep the sample."""
         s, rows = self.state, self.timeline.rows
         if rows:
             s.sampled_ns, model, s.sampled_layers, *_ = rows[-1]
@@ -475,7 +475,7 @@ class Replica:
         s.sample_interval_ns, s.sample_room = self.timeline.interval_ns, SAMPLES + 1 - len(rows)
 
     def reorder(self) -> None:
-        """Sorts the waiting line anew: keys may depend on the model that reads the prompts."""
+        """Sort the waiting line again, since keys may depend on the model that reads the prompts."""
         s = self.state
         if not self.rules.order or not s.waiting:
             return
@@ -503,7 +503,7 @@ class Replica:
 
 
 def _power(situation: Situation, foresees: bool) -> dict[str, int]:
-    """Of the replica's card, as the loop counts what it draws (`core.power`)."""
+    """The rules for the power of the replica's card (`core.power`)."""
     if not foresees or situation.power_w is None:
         return {"idle_mw": 0, "drawn_mw": 0 if foresees else COUNTED_MW}
     idle_w, drawn_w = situation.power_w
@@ -514,7 +514,7 @@ def _power(situation: Situation, foresees: bool) -> dict[str, int]:
 
 
 def _draft_card(deployment: Deployment, situation: Situation, foresees: bool) -> dict[str, int]:
-    """Of a card that drafts for the replica's own: it is idle when that is not said to draw, and counts beside it."""
+    """The rules for drafters on their own cards. The idle power of those cards counts too."""
     rule = deployment.exit_rule if deployment.plan is None else None
     own = rule.own_card if isinstance(rule, DraftModel) else None
     idle_mw = _power(situation, foresees)["idle_mw"]

@@ -1,8 +1,8 @@
-"""The server of one replica: one SimPy process that lets the loop run, and takes the turns that need more than that.
+"""The server of one replica: a SimPy process that runs the loop, and takes the turns that need more than the loop.
 
-It knows only its own replica and never sleeps on a guess. Where its engine foresees what iterations take, the loop runs
-ahead of the clock up to the next moment at which something outside can act; where an engine runs iterations, the loop
-schedules and commits each of them around the real execution.
+A server knows only its own replica. If its engine foresees the time of iterations, the loop runs ahead of the clock up
+to the next time at which something outside can act. If the engine executes iterations, the loop schedules and commits
+each of them around the execution.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Produced(NamedTuple):
     """One output token of one request."""
 
     request_id: int
-    number: int  # among the tokens of its answer, from 0
-    layers: int  # that it ran
+    number: int  # index in its answer, from 0
+    layers: int  # layers that it ran
     breach: bool  # it left at the cap without confidence
     after: int = 0  # tokens of its request that the same pass produced after it
 
 
 OnTokens = Callable[["Server", Sequence[Produced]], None]
-"""The tokens of an iteration that ends now, before it is committed: its requests are still in their slots."""
+"""Called with the tokens of an iteration that ends now, before it is committed: requests still have their slots."""
 
 
 class Scheduled(NamedTuple):
@@ -58,7 +58,7 @@ class Scheduled(NamedTuple):
     decodes: int
     prompts: int  # chunks of prompts
     prompt_tokens: int
-    floor_ns: int  # that the card needs at least
+    floor_ns: int  # roofline floor
 
 
 class Server:
@@ -76,13 +76,13 @@ class Server:
         self._turns = Turns(env, number)
         self._hands = isinstance(engine, Hands)
         self._pictures = True
-        self.on_iteration: Callable[[int, int], None] | None = None  # told its start and end, stepwise only
+        self.on_iteration: Callable[[int, int], None] | None = None  # called with its start and end, stepwise only
         self.on_tokens: OnTokens | None = None  # stepwise only
-        self.joules: Callable[[], float | None] | None = None  # of the device since time began, by its counter
-        self._ending: set[int] = set()  # requests whose next token is their last
+        self.joules: Callable[[], float | None] | None = None  # reads the device's energy counter
+        self._ending: set[int] = set()  # requests that complete with their next token
         self._opened = False
         self.has_begun = False  # its first turn is over
-        self.injector: Injector | None = None  # of faults that strike it
+        self.injector: Injector | None = None  # injects faults
         self._process = env.process(self._run())
 
     def open(
@@ -94,13 +94,12 @@ class Server:
         departures: int = FLUSH_REQUESTS,
         on_block: Callable[[RecordBlock], None] | None = None,
     ) -> None:
-        """Loads the first deployment, before the first request.
+        """Load the first deployment, before the first request. A second call does nothing.
 
-        `machine`: the loop as machine code. `feed`: all requests of this replica, which then runs ahead of the clock;
-        with `users` they come in a closed loop. Without a feed requests are submitted: by a `front` whose next arrival
-        is known, or, without one, at any moment, and each turn is an event. There is room for twice `departures`
-        requests that have left, until they are handed over; `on_block` gets their records as columns, as far as
-        compiled code leaves any. A server that has been opened stays as it is.
+        `machine` is the loop as machine code. `feed` yields all requests of this replica, which then runs ahead of the
+        clock; with `users` they arrive in a closed loop. Without a feed requests are submitted: by a `front`, which
+        knows the next arrival, or else at any time, so that each turn is an event. There is room for twice `departures`
+        departed requests until they are handed over. `on_block` gets their records as columns if the loop is compiled.
         """
         if self._opened:
             return
@@ -133,12 +132,12 @@ class Server:
 
     def _run(self) -> Generator[Event, Any, None]:
         self._require_open()
-        # The first turn comes before the first arrival; users of a closed loop are there already.
+        # The first turn comes before the first arrival, but users of a closed loop are there already.
         self._started = bool(self._replica.rules.closed_loop)
         interrupted = False
         while True:
             try:
-                if interrupted:  # by a fault, which it answers when its turn comes, or when it is back
+                if interrupted:  # by a fault, which the server handles in its next turn, or when the replica is back
                     interrupted = False
                     yield from self._wait(self.breakdown.back_ns)
                 yield from self._take_turns()
@@ -155,7 +154,7 @@ class Server:
                 self._note()
             if self._aborts.carry_out():
                 yield from self._take_arrivals(replica.now_ns)
-            if self._transitions.pending:  # a change of memory counts what is in use, not what is about to be free
+            if self._transitions.pending:  # their blocks would count as used
                 replica.release_lingering()
             self._transitions.advance()
             decided = None
@@ -184,7 +183,7 @@ class Server:
             yield from self._serve()
 
     def _wait(self, end_ns: int) -> Generator[Event, Any, None]:
-        """Wait until then, or until its turn comes now, while requests arrive."""
+        """Wait until `end_ns`, while requests arrive."""
         end_ns = max(end_ns, self._replica.now_ns)
         while True:
             until_ns = min(end_ns, self._next_fault_ns)
@@ -196,7 +195,7 @@ class Server:
                 return
 
     def _serve(self) -> Generator[Event, Any, None]:
-        """Lets the loop run until the server has to take a turn of its own, which is then now."""
+        """Let the loop run until the server has to take a turn itself, at the current time."""
         replica, s = self._replica, self._replica.state
         self._transitions.tell_loop()
         s.awaits_completion = int(self._prober.awaits_completion)
@@ -215,7 +214,7 @@ class Server:
                     raise UserError("iteration", f"an end at {s.end_ns:.1e} ns", allowed, "correct the profile's costs")
                 if self.on_iteration is not None:
                     self.on_iteration(int(s.started_ns), int(s.end_ns))
-                if (s.left or s.seen) and not self._runs_alone:  # a router counts who has left; all else can wait
+                if (s.left or s.seen) and not self._runs_alone:  # a router counts departures; all else can wait
                     hand_over(replica)
                 yield self._turns.at(int(s.end_ns))
                 if self.on_tokens is not None:
@@ -227,7 +226,7 @@ class Server:
                     yield self._turns.at(given_up_ns)
                     return
             else:
-                # While nothing can run, requests have come and wait: the clock goes on to the latest of them.
+                # Requests may have arrived while nothing could run: move the clock to the latest of them.
                 seen_ns = int(max(s.now_ns, s.changed_ns) if s.phase == layout.WAITING else s.now_ns)
                 if seen_ns > replica.now_ns:
                     yield self._turns.at(seen_ns)
@@ -245,16 +244,16 @@ class Server:
 
     @property
     def _runs_alone(self) -> bool:
-        """Whether nothing outside looks at who has left before the run ends."""
+        """Whether nothing outside looks at departures before the run ends."""
         return self._feed is not None and self.injector is None
 
     def _note(self) -> None:
-        """A turn begins. The policy is told when it is asked; records can wait, but for the last ones of a run."""
+        """Hand results over at the beginning of a turn, unless they can wait. A policy gets its own when asked."""
         if not (self._runs_alone and (self._replica.state.in_system or self.expects)):
             hand_over(self._replica)
 
     def _may_park(self, stop: int) -> bool:
-        """Whether the replica needs nothing but the loop until the next request arrives, and then still nothing."""
+        """Whether the replica needs nothing but the loop, now and when the next request arrives."""
         s, front = self._replica.state, self._front
         waits = stop == layout.HORIZON or (stop == layout.IDLE and bool(s.routed))
         return waits and front is not None and not (front.closed or self._transitions.loading or self._turns.woken)
@@ -264,11 +263,11 @@ class Server:
         return self._loop.advance(self._place, self.tables(), self._until_ns())
 
     def tables(self) -> Tables:
-        """All that the loop works on now."""
+        """All tables that the loop works on now."""
         return self._replica.tables(self._decider.watch)
 
     def _until_ns(self) -> int:
-        """Up to when nothing outside can act on this replica."""
+        """The time before which nothing outside can act on this replica."""
         if self._feed is not None:
             until_ns = self._next_fault_ns
         elif self._front is not None:
@@ -282,10 +281,10 @@ class Server:
         return until_ns
 
     def _execute(self) -> Generator[Event, Any, int | None]:
-        """Runs the scheduled iteration on the device. Returns when it was given up, else None.
+        """Run the scheduled iteration on the device. Returns the time at which it was given up, else None.
 
-        An engine with a thread of its own computes while others act; what acts on this replica finds it as it is while
-        an iteration runs.
+        An engine with its own thread computes while other processes act. They find this replica in the state that it
+        has during an iteration.
         """
         replica, s, started_ns = self._replica, self._replica.state, self._replica.now_ns
         require_one_card(replica.deployment.exit_rule)
@@ -309,9 +308,9 @@ class Server:
         it = replica.iteration
         it.floor_ns = sum(int(whole_ns(profile.iteration_floor_s(part))[0]) for profile, part in outcome.parts)
         it.draft_ns = outcome.draft_ns
-        it.late_layers, it.late_ns = outcome.late_layers, 0  # by how much they lengthen it is not known
+        it.late_layers, it.late_ns = outcome.late_layers, 0  # the time that they add is not known
         it.outside = int(outcome.profile.outside_grid(outcome.composition)[0])
-        # It is told after it has ended; the loop is to find the end of an iteration ahead, as of one that runs at once.
+        # The loop expects the end of an iteration to be later than now.
         s.end_ns = max(outcome.end_ns, replica.now_ns + 1)
         if self._decider.watches_power:
             replica.read_counter(COUNTER_EVERY_NS)
@@ -321,7 +320,7 @@ class Server:
         return None if self.joules is None else self.joules()
 
     def _produced(self) -> list[Produced]:
-        """The tokens of the iteration in progress, in the order of its batch."""
+        """The tokens of the iteration in progress, in the order of the batch."""
         replica, it, found = self._replica, self._replica.iteration, []
         slots = [int(slot) for slot in replica.lists.batch[: int(it.decodes)] if not replica.requests[slot].held]
         decodes = len(slots)
@@ -341,7 +340,7 @@ class Server:
         return found
 
     def _take_arrivals(self, until_ns: int) -> Generator[Event, Any, None]:
-        """Requests that arrive until then join the line: before the policy looks at it, or while a probe runs."""
+        """Put requests that arrive until then into the line, before the policy is asked or while a probe runs."""
         while True:
             known = self._join_line(until_ns)
             if not self._replica.state.free:
@@ -352,7 +351,7 @@ class Server:
                 self._read_on()
 
     def _join_line(self, until_ns: int) -> bool:
-        """Requests that are known and arrive until then join the line, as far as slots are free. False: read on."""
+        """Put known requests that arrive until then into the line, while slots are free. Returns False to read on."""
         replica, s = self._replica, self._replica.state
         comes = s.arrived < s.known and not replica.rules.closed_loop
         if comes and number_of(replica.inbox.rows, s.arrived - s.first_row, "arrival_ns") > until_ns:
@@ -368,7 +367,7 @@ class Server:
         return known
 
     def catch_up(self) -> None:
-        """Requests that have arrived by now join the line, and what has happened is handed over."""
+        """Put requests that have arrived by now into the line, and hand over all results."""
         replica = self._replica
         while True:
             known = self._join_line(replica.now_ns)
@@ -379,7 +378,7 @@ class Server:
                 self._read_on()
 
     def _hand_over_departures(self) -> Generator[Event, Any, None]:
-        """Hands over who has left, at the time of the latest change: the last departure ends the run."""
+        """Hand over departed requests, at the time of the latest change, since the last departure ends the run."""
         replica, s = self._replica, self._replica.state
         if s.left:
             if s.changed_ns > replica.now_ns:
@@ -395,11 +394,11 @@ class Server:
             self._replica.inbox.add_block(self._replica.state, block)
 
     def expect(self, requests: IntArray, rows: Table) -> None:
-        """A router may send any of these requests (n, 9) here."""
+        """Set the requests (n, 9) that a router may send here."""
         self._replica.inbox.expect(requests, rows)
 
     def make_room(self) -> None:
-        """Room for further requests, before a router sends one here."""
+        """Make room for further requests, before a router sends one here."""
         replica = self._replica
         replica.inbox.note_routed(replica.state, int(replica.state.model))
         replica.inbox.make_room(replica.state, 1)
@@ -408,22 +407,22 @@ class Server:
         replica.grow_line()
 
     def close_arrivals(self) -> None:
-        """No further request comes."""
+        """Note that no further request comes."""
         self._replica.state.routed = 0
 
     def forget_prefixes(self) -> None:
-        """The replica goes off: nothing is in it, and nothing is cached any more."""
+        """Discard the prefix cache when the replica, which is empty, goes off."""
         self._replica.forget_prefixes()
 
     def submit(self, request: Request, from_replica: int | None = None) -> None:
-        """A request arrives now. It is dropped at once if it can never run as deployed.
+        """Let a request arrive now. It is dropped at once if it can never run as deployed.
 
-        `from_replica` is the replica whose completion released it (closed loop): at one time replicas take their turns
-        in the order of their numbers.
+        `from_replica` is the replica that completed the request before it (closed loop): at one point in time replicas
+        take their turns in the order of their numbers.
         """
         self._require_open()
         replica = self._replica
-        if self._feed is not None:  # it was lost elsewhere
+        if self._feed is not None:  # another replica has lost it
             self.catch_up()
         next_in_line = not replica.waiting_requests or bool(replica.rules.order)
         if not replica.submit(request):
@@ -432,7 +431,7 @@ class Server:
             self._turns.wake_idle()
 
     def cached_share(self, request: Request) -> float:
-        """The share of a new request's prompt whose K and V this replica has."""
+        """The share of a new request's prompt that is in this replica's prefix cache."""
         self._require_open()
         replica = self._replica
         prompt_tokens, _ = self._engine.tokenize(replica.deployment.active.model, request)
@@ -443,44 +442,44 @@ class Server:
         )
 
     def cancel(self, request_id: int, reason: str = "cancelled") -> None:
-        """The request leaves at the end of the iteration in progress, dropped for this reason."""
+        """Drop a request for this reason, at the end of the iteration in progress."""
         self._ending.discard(request_id)
         self._aborts.ask(request_id, reason)
         self._turns.wake()
 
     def end_answer(self, request_id: int) -> None:
-        """The request completes with its next token, however long its answer was planned. It must not have left.
+        """Let a request complete with its next token, even if a longer answer was planned. It must not have left.
 
-        This works where `on_tokens` is set.
+        Needs `on_tokens` to be set.
         """
         self._ending.add(request_id)
 
     def request_failed(self, request_id: int, reason: str) -> None:
-        """What the device computed for this request is no answer."""
+        """Drop a request for which the device computed no valid answer."""
         self.cancel(request_id, reason)
 
     def load_failed(self, model: str, reason: str) -> None:
-        """Weights under way will not come; serving goes on with what is there. UserError where nothing is."""
+        """Go on with the resident weights after a failed load. Raises UserError if there are none."""
         self.breakdown.load_fails(reason, again=False)
 
     def stop(self) -> None:
-        """A fault has struck: the server takes a turn now, whatever it waits for, or when it is back."""
+        """Interrupt the server because of a fault: it takes a turn now, or when the replica is back."""
         if self._env.active_process is not self._process:
             self._process.interrupt()
 
     def look(self) -> None:
-        """Others may have acted: an idle server takes a turn."""
+        """Give an idle server a turn, since others may have acted."""
         self._turns.wake_idle()
 
     @property
     def expects(self) -> bool:
-        """Whether requests are still to arrive that it knows of itself, at times of their own."""
+        """Whether requests of its own feed are still to arrive, at known times."""
         s = self._replica.state
         return not self._replica.rules.closed_loop and bool(s.arrived < s.known or not s.exhausted)
 
     @property
     def at_rest(self) -> bool:
-        """Nothing happens here any more unless something arrives, and nothing has arrived just now."""
+        """Whether nothing happens here until something arrives, and nothing has arrived just now."""
         waits = self._turns.is_idle and self._decider.rests
         waits = waits and int(self._replica.state.changed_ns) < self._replica.now_ns
         return waits and not self._transitions.loading and not self.breakdown.is_down
@@ -490,20 +489,20 @@ class Server:
         return FOREVER_NS if self.injector is None else self.injector.next_ns
 
     def finish(self) -> None:
-        """Ends the run: every request that is still here leaves as unfinished."""
+        """End the run: every request that is still here leaves as unfinished."""
         self._require_open()
         finish(self._replica)
         self._transitions.close()
 
     def keep_few_samples(self) -> None:
-        """No picture will be drawn of this server's state over time."""
+        """Keep few samples of the state over time, for runs without pictures."""
         self._pictures = False
         if self._opened:
             self._replica.keep_few_samples()
 
     @property
     def frontier_ns(self) -> int:
-        """Before this time no request leaves any more whose record has not been handed over."""
+        """The time before which all departures have been handed over."""
         replica, s = self._replica, self._replica.state
         if s.left:
             return int(replica.requests[int(replica.lists.left[0])].left_ns)
@@ -521,35 +520,35 @@ class Server:
 
     @property
     def number(self) -> int:
-        """Of its replica."""
+        """The number of its replica."""
         return self._number
 
     @property
     def placement(self) -> Placement:
-        """The model that serves, and its layers that are loaded."""
+        """The model that serves, and its loaded layers."""
         return self._replica.deployment.active
 
     @property
     def resident(self) -> dict[str, int]:
-        """Layers in memory or on the way, by model."""
+        """Layers in memory or being loaded, by model."""
         return dict(self._transitions.residency.layers)
 
     @property
     def loads(self) -> str | None:
-        """The model whose weights are on the way, or wait for room."""
+        """The model that is being loaded, or waits for room."""
         return self._transitions.loads
 
     def free_weights(self) -> None:
-        """All weights leave memory. Nothing may be in the system, or on the way."""
+        """Free all weights. No request may be in the system, and nothing may be loading."""
         self._engine.free()
 
     def load_weights(self, on_done: Callable[[], None]) -> None:
-        """What `free_weights` has freed is loaded again."""
+        """Load again what `free_weights` has freed."""
         self._transitions.load_again(on_done)
 
     @property
     def scheduled(self) -> Scheduled:
-        """The iteration that runs, or ran last."""
+        """The iteration that runs, or the last one that ran."""
         it, chunks = self._replica.iteration, self._replica.chunks
         tokens = sum(int(chunks[p].tokens) for p in range(int(it.chunks)))
         return Scheduled(int(it.decodes), int(it.chunks), tokens, int(it.floor_ns))
@@ -564,7 +563,7 @@ class Server:
 
     @property
     def books(self) -> tuple[int, int, int, int]:
-        """Request-ns in the system by time and by request, and how many have arrived and left."""
+        """The integrals for Little's law: request-ns in the system by time and by request, arrivals and departures."""
         s = self._replica.state
         return int(s.presence_ns), int(s.sojourn_ns), int(s.arrivals), int(s.departures)
 
@@ -587,7 +586,7 @@ class Server:
 
     @property
     def decisions_left_out(self) -> int:
-        """How many of the middle ones the log has dropped."""
+        """The number of decisions that the log has dropped from its middle."""
         return self._decider.decisions_left_out
 
     def _could_start(self) -> bool:

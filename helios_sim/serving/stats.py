@@ -1,4 +1,4 @@
-"""What is measured of one replica: integrals over the run, gaps between tokens, sliding means, samples for pictures.
+"""Measurements of one replica: integrals over the run, gaps between tokens, sliding means, samples for pictures.
 
 Integrals are whole numbers, so they add up to the same bits in any order.
 """
@@ -119,11 +119,11 @@ class RunStats:
     """Counts and time integrals in ns. `merge` adds another replica's."""
 
     busy_ns: int = 0  # iterations in progress
-    floor_ns: int = 0  # what the same iterations would take at the card's ceilings
+    floor_ns: int = 0  # roofline floor of the same iterations
     iterations: int = 0
     outside_grid_iterations: int = 0
     decode_iterations: int = 0
-    decode_ns: int = 0  # iterations in which something decodes
+    decode_ns: int = 0  # iterations with decodes
     decode_batch_ns: int = 0  # decoding requests x time
     kv_block_ns: int = 0  # used blocks x busy time
     kv_pool_block_ns: int = 0  # pool blocks x busy time
@@ -136,23 +136,23 @@ class RunStats:
     load_ns: int = 0  # transfers in progress
     evaluation_ns: int = 0  # time under deployments that observe or probe
     preemptions: int = 0
-    prefix_caching: int = 0  # replicas that share equal beginnings of prompts
-    prefix_cache_queries: int = 0  # prompt tokens that were looked for, and those of them that were found
+    prefix_caching: int = 0  # replicas with prefix caching
+    prefix_cache_queries: int = 0  # prompt tokens looked up, and those that were found
     prefix_cache_hits: int = 0
     prefix_cache_refound: int = 0  # tokens that preempted requests found again
-    verifications: int = 0  # passes of requests that verified drafts of their own
+    verifications: int = 0  # verifications of one request's drafts
     drafted_tokens: int = 0
-    tested_drafts: int = 0  # up to the first of a pass that was refused
+    tested_drafts: int = 0  # drafts up to the first rejected one of each verification
     accepted_drafts: int = 0
-    draft_ns: int = 0  # of iterations, what drafting took; on a card of its own, prompts there included
-    verify_ns: int = 0  # beside it, the other card, and what the first one's work would take at its ceilings
+    draft_ns: int = 0  # time of drafting; on a drafter's own card, its prompts included
+    verify_ns: int = 0  # with a drafter on its own card: time of the other card, and floor of the drafter's work
     draft_floor_ns: int = 0
-    splits: int = 0  # of batches, at an exit
-    held_tokens: int = 0  # that waited at an exit for others, each time, and for how long
+    splits: int = 0  # batches split at an exit
+    held_tokens: int = 0  # waits of tokens at an exit, and their total time
     held_token_ns: int = 0
-    released_tokens: int = 0  # whose answer left at a ramp while the model went on
-    released_ns: int = 0  # by which tokens came earlier than their iterations ended, all together
-    late_layers: int = 0  # that came from host memory for an iteration, and by how much they made iterations longer
+    released_tokens: int = 0  # tokens released at a ramp while the model went on
+    released_ns: int = 0  # total time by which tokens came before the end of their iteration
+    late_layers: int = 0  # layers that came from host memory for an iteration, and the time that this added
     late_ns: int = 0
     tokens_by_depth: dict[str, dict[int, int]] = field(default_factory=dict)  # by model, then by layers run
     transitions_ns: list[int] = field(default_factory=list)  # when a changed placement came into force
@@ -178,7 +178,7 @@ class RunStats:
                         ours[depth] = ours.get(depth, 0) + n
             elif name == "block_tokens":
                 continue
-            elif name == "hbm_peak_bytes":  # of the fullest card
+            elif name == "hbm_peak_bytes":  # the fullest card counts
                 self.hbm_peak_bytes = max(mine, theirs)
             else:
                 setattr(self, name, mine + theirs)
@@ -192,8 +192,8 @@ class Recent:
         self.completed(np.zeros((0, 7), np.int64))
 
     def completed(self, rows: NDArray[np.int64]) -> None:
-        """These are the latest, oldest first, (n, 7): when each arrived, was scheduled and had its first and last
-        token, its output tokens, those of its prompt, and how many of these were cached."""
+        """Set the latest completed requests, oldest first, (n, 7): arrival, scheduling, first and last token in ns,
+        output tokens, prompt tokens, and cached prompt tokens."""
         self._rows, self._sums = rows, np.add.reduce(rows, 0).tolist()
 
     @property
@@ -206,7 +206,7 @@ class Recent:
 
     @property
     def hit_share(self) -> float | None:
-        """Of their prompts' tokens those that were found in the prefix cache; None before one has completed."""
+        """The share of their prompt tokens found in the prefix cache; None before a request has completed."""
         return self._sums[6] / self._sums[5] if len(self._rows) else None
 
     @property
@@ -230,7 +230,7 @@ class Timeline:
     interval_ns: int = 1_000_000
 
     def keep_few(self) -> None:
-        """From now on only the first row of each placement: for runs without pictures."""
+        """Keep only the first row of each placement from now on, for runs without pictures."""
         self.interval_ns = FOREVER_NS
 
     def sample(
@@ -243,7 +243,7 @@ class Timeline:
         self.keep([(time_ns, model, layers, running, queued, kv_used_bytes, weight_bytes)])
 
     def keep(self, rows: Iterable[tuple[int, str, int, int, int, int, int]]) -> None:
-        """Adds rows that are to be kept; they become too many with the last of them at the earliest."""
+        """Add rows. At most the last of them may make the timeline too long."""
         self.rows.extend(rows)
         if len(self.rows) > SAMPLES:
             self.interval_ns *= 2

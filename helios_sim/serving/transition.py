@@ -1,8 +1,8 @@
-"""Brings a decided deployment into force: loads, drains, preempts, and accounts for what that costs.
+"""Brings a decided deployment into force: loads, drains and preempts, and accounts for the cost.
 
-Weights load while serving goes on as long as they fit beside what is there; the KV pool shrinks to make room. When
-they do not fit beside what requests in flight will need, a change of model waits until these are done (or migrates
-them), and a raise of the cap preempts the newest requests, which have to be computed again anyway.
+Weights load while serving goes on if they fit into memory beside the resident ones; the KV pool shrinks to make room.
+If they do not fit beside the KV cache that requests in flight will need, a change of model waits until those requests
+are done (or migrates them), and a raise of the cap preempts the newest requests, which must be computed again anyway.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from helios_sim.serving.replica import Replica
 
 
 class Residency:
-    """Layers loaded by model. A model is resident once, up to the deepest layer that a placement asks for.
+    """Loaded layers by model. A model is resident once, up to the deepest layer that a placement asks for.
 
-    Room for layers that come late counts as layers, and begins with the first two of them in it.
+    The two places for late layers count as layers, and begin with the first two late layers in them.
     """
 
     def __init__(self, profiles: Mapping[str, Profile], memory: MemoryBudget, most_running: int) -> None:
         self._profiles = profiles
         self._memory = memory
         self._most_running = most_running
-        self._pool_bytes: dict[tuple[tuple[str, int], ...], int] = {}  # by what is resident
+        self._pool_bytes: dict[tuple[tuple[str, int], ...], int] = {}  # pool bytes by resident layers
         self.layers: dict[str, int] = {}
 
     @staticmethod
@@ -41,7 +41,7 @@ class Residency:
         return wanted
 
     def missing(self, deployment: Deployment) -> list[Placement]:
-        """Placements that are not loaded deep enough, the active model's first."""
+        """Placements that are not loaded deep enough, the active one first."""
         return [
             Placement(model, layers)
             for model, layers in self.wanted(deployment).items()
@@ -68,7 +68,7 @@ class Residency:
         return found
 
     def pool_blocks(self, layers: Mapping[str, int], active: Placement, rule: ExitRule) -> int:
-        """As many as there is room for; where another card drafts, there too, beside what is drafted."""
+        """KV blocks that there is room for; if another card drafts, on that card too."""
         blocks = self.pool_bytes(layers) // self.block_bytes(active, rule)
         if isinstance(rule, DraftModel) and rule.own_card is not None:
             drafted = self._most_running * (rule.draft_tokens // self._memory.block_tokens + 1)
@@ -79,7 +79,7 @@ class Residency:
         return max(0, blocks)
 
     def block_bytes(self, active: Placement, rule: ExitRule) -> int:
-        """Bytes of a block: of the active model's K and V, and of those of a model that drafts beside it."""
+        """Bytes of a block: K and V of the active model, and of a drafter on the same card."""
         token_bytes = self._profiles[active.model].kv_bytes_per_token(active.layers)
         if isinstance(rule, DraftModel) and rule.own_card is None:
             drafter = self._profiles[rule.drafter]
@@ -94,13 +94,13 @@ class Pending:
     deployment: Deployment
     decided_ns: int
     missing: list[Placement]
-    falls_back: bool = False  # to what was in force, after a load has failed
+    falls_back: bool = False  # it returns to the deployment in force, after a load has failed
 
 
 class Transitions:
     def __init__(self, replica: Replica, on_change: Callable[[], None], wake: Callable[[], None]) -> None:
         self._replica = replica
-        self._on_change = on_change  # a deployment came into force
+        self._on_change = on_change  # called when a deployment comes into force
         self.wake = wake
         profiles = {name: candidate.profile for name, candidate in replica.situation.candidates.items()}
         self.residency = Residency(profiles, replica.situation.memory, replica.situation.max_running_requests)
@@ -108,12 +108,12 @@ class Transitions:
         self._pending: Pending | None = None
         self._transfers = 0
         self._loading_since_ns = 0
-        self._before_load: dict[str, int] = {}  # what was resident when the latest load began
+        self._before_load: dict[str, int] = {}  # resident layers when the latest load began
         self._in_force_since_ns = 0
 
     @property
     def loads(self) -> str | None:
-        """The model whose weights are under way for what is pending."""
+        """The model that is being loaded for the pending deployment."""
         return self._pending.missing[0].model if self._pending is not None and self._pending.missing else None
 
     @property
@@ -126,12 +126,12 @@ class Transitions:
 
     @property
     def falls_back(self) -> bool:
-        """What was in force is loaded again, after a load has failed."""
+        """Whether the deployment in force is being loaded again, after a load has failed."""
         return self._pending is not None and self._pending.falls_back
 
     @property
     def draining(self) -> bool:
-        """Nothing starts while the model is about to change and requests in flight are to finish first."""
+        """Whether no request starts, since the model is about to change and requests in flight finish first."""
         pending, replica = self._pending, self._replica
         return (
             pending is not None
@@ -140,7 +140,7 @@ class Transitions:
         )
 
     def tell_loop(self) -> None:
-        """Writes into the loop's state what a pending change waits for, and what may start meanwhile."""
+        """Write into the loop's state what a pending change waits for, and which requests may start meanwhile."""
         s, pending = self._replica.state, self._pending
         changes = pending is not None and pending.deployment.active.model != self._replica.deployment.active.model
         drains = changes and pending is not None and pending.deployment.in_flight is InFlight.DRAIN
@@ -153,14 +153,14 @@ class Transitions:
         s.awaits_answers = int(pending is not None and not pending.missing)
 
     def start(self, deployment: Deployment) -> None:
-        """The first deployment of a run: loaded before the first request, at no charge."""
+        """Bring the first deployment of a run into force. It is loaded before the first request, at no cost."""
         self._require_fit(deployment)
         self._replica.deployment = deployment
         self._enforce(deployment)
         self._on_change()
 
     def begin(self, deployment: Deployment) -> None:
-        """A decision was taken now; it comes into force here or, after loads and drains, in `advance`."""
+        """Begin a decided deployment. It comes into force here or, after loads and drains, in `advance`."""
         replica = self._replica
         self._require_fit(deployment)
         self._pending = Pending(deployment, replica.now_ns, self._to_load(deployment))
@@ -170,7 +170,7 @@ class Transitions:
         return [] if deployment.instant else self.residency.missing(deployment)
 
     def refused(self, deployment: Deployment) -> tuple[str, str, int] | None:
-        """A model that the deployment has to load and that is not loaded yet again, why, and until when; else None."""
+        """A model that the deployment needs but that failed to load lately, why, and until when it waits; else None."""
         now_ns = self._replica.now_ns
         for placement in self._to_load(deployment):
             until_ns = self.backoff.until_ns(placement.model, now_ns)
@@ -179,11 +179,11 @@ class Transitions:
         return None
 
     def refuse(self, model: str, reason: str) -> Deployment:
-        """Carries out no load of the model: what is in force stays, without the limits of a round, and is returned."""
+        """Keep the deployment in force, without the limits of a round, in place of one that is refused. Returns it."""
         return self._fall_back(f"{model} is not loaded ({reason})")
 
     def advance(self) -> None:
-        """Goes on with the pending deployment as far as it can now."""
+        """Go on with the pending deployment as far as possible now."""
         pending, replica = self._pending, self._replica
         if pending is None or self.loading:
             return
@@ -204,7 +204,7 @@ class Transitions:
         self._activate(pending)
 
     def follow_plan(self) -> None:
-        """The oracle's plan names the model of each request: change to the next one's when nothing is running."""
+        """Change to the model that the oracle's plan names for the next request, if nothing is running."""
         replica = self._replica
         model = replica.first_waiting_model()
         if model is None or replica.running_requests:
@@ -217,7 +217,7 @@ class Transitions:
             self._enforce(replica.deployment)
 
     def transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        """Copies a model's weights into the card while serving goes on; `on_done` runs when they are there."""
+        """Copy a model's weights to the card while serving goes on. `on_done` is called when they are there."""
         replica = self._replica
         if not self._transfers:
             self._loading_since_ns = replica.now_ns
@@ -228,19 +228,19 @@ class Transitions:
             on_done()
             self.wake()
 
-        # Layers that come late keep half of the link meanwhile.
+        # Late layers keep half of the link meanwhile.
         share = 1 if replica.deployment.active.resident_layers is None else 2
         replica.engine.start_transfer(share * n_bytes, model, done)
         self.wake()
 
     def load_again(self, on_done: Callable[[], None]) -> None:
-        """Loads all that is resident anew, one model after the other, after `engine.free`."""
+        """Load all resident layers again, one model after the other, after `engine.free`."""
         waiting = list(self.residency.layers)
         self._replica.engine.hold(self.residency.layers)
 
         def load_next() -> None:
             if not waiting:
-                self._replica.enforce()  # an engine may have found less room for requests
+                self._replica.enforce()  # the engine may have less room for requests now
                 on_done()
                 return
             model = waiting.pop(0)
@@ -249,10 +249,10 @@ class Transitions:
         load_next()
 
     def give_up(self, reason: str, again: bool) -> tuple[str, Deployment] | None:
-        """The weights under way will not come: what is in force stays, without the limits of a round.
+        """Handle a failed load: the deployment in force stays, without the limits of a round.
 
-        Returns the model and what stays. What has left memory to make room is loaded again; where that fails too, it is
-        tried once more (`again`, then None is returned), or UserError is raised.
+        Returns the model and that deployment. Weights that were freed to make room are loaded again. If that fails too,
+        it is tried once more with `again` (and None is returned); else UserError is raised.
         """
         pending = self._pending
         self.lose_transfer()
@@ -278,12 +278,12 @@ class Transitions:
         return fallback
 
     def lose_transfer(self) -> None:
-        """What was under way is not there."""
+        """Note that the weights of the transfer in progress are lost."""
         self._transfer_ended()
         self.wake()
 
     def close(self) -> None:
-        """The run ends: closes the books on the deployment in force."""
+        """End the accounting of the deployment in force, at the end of the run."""
         self._end_evaluation(self._replica.deployment, int(self._replica.state.acted_ns))
 
     def _transfer_ended(self) -> None:
@@ -302,7 +302,7 @@ class Transitions:
         del self._pending.missing[0]
 
     def _make_room(self, deployment: Deployment, placement: Placement) -> bool:
-        """Shrinks the KV pool so that the placement fits beside what is resident. False: more has to drain first."""
+        """Shrink the KV pool so that the placement fits into memory. Returns False if more must drain first."""
         replica, residency = self._replica, self.residency
         active = replica.deployment.active
         both = residency.with_placement(placement)
@@ -312,7 +312,7 @@ class Transitions:
             return False
         replica.preempt_until(blocks)
         if residency.pool_bytes(both) < 0:
-            # Nothing runs any more: only what the new deployment keeps stays resident, the old weights leave first.
+            # Nothing runs any more: weights that the new deployment does not keep are freed first.
             wanted = residency.wanted(deployment)
             residency.layers = {m: min(n, wanted[m]) for m, n in residency.layers.items() if m in wanted}
             both = residency.with_placement(placement)
@@ -322,7 +322,7 @@ class Transitions:
         return True
 
     def _blocks_beside(self, placement: Placement) -> int:
-        """KV blocks of the active model that there is room for beside what is resident and this placement."""
+        """KV blocks of the active model that fit beside the resident weights and this placement."""
         now = self._replica.deployment
         return self.residency.pool_blocks(self.residency.with_placement(placement), now.active, now.exit_rule)
 
@@ -349,7 +349,7 @@ class Transitions:
         self._on_change()
 
     def _enforce(self, deployment: Deployment) -> None:
-        """Memory and admission as the deployment wants them."""
+        """Set memory and admission as the deployment wants them."""
         replica, residency = self._replica, self.residency
         residency.layers = residency.wanted(deployment)
         active = deployment.active
@@ -365,7 +365,7 @@ class Transitions:
             replica.engine.lay_beside(active.model, drafter[0])
         self._weigh(residency.layers, for_good=not deployment.triggers)
         replica.state.starts_left = NEVER if deployment.admit_limit is None else deployment.admit_limit
-        replica.enforce()  # an engine may have found its room for requests only now
+        replica.enforce()  # the engine may know its room for requests only now
 
     def _weigh(self, layers: dict[str, int], for_good: bool = False) -> None:
         self._replica.engine.hold(layers, for_good)
@@ -390,6 +390,6 @@ class Transitions:
 
 
 def _drafter(deployment: Deployment) -> tuple[str, bool, tuple[str, ...]] | None:
-    """The other model that drafts, whether on a card of its own, and those that draft beside it."""
+    """The other model that drafts, whether it has its own card, and the models that draft beside it."""
     rule = deployment.exit_rule
     return (rule.drafter, rule.own_card is not None, rule.fused_with) if isinstance(rule, DraftModel) else None

@@ -1,4 +1,4 @@
-"""When the turns of one replica's server come on SimPy's clock: the server waits, and others wake it."""
+"""The turns of one replica's server on SimPy's clock: the server waits, and others wake it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Turns:
         self._env = env
         self._priority = EventPriority(SERVER_PRIORITY + replica)
         self._idle: Event | None = None
-        self.woken = False  # since it was last asked
+        self.woken = False  # whether the server was woken since this was reset
 
     def at(self, time_ns: int) -> Event:
-        """Waits until then, whatever happens meanwhile."""
+        """An event at `time_ns`, whatever happens meanwhile."""
         event = self._env.event()
         self._trigger(event, time_ns - int(self._env.now))
         return event
 
     def told(self) -> tuple[Event, Callable[[Any], None]]:
-        """What waits until somebody tells it a value, and how to tell it."""
+        """Return an event, and the function that triggers it with a value."""
         event = self._env.event()
         return event, lambda value: self._trigger(event, 0, value)
 
     def idle(self, alarm_ns: int | None) -> Generator[Event, Any, None]:
-        """Waits until somebody wakes the server, at the latest at the alarm."""
+        """Wait until the server is woken, at the latest until the alarm."""
         self._idle = idle = self._env.event()
         if alarm_ns is not None:
             alarm = self._env.timeout(alarm_ns - self._env.now)
@@ -39,7 +39,7 @@ class Turns:
             alarm.callbacks.append(lambda _: self.wake_idle() if self._idle is idle else None)
         try:
             yield idle
-        finally:  # it may be interrupted
+        finally:  # the process may be interrupted
             self._idle = None
 
     @property
@@ -48,17 +48,17 @@ class Turns:
         return self._idle is not None and not self._idle.triggered
 
     def wake(self) -> None:
-        """Something acted on this replica: an idle server takes a turn now, a busy one after its iteration."""
+        """Give the server a turn: now if it is idle, else after its iteration."""
         self.woken = True
         self.wake_idle()
 
     def wake_idle(self) -> None:
-        """An idle server takes a turn now; a busy one looks after its iteration anyway."""
+        """Give an idle server a turn now. A busy one takes a turn after its iteration anyway."""
         if self._idle is not None and not self._idle.triggered:
             self._trigger(self._idle, 0)
 
     def _trigger(self, event: Event, delay_ns: int, value: Any = None) -> None:
-        """With this server's priority, which SimPy's timeouts do not take."""
+        """Trigger an event with this server's priority, which SimPy's timeouts cannot have."""
         event._ok = True
         event._value = value
         self._env.schedule(event, self._priority, delay_ns)
