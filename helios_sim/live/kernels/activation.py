@@ -16,7 +16,7 @@ NUMBER = {"silu": SILU, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 @triton.jit
 def activated_values(x, ACT: tl.constexpr):
-    """The activation number ACT of x in float32."""
+    """Apply the activation with the number ACT to x, in float32."""
     if ACT == 0:
         x = x / (1.0 + tl.exp(-x))
     elif ACT == 1:
@@ -44,7 +44,7 @@ def activate_rows(inner, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLO
 
 
 def activate(inner: Tensor, activation: str, gated: bool) -> Tensor:
-    """inner (N, 2 width), gate first, or (N, width) without a gate -> (N, width), rounded once."""
+    """Activate inner (N, 2 width), gate first, or (N, width) without a gate -> (N, width), rounded once."""
     rows, width = inner.shape[0], inner.shape[1] // (2 if gated else 1)
     out = torch.empty((rows, width), dtype=inner.dtype, device=inner.device)
     launch(

@@ -1,13 +1,13 @@
-"""Attention of one new token for each of N requests over the slots of a KV cache, each as long as it is.
+"""Attention of one new token for each of N requests over the slots of a KV cache, each up to its own length.
 
 The context of a request is divided into splits, which different programs read at the same time (split KV, as in
-FlashDecoding); `decode_merge` joins what they found. A program of the first split also turns the new key to its
+FlashDecoding); `decode_merge` joins their results. A program of the first split also rotates the new key to its
 position, writes the new K and V into the cache, and uses them from its registers. Lengths are read on the card, so one
-captured graph serves all lengths, and no byte of K or V is read that belongs to no token of the request.
+captured graph serves all lengths, and only K and V of the request's own tokens are read.
 
-Several rows may be tokens of one request, of which later ones see earlier ones, and programs run in any order. Where
-contexts are divided, the first launch reads of a request what lies before its first row, and `merge_later`, by which
-time K and V of all rows are written, reads the rest. Where they are not, K and V are written by a launch before.
+Several rows may be tokens of one request. Later tokens see earlier ones, but programs run in any order. If contexts are
+divided, the first launch reads the tokens before the request's first row, and `merge_later` reads the rest, when K and
+V of all rows are written. If contexts are not divided, an earlier launch writes K and V.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from helios_sim.live.kernels.launch import cores, launch, power_of_two
 from helios_sim.live.kernels.turn import turned_rows, write
 
 MOST_SPLITS = 32
-MOST_REGISTERS = 128  # of a thread; where it is not said, ptxas takes fewer, and spills a few
-PROGRAMS_PER_CORE = 4  # wanted at once, for enough bytes under way
+MOST_REGISTERS = 128  # of a thread; by default ptxas takes fewer, and spills a few
+PROGRAMS_PER_CORE = 4  # wanted at once, to keep enough bytes in flight
 TILE = 16  # the least rows of a product on tensor cores
-LATER = 8  # tokens that a program of `merge_later` reads at a time: there are few
+LATER = 8  # tokens that a program of `merge_later` reads at a time; few are left for it
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def decode_split(
     BLOCK: tl.constexpr, DIRECT: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
     LATER: tl.constexpr,
 ):  # fmt: skip
-    """One program for a request, a KV head and a split. Slot -1 is padding: nothing is read or written. A slot s as
-    -2 - s is only written: no token is read, and what comes out is zeros.
+    """One program for a request, a KV head and a split. Slot -1 is padding: nothing is read or written. A slot s given
+    as -2 - s is only written: no token is read, and the output is zeros.
 
     q (N, HEADS, D), k and v (N, KV, D), with rows that may be apart; angles (tokens, D): cosines, then sines;
     keys and values (slots, KV, tokens, D); part (N, HEADS, splits, D) and sums (N, HEADS, splits, 2) in float32: the
     weighted sum of values, the largest score and the sum of weights. DIRECT: there is one split, and `out`
-    (N, HEADS, D) is written in their place. LATER: of the request's tokens those from firsts (N,) on are left to
-    `merge_later`, but for the row's own, and `out` gets the query as it is turned.
+    (N, HEADS, D) is written in their place. LATER: the request's tokens from firsts (N,) on, except the row's own, are
+    left to `merge_later`, and `out` gets the rotated query.
     """
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)
@@ -151,7 +151,10 @@ def merge_later(
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The same, with what `decode_split` left of the request. out (N, HEADS, D) holds the turned query before."""
+    """One program for a head of a request: `decode_merge`, with the tokens that `decode_split` left out.
+
+    out (N, HEADS, D) holds the rotated query at first.
+    """
     row, of_row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.where(slot >= 0, tl.load(positions + row), 0).to(tl.int32)
@@ -192,7 +195,7 @@ class Tiling:
 
     splits: int
     block: int  # tokens
-    group: int  # query heads of a KV head, as rows of a product; 1: there is one, and no product
+    group: int  # query heads of a KV head, as rows of a product; 1 for one head, without a product
     warps: int
 
 
@@ -216,10 +219,10 @@ def decode(
     """Write the new k and v (N, kv_heads, D) into the cache and attend with q (N, heads, D) -> (N, heads x D).
 
     Request i is in slots[i] (-1: padding; -2 - s: slot s, k and v are written and nothing is read) and has positions[i]
-    tokens in the cache already. `angles` (tokens, D) in
-    float32 holds cosines and sines (D / 2 each) by which q and k are turned; None: they are turned already. `norms`:
-    weights of q's and k's RMSNorm before that, and its eps. `window`: a token sees itself and window - 1 before it.
-    `firsts` (N,): rows may be of one request, whose first row has this position; no slot is below -1 then.
+    tokens in the cache already. `angles` (tokens, D) in float32 holds cosines and sines (D / 2 each) that rotate q and
+    k; None if they are rotated already. `norms`: weights of q's and k's RMSNorm before that, and its eps. `window`: a
+    token sees itself and window - 1 before it. `firsts` (N,): the first position among the rows of the same request, if
+    several rows may be of one request; no slot is below -1 then.
     """
     rows, heads, width = q.shape
     _, kv_heads, tokens, _ = keys.shape

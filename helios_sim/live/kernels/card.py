@@ -1,6 +1,6 @@
-"""The operations of a layer by Triton kernels, on a card. Large products are the libraries' of torch.
+"""The operations of a layer by Triton kernels, on a card. Large products are left to torch's libraries.
 
-Kernels have no gradients: what is trained goes through torch's operations.
+Kernels have no gradients, so training goes through torch's operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from helios_sim.live.model.architecture import Architecture
 
 
 class TritonKernels:
-    """Each operation by a kernel of its own; up to 4 rows, sum, norm, product and activation together."""
+    """One Triton kernel per operation; for up to 4 rows, one for sum, norm, product and activation together."""
 
     name = "triton"
     any_lengths = True
@@ -68,7 +68,7 @@ class TritonKernels:
 
 
 class FlashInferKernels(TritonKernels):
-    """The same, but for attention of captured decodes, which is FlashInfer's."""
+    """Triton kernels, with FlashInfer for the attention of captured decodes."""
 
     name = "flashinfer"
     page_tokens = 16

@@ -1,4 +1,4 @@
-"""Which kernels a device computes with."""
+"""Choice of the kernels that a device computes with."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from helios_sim.errors import UserError
 from helios_sim.live.kernels.interface import TORCH, Kernels
 
-_FAULTS: dict[torch.device, str | None] = {}  # by card, what was found when the kernels first ran there
-LEAST_CAPABILITY = (8, 0)  # of a card: bfloat16 on tensor cores
+_FAULTS: dict[torch.device, str | None] = {}  # what the kernels lacked when they first ran, by card
+LEAST_CAPABILITY = (8, 0)  # of a card, for bfloat16 on tensor cores
 
 
 def kernels_for(device: torch.device, wanted: str | None = None) -> Kernels:
-    """Those that are wanted; without a wish Triton's on a card that can run them, else torch's.
+    """Return the wanted kernels; by default Triton's on a card that can run them, else torch's.
 
-    Raises UserError for Triton's, and FlashInfer's beside them, where they cannot run. Triton interprets its kernels on
-    a CPU where the environment has TRITON_INTERPRET=1, for tests.
+    Raises UserError for Triton's or FlashInfer's if they cannot run. For tests, Triton interprets its kernels on a CPU
+    if the environment has TRITON_INTERPRET=1.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     lacking = None
@@ -52,7 +52,7 @@ def _lacking_of_flashinfer(device: torch.device) -> str | None:
 
 
 def _lacking_to_build() -> str | None:
-    """Of what Triton compiles its launcher with at the first launch on a host, the first thing that is not there."""
+    """The first missing thing of those that Triton needs to compile its launcher on this host; None if all exist."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc, clang, or one named by CC)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -61,7 +61,7 @@ def _lacking_to_build() -> str | None:
 
 
 def _tried(device: torch.device) -> str | None:
-    """What they lack when they run on the card for the first time."""
+    """What the kernels lack on this card, found by running them once; it is noted in `_FAULTS`."""
     from helios_sim.live.kernels.first_contact import fault
 
     _FAULTS[device] = found = fault(device)
@@ -69,7 +69,7 @@ def _tried(device: torch.device) -> str | None:
 
 
 def described(kernels: Kernels) -> str:
-    """What computes a decode step, for people."""
+    """Describe what computes a decode step, for people."""
     if kernels.name == "torch":
         lacking = _lacking_to_build() or next((found for found in _FAULTS.values() if found is not None), None)
         return "decode steps by torch's operations" + (f"; Triton's kernels need {lacking}" if lacking else "")

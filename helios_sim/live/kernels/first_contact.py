@@ -1,7 +1,7 @@
-"""Whether the project's kernels compute on this very card what torch computes, asked before anything is measured.
+"""Check that the project's kernels compute on this very card what torch computes, before anything is measured.
 
-One layer and a head go through them. At the first launch on a host Triton compiles, builds its launcher and looks for
-the driver's library: what stands in its way there is found as well.
+One layer and a head run through them. At the first launch on a host Triton compiles, builds its launcher and looks for
+the driver's library, so obstacles to that are found as well.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from helios_sim.live.kernels.interface import TORCH, Kernels
 from helios_sim.live.model.architecture import Architecture
 
-BATCHES = (2, 6)  # products by the project's kernels, and by the library
-POSITIONS = (150, 1, 63, 64, 200, 97)  # tokens in the cache, whose contexts are divided
+BATCHES = (2, 6)  # one with products by the project's kernels, one by the library
+POSITIONS = (150, 1, 63, 64, 200, 97)  # tokens in the cache, enough to divide contexts into splits
 SLOTS = (5, 1, 7, 0, 3, 6)
-TOKENS = 256  # of a slot
-WORDS = 5000  # which the look at the logits divides into parts
-MOST_ERROR = 0.05  # of a row, by its length: bfloat16's is 0.005, that of a wrong kernel about 1
+TOKENS = 256  # in a slot
+WORDS = 5000  # enough for the head's kernel to divide the vocabulary into parts
+MOST_ERROR = 0.05  # of a row, relative to its norm: bfloat16's is 0.005, a wrong kernel's about 1
 _SHAPE = Architecture(
     family="llama", n_layers=1, d_model=256, n_heads=8, n_kv_heads=2, head_dim=64, d_ff=512, vocab_size=WORDS,
     max_context_tokens=TOKENS, norm_eps=1e-5, activation="silu", tied_embeddings=False, attention_scale=0.125,
@@ -28,7 +28,7 @@ _SHAPE = Architecture(
 
 @cache
 def fault(device: torch.device) -> str | None:
-    """What the kernels lack on this card, in a few words; None: nothing."""
+    """What the kernels lack on this card, in a few words; None if they work."""
     from helios_sim.live.kernels.card import TRITON
 
     try:
@@ -44,7 +44,7 @@ def fault(device: torch.device) -> str | None:
 
 @torch.inference_mode()
 def largest_error(kernels: Kernels, device: torch.device, batch: int) -> float:
-    """The largest error of a row in bfloat16 beside torch's in float32, by the row's length. NaN counts as 1."""
+    """The largest error of a row in bfloat16 against torch in float32, relative to the row's norm. NaN counts as 1."""
     drawn = torch.Generator(device).manual_seed(0)
 
     def values(*shape: int) -> Tensor:
@@ -64,7 +64,7 @@ def _through(
     kernels: Kernels, hidden: Tensor, norm: Tensor, qkv: Tensor, out: Tensor, mlp_in: Tensor, mlp_out: Tensor,
     head: Tensor, cached: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """What attention gives, the layer's states, the written keys and values, logits, and the largest, a row each."""
+    """Run a layer and the head. Returns rows of attention, states, written K and V, logits and the largest logit."""
     a, on, n = _SHAPE, hidden.device, len(hidden)
     at, positions = torch.tensor(SLOTS[:n], device=on), torch.tensor(POSITIONS[:n], device=on)
     half = a.head_dim // 2
@@ -74,7 +74,7 @@ def _through(
     _, inner = kernels.enter(a, hidden, None, None, norm, None, qkv, None, mlp=False)
     q, k, v = inner.view(n, -1, a.head_dim).split((a.n_heads, a.n_kv_heads, a.n_kv_heads), 1)
     if kernels.any_lengths:
-        from helios_sim.live.kernels.attention import decode  # which imports Triton
+        from helios_sim.live.kernels.attention import decode  # imports Triton
 
         mixed = decode(q, k, v, keys, values, at, positions, a.attention_scale, angles)
     else:
@@ -91,7 +91,7 @@ def _through(
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, angles: Tensor, n: int) -> Tensor:
-    """Attention as it is defined, one request after the other."""
+    """Attention by its definition, one request after the other."""
     found, shared = [], _SHAPE.n_heads // _SHAPE.n_kv_heads
     for i, (slot, position) in enumerate(zip(SLOTS[:n], POSITIONS[:n], strict=True)):
         cos, sin = angles[position].chunk(2)

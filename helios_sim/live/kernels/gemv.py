@@ -1,7 +1,7 @@
-"""Products of 1 to 4 rows with a weight matrix, the norm before it or the activation after it in the same launch.
+"""Products of 1 to 4 rows with a weight matrix, with the norm before or the activation after in the same launch.
 
-With so few rows a product is as fast as its weights are read, and every launch beside it is time in which none are
-read. Every program of `norm_gemv` computes the sum and the norm of the whole rows anew, from the second-level cache.
+With so few rows, the time of a product is the time to read its weights, and during any other launch none are read.
+Every program of `norm_gemv` computes the sum and the norm of the whole rows anew, from the second-level cache.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from helios_sim.live.kernels.activation import NUMBER, activated_values
 from helios_sim.live.kernels.launch import MOST_ROWS, cores, launch, power_of_two
 from helios_sim.live.kernels.norms import normed_rows
 
-MOST_VALUES = 16384  # of all rows, which each program of `norm_gemv` holds in registers
+MOST_VALUES = 16384  # of all rows together; each program of `norm_gemv` holds them in registers
 MOST_WIDTH = 4096  # of several rows: beyond it registers spill on an A100
 MOST_REGISTERS = 128  # of a thread; without it ptxas takes fewer for an A100, and spills a few
-NORMED_OUTPUTS = 16  # of one program of `norm_gemv` at most: each computes the norm of all rows
+NORMED_OUTPUTS = 16  # most of one program of `norm_gemv`, since each computes the norm of all rows
 SUMMED = 8192  # weights that a program of `gemv` multiplies at a time, divided by the rows
-OUTPUTS = 4  # of one program of `gemv`, and of `norm_gemv` at least
+OUTPUTS = 4  # of one program of `gemv`, and least of one of `norm_gemv`
 PROGRAMS_PER_CORE = 2  # wanted of `norm_gemv`, as long as a program has more outputs than the least
 
 
@@ -34,8 +34,7 @@ def norm_gemv(
     """total = hidden + (norm of) delta (N, width); out = act(norm(total) weight^T + bias) (N, outputs).
 
     weight (outputs, width); GATED: (2 outputs, width), gate first, and out is act(gate) * up. ACT below 0: none.
-    FROZEN: of rows with a slot (N,) below 0 total is hidden; where all are such rows, and not NEEDED, out is not
-    computed.
+    FROZEN: in rows with a slot (N,) below 0, total is hidden; if all rows are such, out is not computed unless NEEDED.
     """
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (r < N) & (c < width)
@@ -83,7 +82,7 @@ def gemv(
 ):  # fmt: skip
     """out = x weight^T + bias: x (N, width), rows `x_row` apart, weight (outputs, width), out (N, outputs).
 
-    FROZEN: where all rows have a slot (N,) below 0, no weight is read.
+    FROZEN: if all rows have a slot (N,) below 0, no weight is read.
     """
     m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     r, c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -107,7 +106,7 @@ def gemv(
 def outputs_each(outputs: int, on_cores: int) -> int:
     """How many outputs a program of `norm_gemv` computes.
 
-    A narrow model is divided by its outputs and not along a sum: no second launch joins parts, and no order of
+    A narrow model is divided by its outputs and not along a sum, so no second launch has to join parts, and no order of
     additions depends on which program comes first.
     """
     each = NORMED_OUTPUTS
@@ -127,9 +126,9 @@ def normed_product(
     weight: Tensor, bias: Tensor | None, activation: str | None, gated: bool, slots: Tensor | None = None,
     needed: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """hidden + delta (N, width), and what `weight` and the activation make of its norm (N, outputs).
+    """Return hidden + delta (N, width), and its norm times weight^T, through the activation if any (N, outputs).
 
-    `slots` (N,): rows with one below 0 get no delta; unless `needed`, nothing is multiplied where all are such rows.
+    `slots` (N,): rows with a slot below 0 get no delta; if all rows are such, nothing is multiplied unless `needed`.
     """
     rows, width = hidden.shape
     outputs = weight.shape[0] // (2 if gated else 1)
@@ -150,9 +149,9 @@ def normed_product(
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
-    """x (N, width) times weight^T, plus the bias -> (N, outputs), for at most `MOST_ROWS` rows.
+    """Return x (N, width) times weight^T, plus the bias -> (N, outputs), for at most `MOST_ROWS` rows.
 
-    `slots` (N,): where all rows have one below 0, nothing is multiplied.
+    `slots` (N,): if all rows have a slot below 0, nothing is multiplied.
     """
     rows, width = x.shape
     outputs = weight.shape[0]

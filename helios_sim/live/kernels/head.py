@@ -1,6 +1,6 @@
-"""What the logits say: the likeliest token and how sure the model is of it, without the logits leaving the card.
+"""The likeliest token and the model's confidence in it, from logits that never leave the card.
 
-The vocabulary is divided into parts, whose largest logits and sums of exponentials `join_parts` joins.
+The vocabulary is divided into parts. `join_parts` joins their largest logits and sums of exponentials.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from helios_sim.live.kernels.launch import launch, power_of_two
 
 BLOCK = 4096
-MEASURES = {"max_probability": 0, "margin": 1, "entropy": 2}  # of a confidence: the number of `join_parts`
+MEASURES = {"max_probability": 0, "margin": 1, "entropy": 2}  # number of each confidence in `join_parts`
 FIGURES = 5  # of a part: largest, second largest, place of the largest, sum of exponentials, their sum times logits
 
 
@@ -46,8 +46,8 @@ def join_parts(
 ):
     """One program for a row: parts (N, count, FIGURES) -> tokens, the largest logit and the confidence, each (N,).
 
-    The largest logit is NaN where a logit is NaN or plus infinity. MEASURE: 0 the largest probability, 1 the largest
-    less the second largest, 2 one minus the entropy's share of the largest there can be.
+    The largest logit is NaN if any logit is NaN or plus infinity. MEASURE: 0 for the largest probability, 1 for the
+    largest minus the second largest, 2 for one minus the entropy over the largest possible entropy.
     """
     row = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, PARTS)

@@ -1,7 +1,7 @@
-"""What a layer and its head ask for, and torch's operations as the reference and fall-back.
+"""Interface of the kernels for a layer and its head, with torch's operations as the reference and fallback.
 
-A layer adds to the residual stream what the one before it gave, so that a sum, the norm that follows and the product
-after that can be one kernel. `TorchKernels` does what the models are defined by, operation by operation.
+A layer adds the output of the layer before it to the residual stream, so that the sum, the norm that follows and the
+product after that can be one kernel. `TorchKernels` follows the models' definition, operation by operation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # A CPU's products take whole tiles of rows. Fewer, but more than one, take longer than a tile: the head of
 # SmolLM2-135M in float32 11, 23, 35 and 18 ms for 1 to 4 rows (one thread of a Xeon), its layers 38, 58, 67 and 50 ms.
 CPU_TILE_ROWS = 4
-UNKNOWN = -1.0  # in place of a recorded answer: the card's own counts
+UNKNOWN = -1.0  # no recorded answer, so the card's own counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class Inside:
 
     now: Tensor  # (N,) slots; -2 - slot of rows that have left, -1 of padding
     was_sure: Tensor  # (N,) int64: 1 once a row was confident at some exit
-    said: Tensor  # (4, N) float64: of rows that have left the token, the largest logit and the depth; 1 for a breach
+    said: Tensor  # (4, N) float64: token, largest logit and depth of rows that have left; 1 for a breach
 
 
 class Kernels(Protocol):
-    """The operations of a layer beside attention. N rows; a norm's `bias` is None in families without biases."""
+    """The operations of a layer except attention, on N rows. A norm's bias is None in families without biases."""
 
     name: str
-    any_lengths: bool  # whether attention of decodes reads slots in any order, each request as long as it is
-    page_tokens: int  # 0, or attention of captured decodes is planned over pages of so many tokens (`memory/paged.py`)
+    any_lengths: bool  # whether attention of decodes reads slots in any order, each up to its own length
+    page_tokens: int  # of a page, if captured decodes attend by plans over pages (`memory/paged.py`); else 0
 
     def enter(
         self, a: Architecture, hidden: Tensor, delta: Tensor | None, post: Tensor | None, norm: Tensor,
@@ -53,18 +53,18 @@ class Kernels(Protocol):
         """The sum of `hidden` and `delta` (N, d_model), and the product of its norm with `weight`.
 
         `post`: the norm of `delta` before the sum. `mlp`: the product goes through the activation and its gate.
-        `slots` (N,): to rows with a slot below 0 nothing is added, and their product after an MLP's norm means nothing.
+        `slots` (N,): nothing is added to rows with a slot below 0, and with `mlp` their product is undefined.
         """
         ...
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None) -> Tensor:
-        """x (N, in) through weight (out, in) -> (N, out). Of rows with a slot below 0 it may mean nothing."""
+        """Multiply x (N, in) by weight (out, in) -> (N, out). Rows with a slot below 0 may be undefined."""
         ...
 
     def add(
         self, a: Architecture, hidden: Tensor, delta: Tensor, post: Tensor | None, slots: Tensor | None = None
     ) -> Tensor:
-        """The sum of `hidden` and `delta`, both (N, d_model); `hidden` in rows with a slot below 0."""
+        """The sum of `hidden` and `delta`, both (N, d_model); `hidden` alone in rows with a slot below 0."""
         ...
 
     def logits(self, a: Architecture, hidden: Tensor, norm: Tensor, norm_bias: Tensor | None, head: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class Kernels(Protocol):
         ...
 
     def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Of logits (N, vocab) over a temperature the likeliest tokens, the largest, and the confidence, each (N,).
+        """Return likeliest tokens, largest logits and confidences, (N,) each, of logits (N, vocab) over a temperature.
 
-        None for a measure that has no kernel. Without a measure the confidence means nothing.
+        None for a measure that has no kernel. Without a measure the confidence is undefined.
         """
         ...
 
@@ -84,15 +84,16 @@ class Kernels(Protocol):
     ) -> None:  # fmt: skip
         """Decide which rows leave after `depth` layers, and note what they leave with.
 
-        `sure` (N,): confidences, compared with `threshold` (N,); None: all leave. `recorded` (N,): 1 or 0 where a trace
-        says in their place whether a row is sure, else `UNKNOWN`. `look`: tokens and largest logits of the head (N,).
-        `lazy`: all leave together, once each was sure. `last`: all leave, and who was never sure is a breach.
+        `sure` (N,): confidences, compared with `threshold` (N,); if None, all rows leave. `recorded` (N,): 1 or 0 if a
+        trace says instead whether the row is confident, else `UNKNOWN`. `look`: tokens and largest logits of the head
+        (N,). `lazy`: all rows leave together, once each was confident. `last`: all rows leave, and a row that was never
+        confident is a breach.
         """
         ...
 
 
 class TorchKernels:
-    """Each operation by torch."""
+    """Torch's operations, one after the other."""
 
     name = "torch"
     any_lengths = False
@@ -120,7 +121,7 @@ class TorchKernels:
         return linear(normed(a, hidden, norm, norm_bias), head)
 
     def look_at(self, logits: Tensor, measure: str | None, temperature: float) -> None:
-        """Nothing: `exits.rule.MEASURES` are computed as they are written."""
+        """Return None, so that `exits.rule.MEASURES` are computed as they are written."""
 
     def leave(
         self, rows: Inside, depth: int, sure: Tensor | None, look: tuple[Tensor, Tensor] | None, threshold: Tensor,
@@ -152,9 +153,9 @@ TORCH = TorchKernels()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, in) through weight (out, in) -> (N, out).
+    """Multiply x (N, in) by weight (out, in) -> (N, out).
 
-    On a CPU two and three rows of float32 are multiplied as four, the others of zeros.
+    On a CPU, two or three rows of float32 are padded with zeros to four.
     """
     rows = len(x)
     if 1 < rows < CPU_TILE_ROWS and x.dtype is torch.float32 and x.device.type == "cpu":

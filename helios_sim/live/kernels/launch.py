@@ -1,4 +1,4 @@
-"""How a kernel is launched: in one place, where tests count launches."""
+"""Launch of kernels, in one place so that tests can count launches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 MOST_ROWS = 4  # of a product by the project's own kernels
-CORES = 132  # multiprocessors of a card that is not asked, as on an H100 or H200
+CORES = 132  # multiprocessors to assume without a card: those of an H100 or H200
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
-    """Launch a kernel with these arguments: tensors and numbers first, then what it is compiled for."""
+    """Launch a kernel with these arguments: tensors and numbers first, then its compile-time constants."""
     kernel[grid](*given, **constants)
 
 

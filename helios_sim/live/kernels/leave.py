@@ -1,4 +1,4 @@
-"""Which rows of a captured pass leave at an exit, decided on the card in one launch."""
+"""Decision on the card, in one launch, which rows of a captured pass leave at an exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def leave_rows(
     HEAD: tl.constexpr, ASKS: tl.constexpr, LAZY: tl.constexpr, LAST: tl.constexpr, NONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for all rows: `TorchKernels.leave`. said (4, rows): token, largest logit, depth, breach."""
+    """One program for all rows, equal to `TorchKernels.leave`. said (4, rows): token, largest logit, depth, breach."""
     i = tl.arange(0, BLOCK)
     there = i < rows
     slot = tl.load(now + i, mask=there, other=-1)
@@ -45,7 +45,7 @@ def leave(
     rows: Inside, depth: int, sure: Tensor | None, look: tuple[Tensor, Tensor] | None, threshold: Tensor,
     recorded: Tensor, lazy: bool, last: bool,
 ) -> None:  # fmt: skip
-    """As `interface.Kernels.leave`."""
+    """Implement `interface.Kernels.leave`."""
     tokens, best = (rows.now, threshold) if look is None else look
     launch(
         leave_rows, (1,), threshold if sure is None else sure.contiguous(), tokens, best, threshold, recorded, rows.now,

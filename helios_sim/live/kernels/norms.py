@@ -29,7 +29,7 @@ def add_norm_rows(
 ):  # fmt: skip
     """One program for a row: total = hidden + (norm of) delta, normed = norm(total), all (N, width).
 
-    FROZEN: of rows with a slot (N,) below 0 total is hidden.
+    FROZEN: in rows with a slot (N,) below 0, total is hidden.
     """
     row = tl.program_id(0).to(tl.int64) * width
     c = tl.arange(0, BLOCK)[None, :]
@@ -58,10 +58,10 @@ def add_norm(
     hidden: Tensor, delta: Tensor | None, post: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """hidden + delta, and its norm, both (N, width); either alone if `weight` or `delta` is None.
+    """Return hidden + delta, and its norm, both (N, width); either alone if `weight` or `delta` is None.
 
     `post`: weights of an RMSNorm of delta before the sum. `bias`: the norm is LayerNorm. The sum is rounded to the
-    dtype before it is normed, as the residual stream is. `slots` (N,): rows with one below 0 get no delta.
+    dtype before it is normed, as the residual stream is. `slots` (N,): rows with a slot below 0 get no delta.
     """
     rows, width = hidden.shape
     total = hidden if delta is None else torch.empty_like(hidden)

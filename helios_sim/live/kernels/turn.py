@@ -1,6 +1,6 @@
-"""What comes before attention that is somebody else's: q and k are turned, and k and v are written into the cache.
+"""Steps before attention by another library: q and k are rotated (RoPE), and k and v are written into the cache.
 
-k and v are written alone where tokens left early, in the layers above, and where rows of one request attend next.
+k and v alone are written for tokens that left early, in the layers above, and before rows of one request attend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def turned_rows(
     x, partner, weight, turned_weight, angles, position, d, eps, HALF: tl.constexpr, NORM: tl.constexpr,
     ROPE: tl.constexpr, to: tl.constexpr,
 ):  # fmt: skip
-    """Rows of heads (…, D) in float32, normed and turned to a position, in the numbers of dtype `to`.
+    """Norm rows of heads (…, D) in float32 and rotate them to a position; the result has dtype `to`.
 
     `partner` holds for each dimension the other one of its pair.
     """
@@ -82,8 +82,10 @@ def turn_and_write(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
     angles: Tensor | None = None, norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """q (N, heads, D), normed and turned. k and v (N, kv_heads, D) are written as by `attention.decode`, which has
-    these arguments; slot -1 is padding, and -2 - s is slot s here too."""
+    """Norm and rotate q (N, heads, D), and return it. Write k and v (N, kv_heads, D) as `attention.decode` does.
+
+    The arguments are those of `attention.decode`; slot -1 is padding, and -2 - s is slot s here too.
+    """
     rows, heads, width = q.shape
     kv_heads = keys.shape[1]
     out = q.new_empty((rows, heads, width))
@@ -101,7 +103,7 @@ def write(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, angles: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
 ) -> None:  # fmt: skip
-    """k (N, kv_heads, D), normed and turned, and v are written, as by `turn_and_write`. `norm`: k's, and its eps."""
+    """Write v, and k (N, kv_heads, D) normed and rotated, as `turn_and_write` does. `norm`: k's weights, and eps."""
     rows, heads, width = k.shape
     of_k, eps = norm or (k, 0.0)
     launch(
