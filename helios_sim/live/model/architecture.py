@@ -22,7 +22,7 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions: pair i turns by position / (divisors[i] theta^(2i / head_dim)); no divisors: all 1."""
+    """Rotary positions: pair i rotates by position / (divisors[i] theta^(2i / head_dim)); divisors default to 1."""
 
     theta: float
     divisors: tuple[float, ...] | None = None
@@ -46,10 +46,10 @@ class Architecture:
     tied_embeddings: bool
     attention_scale: float  # scores are q k times this
     embedding_scale: float = 1.0
-    rope: Rope | None = None  # None: learned positions
-    window_tokens: int | None = None  # layers in `sliding`: a token sees itself and window - 1 before it
+    rope: Rope | None = None  # None for learned positions
+    window_tokens: int | None = None  # in sliding layers, a token sees itself and window - 1 tokens before it
     sliding_rope: Rope | None = None  # rotary positions of the sliding layers
-    sliding: tuple[bool, ...] = ()  # one per layer; empty: no layer slides
+    sliding: tuple[bool, ...] = ()  # one per layer; empty if no layer slides
 
     @property
     def q_width(self) -> int:
@@ -61,7 +61,7 @@ class Architecture:
 
     @property
     def bias(self) -> bool:
-        """LayerNorm and biases everywhere (OPT, GPT-2); the others have RMSNorm."""
+        """Whether the family has LayerNorm and biases everywhere (OPT, GPT-2), rather than RMSNorm."""
         return self.family in ("opt", "gpt2")
 
     @property
@@ -78,7 +78,7 @@ class Architecture:
 
     @property
     def sandwich_norms(self) -> bool:
-        """Gemma-3: a norm after attention and one after the MLP too, and norms of every q and k head."""
+        """Whether there are norms after attention and after the MLP too, and norms of every q and k head (Gemma-3)."""
         return self.family == "gemma3"
 
     def slides(self, layer: int) -> bool:
@@ -170,7 +170,7 @@ def model_spec(architecture: Architecture, name: str, chars_per_token: float, dt
 
 
 def _other_layer_values(a: Architecture) -> int:
-    """What ModelSpec's formula leaves out of a layer: Qwen-2's biases of q, k and v, Gemma-3's further norms."""
+    """Values of a layer that ModelSpec's formula leaves out: Qwen-2's biases of q, k and v, Gemma-3's further norms."""
     shapes = a.layer_shapes()
     parts = () if a.bias else ("qkv_bias", "attention_post_norm", "mlp_post_norm", "q_norm", "k_norm")
     return values({part: shapes[part] for part in parts if part in shapes})

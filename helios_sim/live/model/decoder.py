@@ -43,9 +43,9 @@ class Rotary:
         return [kinds[kind] for kind in self._kind_of_layer]
 
     def tables(self, tokens: int) -> list[Tensor | None]:
-        """By layer, cosines and sines (head_dim / 2 each) of all positions below `tokens`: float32 (tokens, head_dim).
+        """Cosines and sines (head_dim / 2 each) of all positions below `tokens`, one tensor per layer.
 
-        None with learned positions.
+        Each is float32 (tokens, head_dim), or None with learned positions.
         """
         kinds = [None if f is None else self._table(tokens, f) for f in self._frequencies]
         return [kinds[kind] for kind in self._kind_of_layer]
@@ -96,9 +96,9 @@ class Attend(Protocol):
 
 
 class FusedAttend(ABC):
-    """An `Attend` that takes q, k and v as the layer's product gives them, and norms and turns them by itself.
+    """An `Attend` that takes q, k and v as the layer's product gives them, and norms and rotates them by itself.
 
-    `frozen` (N,), if any: rows with a number below 0 keep their hidden states. The layers only write their K and V.
+    `frozen` (N,), if any: rows with a number below 0 keep their hidden states, and layers only write their K and V.
     """
 
     frozen: Tensor | None = None
@@ -120,9 +120,9 @@ def run_layer(
     a: Architecture, w: LayerWeights, layer: int, hidden: Tensor, delta: Tensor | None, post: Tensor | None,
     attend: Attend | FusedAttend, kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run one layer: what came before it and what it adds to that, (N, d_model) each.
+    """Run one layer. Returns hidden states, and the MLP's output that is still to be added, (N, d_model) each.
 
-    `delta`: what the layer before this one adds to `hidden`, after its norm `post`; None: nothing.
+    `delta`: output of the layer before, still to be added to `hidden` after its norm `post`; None for nothing.
     """
     frozen = attend.frozen if isinstance(attend, FusedAttend) else None
     hidden, qkv = kernels.enter(
@@ -159,7 +159,7 @@ def write_kv(
 
 
 def turned(a: Architecture, w: LayerWeights, layer: int, qkv: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, with q and k normed where the family does, and turned to their positions."""
+    """Split qkv into q, k and v. q and k are normed if the family does that, and rotated to their positions."""
     heads, kv_heads = a.n_heads, a.n_kv_heads
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     if w.q_norm is not None and w.k_norm is not None:
@@ -173,8 +173,8 @@ def turned(a: Architecture, w: LayerWeights, layer: int, qkv: Tensor, attend: At
 class SegmentedModel:
     """The first layers of a checkpoint with its embedding, final norm and LM head.
 
-    `layers` holds those that are loaded; every method takes the range of layers to run. Those above `staying` are only
-    there while they run (`live/memory/late.py`).
+    `layers` holds the loaded layers; every method takes the range of layers to run. Layers above `staying` are on the
+    device only while they run (`live/memory/late.py`).
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class SegmentedModel:
         self.dtype, self.device = dtype, torch.device(device)
         self.outer, self.kernels = outer, kernels
         self.layers: list[LayerWeights] = []
-        self.staying: int | None = None  # so many layers are always there, those above come when they run; None: all
+        self.staying: int | None = None  # number of layers that are never late (`live/memory/late.py`); None for all
         self.source = source
         # As in transformers, the scale is rounded like the weights.
         self._embedding_scale = float(torch.tensor(self.architecture.embedding_scale).to(dtype))
@@ -203,7 +203,7 @@ class SegmentedModel:
         device: torch.device | str = "cpu",
         kernels: Kernels = TORCH,
     ) -> SegmentedModel:
-        """Load the first `layers` layers (None: all). Layers above are never read.
+        """Load the first `layers` layers (None for all). Layers above are never read.
 
         Raises UserError for a cap outside 1..n_layers, too little memory or a damaged file.
         """
@@ -225,7 +225,7 @@ class SegmentedModel:
         return weight_bytes(self.outer) + sum(weight_bytes(layer) for layer in self.layers)
 
     def load_layers(self, end: int) -> None:
-        """Read the missing ones of the first `end` layers, one tensor at a time. Raises as `load` does."""
+        """Read those of the first `end` layers that are missing, one tensor at a time. Raises as `load` does."""
         _check_cap(end, self.architecture)
         missing = max(0, end - self.n_loaded)
         layer_bytes = values(self.architecture.layer_shapes()) * self.dtype.itemsize
@@ -238,7 +238,7 @@ class SegmentedModel:
         del self.layers[start:]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens and positions (N,) -> hidden states (N, d_model) before the first layer."""
+        """Embed tokens at their positions, both (N,) -> hidden states (N, d_model) before the first layer."""
         hidden = F.embedding(tokens, self.outer.embedding)
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
@@ -251,7 +251,7 @@ class SegmentedModel:
     ) -> Tensor:
         """Run hidden states (N, d_model) through layers start..end-1.
 
-        `beside`: tokens that left before, of which these layers write K and V.
+        `beside`: tokens that left before; these layers write their K and V too.
         """
         a, delta, post = self.architecture, None, None
         for layer, w in zip(range(start, end), self.layers[start:end], strict=True):
@@ -267,7 +267,7 @@ class SegmentedModel:
         self.propagate_all([(hidden, attend)], start, end)
 
     def propagate_all(self, left: Sequence[Left], start: int, end: int) -> None:
-        """The same for tokens that exited at several depths, each with a step of its own."""
+        """Write K and V as `propagate` does, for groups of tokens that exited at several depths, each with its step."""
         for layer, w in zip(range(start, end), self.layers[start:end], strict=True):
             for states, step in left:
                 write_kv(self.architecture, w, layer, states, step, self.kernels)

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 HEADER, TENSORS = "delta.json", "delta.safetensors"
 _TOLD = ("training",)  # how the change was made, for people
 _MOST_BYTES = 1 << 30
-_LARGEST = 1e4  # of a factor's numbers
+_LARGEST = 1e4  # largest number in a factor
 _FIX = "train it anew with `python -m calibrate +task=train_exits`, or fetch the files again"
 _NAME = re.compile(r"(\d{1,4})\.(\w{1,40})\.(down|up)")
 
@@ -48,7 +48,7 @@ class WeightsDelta:
 
     @classmethod
     def load(cls, folder: Path, architecture: Architecture) -> Self:
-        """Raises WeightsError for a missing or damaged file, and for a change of another shape of model."""
+        """Load a folder. Raises WeightsError for a missing or damaged file, or a change of another shape of model."""
         import torch
         from safetensors.torch import load
 
@@ -83,7 +83,7 @@ class WeightsDelta:
         return self.folder / HEADER, self.folder / TENSORS
 
     def of(self, part: str, layer: int | None) -> torch.Tensor | None:
-        """What is added to a part (out, in), in float32; None: nothing."""
+        """What to add to a part (out, in), in float32; None for nothing."""
         if layer is None or (found := self.factors.get((layer, part))) is None:
             return None
         down, up = found
@@ -113,7 +113,7 @@ def write_delta(
 ) -> None:
     """Write the folder in float16, both files or none. The header names `weights`, `weights_sha256` and `training`.
 
-    UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     import torch
     from safetensors.torch import save

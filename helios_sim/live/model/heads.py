@@ -67,7 +67,7 @@ class ExitHeads:
     tensors: tuple[Mapping[str, torch.Tensor], ...]
     risk_scale: tuple[float, ...]  # one per early exit
     header: Mapping[str, Any] = field(default_factory=dict)
-    checks: tuple[FoldedCheck | None, ...] = field(init=False)  # None: an exit without a check
+    checks: tuple[FoldedCheck | None, ...] = field(init=False)  # None for an exit without a check
 
     def __post_init__(self) -> None:
         folded = (
@@ -89,7 +89,7 @@ class ExitHeads:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load heads from a folder onto `device`, in `dtype` (None: float32).
+        """Load heads from a folder onto `device`, in `dtype` (None for float32).
 
         Raises UserError for a missing or damaged file and for heads of another model: other layers, hidden size or
         vocabulary.
@@ -236,7 +236,7 @@ def _head(
 def write_heads(folder: Path, header: Mapping[str, Any], tensors: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
     """Write the folder in float16, both files or none. `tensors` maps depths to adapter and check.
 
-    UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     import torch
     from safetensors.torch import save
@@ -291,7 +291,7 @@ class FoldedCheck:
         )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., d) in any float type -> (...,) in float32. NaN, which is never confident, for a state of zeros."""
+        """States (..., d) of any float type -> float32 (...,). A state of zeros gives NaN, which is never confident."""
         import torch
         import torch.nn.functional as F
 

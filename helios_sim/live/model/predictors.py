@@ -1,10 +1,10 @@
-"""Predictors in place of the head, as SpecEE has them (arXiv 2504.08850): what they read, and how they are kept.
+"""Predictors in place of the head, as in SpecEE (arXiv 2504.08850): what they read, and how they are stored.
 
-The head of the first exit proposes `WORDS` words for a token; SpecEE takes them from a draft model, which there is none
-of here. At every exit a predictor reads 3 x WORDS numbers: the logits of these words there, which are as many products
-with columns of the head; their softmax among themselves; and by how much that has changed since the exit before, whose
-state it reads for this (at the first exit: since nothing). SpecEE's code takes the last exit at which a predictor ran;
-the exit before makes what is recorded the same whichever exits check.
+The head of the first exit proposes `WORDS` words for a token. (SpecEE takes them from a draft model; there is none
+here.) At every exit a predictor reads 3 x WORDS numbers: the logits of these words there, from one product each with a
+row of the head; their softmax among themselves; and the change of that softmax since the exit before, computed from the
+state there (at the first exit, the softmax itself). SpecEE's code compares with the last exit at which a predictor ran.
+With the exit before, a recorded value does not depend on which exits check.
 
 Importing this module does not load torch.
 """
@@ -40,7 +40,7 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictors:
-    """One for each early exit, in the order of the exits."""
+    """One predictor for each early exit, in the order of the exits."""
 
     exits: tuple[int, ...]
     tensors: tuple[Tensors, ...]  # mean and spread (FEATURES,), weight (width, FEATURES), bias and out (width,), offset
@@ -50,18 +50,18 @@ class Predictors:
         return len(self.tensors[0]["bias"])
 
     def predicted(self, exit_index: int, seen: Tensor) -> Tensor:
-        """The probability (n,) that a token leaves rightly, from features (n, FEATURES)."""
+        """The predicted probability (n,) that a token may leave, from features (n, FEATURES)."""
         return logit(self.tensors[exit_index], seen).sigmoid()
 
     def digest(self) -> str:
-        """Of the numbers, so that what was read with others is not taken for theirs."""
+        """Hash of the tensors, so that results of other predictors are not mistaken for theirs."""
         found = hashlib.sha256()
         for name, tensor in sorted(self._named().items()):
             found.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return found.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Writes the file, in float16 as it was rounded after training."""
+        """Write the file in float16, to which the tensors were rounded after training."""
         from safetensors.torch import save
 
         content = save({name: tensor.half().contiguous().cpu() for name, tensor in self._named().items()})
@@ -73,7 +73,7 @@ class Predictors:
 
 
 def read_predictors(folder: Path, device: Any = "cpu") -> Predictors:
-    """Those that were written there. UserError where the file is missing or damaged."""
+    """Read the predictors in a folder. UserError if the file is missing or damaged."""
     from safetensors.torch import load
 
     content = read_bytes(folder / FILE, _MOST_BYTES, _FIX)
@@ -94,7 +94,7 @@ def no_predictors(where: str = "beside its trace") -> UserError:
 def features(
     model: SegmentedModel, heads: ExitHeads, exit_index: int, state: Tensor, before: Tensor | None, words: Tensor
 ) -> Tensor:
-    """(n, FEATURES) at an exit, from the states (n, d) there and at the exit before (None: there is none)."""
+    """Features (n, FEATURES) at an exit, from the states (n, d) there and at the exit before, if there is one."""
     import torch
 
     columns = model.outer.head[words].float()  # (n, WORDS, d)
@@ -113,7 +113,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def signed(predicted: Tensor, choice: Tensor, words: Tensor) -> Tensor:
-    """The measure `predictor`, (n,): negative where the exit's own word (n,) is none of the words (n, WORDS)."""
+    """The confidence `predictor` (n,): negative if the exit's own word (n,) is none of the words (n, WORDS)."""
     return predicted * ((words == choice[:, None]).any(-1).float() * 2 - 1)
 
 
@@ -169,5 +169,5 @@ def logit(of: Tensors, seen: Tensor) -> Tensor:
 
 
 def normed(model: SegmentedModel, heads: ExitHeads, exit_index: int, state: Tensor) -> Tensor:
-    """What the head reads of the states (n, d) at an exit; one past the exits is full depth."""
+    """The head's input from the states (n, d) at an exit; an index one past the exits is full depth."""
     return model.normed(heads.adapt(exit_index, state).to(model.dtype))

@@ -137,7 +137,7 @@ def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) ->
 
 
 def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -> None:
-    """Read the parts of a layer (None: those outside the layers) into `parts`, with what the source adds to them.
+    """Read the parts of a layer (None: outside the layers) into `parts`, including what the source adds to them.
 
     Besides the parts, at most 16 MB (or one piece that must be transposed, or a part to which something is added) are
     in memory at a time.
@@ -207,7 +207,7 @@ def _fill(source: Storage, piece: StoredPiece, into: Tensor, row: int) -> int:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    """Raise WeightsError for NaN, infinity and numbers that no trained model has: they spoil every logit."""
+    """Raise WeightsError for NaN, infinity and numbers that no trained model has, since they spoil every logit."""
     low, high = (float(end) for end in values.aminmax())
     if not -_LARGEST_WEIGHT <= low <= high <= _LARGEST_WEIGHT:
         allowed = f"numbers from {-_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
