@@ -1,7 +1,8 @@
-"""A step for several tokens each of several requests, as where drafts are verified.
+"""Attention step for several tokens each of several requests, e.g. to verify drafts.
 
-Attention of all requests is one call, which reads their K and V once, as far as the longest goes. Four rows each of 1
-to 8 requests take 1.2 to 1.5 times the attention of a decode on a CPU; a call for each request takes 1.8 to 2.5 times.
+Attention of all requests is one call, which reads their K and V once, up to the length of the longest. Four rows each
+of 1 to 8 requests take 1.2 to 1.5 times the attention of a decode on a CPU; a call for each request takes 1.8 to 2.5
+times.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Steps for one token each of several requests, by the kernels of the cache that they read.
+"""Attention steps for one token each of several requests, chosen by the kernels of the cache.
 
-torch's operations read all requests as far as the longest goes (`DecodeStep`). The project's own kernels read each as
-long as it is, wherever its slot lies (`ExactStep`).
+torch's operations read all requests up to the length of the longest (`DecodeStep`). The project's own kernels read each
+request up to its own length, wherever its slot lies (`ExactStep`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from helios_sim.live.model.weights import LayerWeights
 class ExactStep(FusedAttend):
     """One token for each of B requests: request b is in slots[b] and has positions[b] tokens in the cache.
 
-    Both are tensors (B,) on the device, and a captured graph reads them there. A slot of -1 is padding: nothing of it
-    is read or written, and what comes out for it is zeros. Of a slot s as -2 - s K and V are written alone.
+    Both are tensors (B,) on the device, and a captured graph reads them there. A slot of -1 is padding: it is neither
+    read nor written, and its output is zeros. A row with -2 - s instead of slot s only writes its K and V.
     """
 
     def __init__(
         self, cache: KvCache, slots: Tensor, positions: Tensor, frozen: bool = False, repeated: bool = False
     ) -> None:
-        """`frozen`: rows that are padding or only written keep their hidden states.
+        """`frozen`: rows that are padding or only write keep their hidden states.
 
-        `repeated`: several rows may be tokens of one request, of which later ones see earlier ones.
+        `repeated`: several rows may be tokens of one request; later tokens see earlier ones.
         """
-        from helios_sim.live.kernels.attention import decode  # which imports Triton
+        from helios_sim.live.kernels.attention import decode  # imports Triton
         from helios_sim.live.kernels.turn import write
 
         self.frozen = slots if frozen else None
@@ -53,7 +53,7 @@ class ExactStep(FusedAttend):
 
     @cached_property
     def rotations(self) -> list[Rotation | None]:
-        """For q and k that are turned outside, as where prompts run in the same call."""
+        """Rotations of q and k outside of the kernel, used if prompts run in the same call."""
         return self.cache.rotary.at(self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class ExactStep(FusedAttend):
 
 
 def first_positions(slots: Tensor, positions: Tensor) -> Tensor:
-    """Of each row (N,) the first position of all rows in its slot. Nothing is copied from the host."""
+    """The first position among the rows in a row's slot, for each row (N,). Nothing is copied from the host."""
     n = len(slots)
     return positions.expand(n, n).masked_fill(slots[:, None] != slots, torch.iinfo(positions.dtype).max).amin(1)
 
@@ -87,9 +87,9 @@ Decodes = DecodeStep | ExactStep
 
 
 def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], span: int | None = None) -> Decodes:
-    """A step for one token each of the requests in these slots, which have so many tokens in the cache.
+    """Build the step for one token each of the requests in these slots, with so many tokens each in the cache.
 
-    `span`: as many tokens are read of each, where the kernels do not go by the lengths.
+    `span`: how many tokens are read of each request, by kernels that need one length for all.
     """
     if not cache.kernels.any_lengths:
         return DecodeStep(cache, slots, lengths, span)
@@ -102,9 +102,10 @@ def decode_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], sp
 def decode_step_on_device(
     cache: KvCache, slots: Tensor, positions: Tensor, span: int, in_row: bool, repeated: bool = False
 ) -> Decodes:
-    """The step that a captured graph makes of numbers (B,) on the device. `span` 0: each is read as long as it is.
+    """Build the step from tensors (B,) on the device, as a captured graph must.
 
-    `in_row`: the slots are 0, 1, ... `repeated`: several of the tokens may be of one request.
+    `span`: how many tokens are read of each request; 0 if each is read up to its own length. `in_row`: the slots are 0,
+    1, ... `repeated`: several of the tokens may be of one request.
     """
     if not span:
         return ExactStep(cache, slots, positions, repeated=repeated)

@@ -69,19 +69,19 @@ class KvCache:
         self.architecture, self.slots, self.max_tokens = architecture, slots, max_tokens
         self.dtype, self.device, self.kernels = dtype, torch.device(device), kernels
         self.rotary = Rotary(architecture, dtype, device)
-        # Cosines and sines of all positions, float32 (max_tokens, head_dim) by layer, for kernels that turn q and k.
+        # Cosines and sines of all positions, float32 (max_tokens, head_dim) by layer, for kernels that rotate q and k.
         self.angles = self.rotary.tables(max_tokens) if kernels.any_lengths else []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._memory = memory
-        self._views: list[tuple[Tensor, Tensor]] = []  # K and V of the layers in `memory` that there have been
+        self._views: list[tuple[Tensor, Tensor]] = []  # K and V of all layers in `memory` so far
         self.resize(layers)
 
     def resize(self, layers: int) -> None:
         """Keep the first `layers` layers: drop those above, add missing ones (their content is undefined)."""
         del self.keys[layers:], self.values[layers:]
         for layer in range(len(self.keys), layers):
-            known = layer < len(self._views)  # a captured graph recognizes the tensors that it reads
+            known = layer < len(self._views)  # reused, since captured graphs know tensors by identity
             keys, values = self._views[layer] if known else (self._tensor(2 * layer), self._tensor(2 * layer + 1))
             if self._memory is not None and not known:
                 self._views.append((keys, values))
@@ -156,7 +156,7 @@ class DecodeStep:
     def on_device(cls, cache: KvCache, slots: Tensor, positions: Tensor, span: int, first: int | None) -> DecodeStep:
         """Build a step from tensors (B,) on the device without reading them on the host, as a captured graph must.
 
-        `first`: slots are first, first + 1, ...; None: they are gathered. Positions past the span are written but not
+        `first`: slots are first, first + 1, ...; None if they are gathered. Positions past the span are written but not
         read.
         """
         step = cls.__new__(cls)
@@ -193,7 +193,7 @@ class DecodeStep:
 
 
 def rows_of(cache: KvCache, slots: Tensor, positions: Tensor) -> Tensor:
-    """Where one token of each request lies in the cache viewed as (slots x kv_heads x max_tokens, head_dim)."""
+    """Rows of one token of each request in the cache viewed as (slots x kv_heads x max_tokens, head_dim)."""
     heads = torch.arange(cache.architecture.n_kv_heads, device=cache.device)
     rows = (slots[:, None] * len(heads) + heads) * cache.max_tokens + positions[:, None]
     return rows.flatten()
@@ -226,7 +226,7 @@ class Packed:
         self._masks = _causal_masks(architecture, tokens, 0, dtype, device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Does nothing: there is no cache."""
+        """Do nothing, since there is no cache."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = self._masks[layer]
@@ -246,16 +246,16 @@ def check_room(cache: KvCache, slots: Sequence[int], tokens: int) -> None:
 def _causal_masks(
     a: Architecture, tokens: int, context: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor | None]:
-    """One mask per layer, (tokens, context + tokens): 0 where a token sees, -inf elsewhere. None: plain causal.
+    """One mask per layer, (tokens, context + tokens): 0 where a token sees, -inf elsewhere. None if plain causal.
 
-    A card gets a mask of its shape alone, with which flash attention runs, grouped heads included.
+    On a card the mask is given by its shape alone, so that flash attention can run, also with grouped heads.
     """
     end = context + tokens
     slides = a.window_tokens is not None and any(a.sliding) and end > a.window_tokens
     if not slides and context == 0:
         return [None] * a.n_layers
     if not slides and torch.device(device).type != "cpu":
-        from torch.nn.attention.bias import causal_lower_right  # which loads much that a CPU does without
+        from torch.nn.attention.bias import causal_lower_right  # loads much that a CPU does not need
 
         return [causal_lower_right(tokens, end)] * a.n_layers
     query = torch.arange(context, end, device=device)[:, None]

@@ -1,8 +1,8 @@
-"""Layers that lie in host memory and come to the device when they run, one after the other through a few places there.
+"""Late layers, which lie in host memory and are copied to a few places on the device, one after the other, to run.
 
-Layer n always comes to the same place, so that nothing about it changes but what lies there. A copy starts when what
-was issued before is done, which includes the layer that lay there; what is issued once a layer has been asked for waits
-for its copy. The host waits for neither, and while one layer runs the next ones come.
+Layer n always comes to the same place, so the addresses of its weights never change. A copy starts when all work issued
+before it is done, including the layer that was in its place. Work that is issued after a layer was requested waits for
+the layer's copy. The host waits for neither, and while one layer runs the next ones are copied.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Store(Protocol):
 
 
 class LateLayers:
-    """The first `end` layers of a model, as `SegmentedModel.layers`: `there`, and above them those that come.
+    """The first `end` layers of a model, as `SegmentedModel.layers`: the resident ones (`there`), then late layers.
 
-    Only ranges can be asked for, and are read forwards: `layers[start:end]` says which layers are about to run, so that
-    none is copied that does not run.
+    Only ranges can be requested, and they are read forwards. `layers[start:end]` says which layers are about to run, so
+    that no other layer is copied.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class LateLayers:
         device: Device,
         filled: bool,
     ) -> None:
-        """`places`: device memory of a layer each. `filled`: the first layers that come lie in them already, and are
-        there again between iterations.
+        """`places`: device memory for one layer each. `filled`: the first late layers are in these places already, and
+        return to them between iterations.
         """
         self.stay, self._there, self._end = len(there), list(there), end
         self._store, self._places, self._device, self._filled = store, places, device, filled
-        # By place, the layer that lies there, or comes there.
+        # The layer that is in each place, or on its way there.
         self._lie: list[int | None] = [self.stay + n if filled else None for n in range(len(places))]
-        self._coming: dict[int, Callable[[], None]] = {}  # by place, how work waits for it
+        self._coming: dict[int, Callable[[], None]] = {}  # by place, what makes work wait for its copy
         self._views: dict[int, LayerWeights] = {}
         self.came = 0  # layers that were copied
 
@@ -59,13 +59,13 @@ class LateLayers:
         return self._there[start:end] if end <= self.stay else self._through(start, end)
 
     def return_first(self) -> None:
-        """An iteration is over: where they lay before, the first layers that come lie again, or are on their way."""
+        """End an iteration: if the places were `filled` at first, copy the first late layers back into them."""
         if self._filled:
             for n in range(len(self._places)):
                 self._fetch(self.stay + n)
 
     def settle(self) -> None:
-        """The same, and what is issued from now on finds in the places what is to lie there."""
+        """Call `return_first`, and make all work that is issued from now on wait for the copies."""
         self.return_first()
         for wait in self._coming.values():
             wait()
@@ -95,7 +95,7 @@ class LateLayers:
         if self._lie[place] == layer:
             return
         pairs = self._store.pairs(layer, self._places[place])
-        self._lie[place] = None  # unless the copy starts
+        self._lie[place] = None  # in case the copy cannot start
         self._coming[place] = self._device.prefetch(pairs, self._device.mark())
         self._lie[place] = layer
         self.came += 1
@@ -106,5 +106,5 @@ class LateLayers:
         w = self._views[layer]
         if w.mlp_post_norm is None:
             return w
-        # The next layer begins with this norm (`run_layer`), when this one's place may be written again.
+        # The next layer begins with this norm (`run_layer`). By then this layer's place may be overwritten.
         return replace(w, mlp_post_norm=w.mlp_post_norm.clone())

@@ -2,9 +2,9 @@
 
 K and V of a layer, (slots, kv_heads, max_tokens, head_dim), are pages of 16 tokens without a copy: seen with strides
 (page, head, token, 1) of (16 head_dim, max_tokens head_dim, head_dim, 1), pages of one head follow each other, and page
-p of slot s has the number s kv_heads max_tokens / 16 + p. `Plans` keeps one wrapper for a batch size, whose buffers a
-captured graph reads. It is planned on the host before each launch, and run once a layer within the graph. q and k are
-turned, and k and v written, by a kernel of the project. Decodes beside prompts are not captured, and run by Triton.
+p of slot s has the number s kv_heads max_tokens / 16 + p. `Plans` keeps one wrapper for each batch size. It is planned
+on the host before each launch, and run once a layer within the captured graph, which reads the wrapper's buffers. A
+kernel of the project rotates q and k, and writes k and v. Decodes beside prompts are not captured, and run by Triton.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from helios_sim.live.model.architecture import Architecture
 from helios_sim.live.model.decoder import FusedAttend
 from helios_sim.live.model.weights import LayerWeights
 
-WIDTHS = (64, 128, 256)  # of heads, that its kernels are made for
+WIDTHS = (64, 128, 256)  # head_dim that its kernels support
 DTYPE = torch.bfloat16
-WORKSPACE_BYTES = 128 << 20  # for parts of contexts that are divided: what it recommends, and more for large batches
-PLAN_BYTES = 8 << 20  # that each wrapper takes for its plan on the card, and as much on the host
+WORKSPACE_BYTES = 128 << 20  # for parts of divided contexts, as it recommends; large batches take more
+PLAN_BYTES = 8 << 20  # of each wrapper's plan on the card, and as much on the host
 
 
 def paged_tokens(a: Architecture, name: str, dtype: torch.dtype, slot_tokens: int, page: int) -> int:
@@ -50,9 +50,9 @@ def paged_tokens(a: Architecture, name: str, dtype: torch.dtype, slot_tokens: in
 
 
 def workspace_bytes(a: Architecture, rows: int, on_cores: int) -> int:
-    """What parts of contexts take at most in a captured step of so many rows (`PrefillPlan` of version 0.6.18).
+    """Most bytes that parts of contexts take in a captured step of so many rows (`PrefillPlan` of version 0.6.18).
 
-    In a graph every context may be divided, into two parts for a core at most, or else one for each tile of queries.
+    In a graph every context may be divided: into at most two parts per core, or else one part per tile of queries.
     """
     shared = a.n_heads // a.n_kv_heads
     tile = 16 if shared <= 16 else 64 if shared <= 64 or a.head_dim >= 256 else 128
@@ -61,7 +61,7 @@ def workspace_bytes(a: Architecture, rows: int, on_cores: int) -> int:
 
 
 def plans_bytes(a: Architecture, sizes: Sequence[int], slot_tokens: int, page: int, on_cores: int) -> int:
-    """What `Plans` of steps of these sizes take of the card, beside the cache."""
+    """Bytes on the card that `Plans` take for steps of these sizes, beside the cache."""
     numbers = sum(4 * (size * (slot_tokens // page) + 2 * size + 1) for size in sizes)
     return workspace_bytes(a, max(sizes), on_cores) + len(sizes) * PLAN_BYTES + numbers
 
@@ -75,10 +75,10 @@ def pages(tensor: Tensor, page: int) -> Tensor:
 
 
 class PagedStep(FusedAttend):
-    """One token for each of B requests, as `ExactStep`, by a plan. Padding attends to a token that is somebody's."""
+    """One token for each of B requests, as in `ExactStep`, by a plan. Padding attends to the first token of slot 0."""
 
     def __init__(self, plan: Any, cache: KvCache, slots: Tensor, positions: Tensor, frozen: bool = False) -> None:
-        from helios_sim.live.kernels import turn  # which imports Triton
+        from helios_sim.live.kernels import turn  # imports Triton
 
         self._turn, self._write, self._plan, self._cache = turn.turn_and_write, turn.write, plan, cache
         self._slots, self._positions, self.frozen = slots, positions, slots if frozen else None
@@ -101,23 +101,23 @@ class PagedStep(FusedAttend):
 
 
 class Plans:
-    """Which pages each row of a captured step reads, by batch size."""
+    """FlashInfer's plans by batch size: which pages each row of a captured step reads."""
 
     def __init__(self, cache: KvCache, device: Device, most_rows: int) -> None:
         self._cache, self._device, self._page = cache, device, cache.kernels.page_tokens
         self._plans: dict[int, Any] = {}
         n_bytes = workspace_bytes(cache.architecture, most_rows, cores(cache.device))
         self._workspace = torch.zeros(n_bytes, dtype=torch.uint8, device=cache.device)
-        self._read = device.mark()  # the latest plan, by the device
+        self._read = device.mark()  # when the device has read the latest plan
 
     def ready(self, size: int) -> None:
-        """Make the plan of this size before a step is captured, which may not do so."""
+        """Make the wrapper of this size, which must exist before a step is captured."""
         if size not in self._plans:
             self._plans[size] = self._wrapper(size)
             self.plan(size, [], [])
 
     def step(self, size: int, slots: Tensor, positions: Tensor, frozen: bool = False) -> PagedStep:
-        """The step of what was planned last. `frozen`: as of `ExactStep`."""
+        """The step for the latest plan of this size. `frozen`: as in `ExactStep`."""
         return PagedStep(self._plans[size], self._cache, slots, positions, frozen)
 
     def plan(self, size: int, slots: Sequence[int], positions: Sequence[int]) -> None:
@@ -140,7 +140,7 @@ class Plans:
         self._read = self._device.mark()
 
     def _wrapper(self, size: int) -> Any:
-        """By tensor cores, whose kernels take any number of heads to a KV head."""
+        """Make a wrapper that uses tensor cores, since their kernels take any number of heads per KV head."""
         cache = self._cache
         n = size * (cache.max_tokens // self._page)
 

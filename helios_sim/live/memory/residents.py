@@ -2,8 +2,8 @@
 
 All weights of every model lie in host memory (`HostStore`) from the beginning. A load copies them layer by layer into
 the device's `Slab`, in a thread of its own, while iterations run. The layers become visible all at once when the last
-one has arrived. A load that fails leaves everything as it was. Layers that come late (`late.py`) come through the
-places of the last ones that are resident, which lie there again between iterations.
+one has arrived. A load that fails leaves everything as it was. Late layers (`late.py`) pass through the memory of the
+last resident layers, which return there between iterations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from helios_sim.live.model.weights import LayerWeights, OuterWeights, TensorSour
 from helios_sim.live.served import LiveModel
 from helios_sim.policy.deployment import LATE_ROOM
 
-OUTER = -1  # the block of embedding, final norm and head, beside the layers' numbers
+OUTER = -1  # number of the block of embedding, final norm and head; layers count from 0
 Done = Callable[[Exception | None], None]
 
 
@@ -155,30 +155,30 @@ class HostStore:
 class _Resident:
     model: SegmentedModel
     outer: SlabPiece
-    weights: list[LayerWeights]  # of the resident layers: the model's, unless others come late
-    layers: list[SlabPiece] = field(default_factory=list)  # where they lie
+    weights: list[LayerWeights]  # of the resident layers; those of `model`, unless others come late
+    layers: list[SlabPiece] = field(default_factory=list)  # memory of the resident layers
     late: LateLayers | None = None
 
     def settle(self) -> None:
-        """No layer comes late any more."""
+        """Let the model have its resident layers alone again, without late layers."""
         if self.late is not None:
             self.late.settle()
             self.model.layers, self.model.staying, self.late = self.weights, None, None
 
 
 class Residents:
-    """The resident layers of each model. `weight_bytes`: device memory for weights (None: enough for all models)."""
+    """The resident layers of each model. `weight_bytes`: device memory for weights; None for all models'."""
 
     def __init__(self, models: Mapping[str, LiveModel], device: Device, weight_bytes: int | None = None) -> None:
         self._models, self._device, self._weight_bytes = models, device, weight_bytes
         self._stores: dict[str, HostStore] = {}
         self._slab = Slab(0, device.torch_device)
-        self._homes: dict[tuple[str, int], int] = {}  # where each block lies if there is room for all models
+        self._homes: dict[tuple[str, int], int] = {}  # start of each block, if there is room for all models
         self._made: dict[tuple[str, int, int], Any] = {}  # weights and models by the piece of the slab they view
-        self._freed: Mark | None = None  # the work that still writes or reads what is free now
+        self._freed: Mark | None = None  # work that may still use memory that is free now
         self._there: dict[str, _Resident] = {}
         self._held: dict[str, int] = {}
-        self._most: dict[str, int] | None = None  # layers that are ever held; None: all
+        self._most: dict[str, int] | None = None  # layers that are ever held; None for all
         self._exits = {
             n: ExitReader(m.heads, m.checkpoint.architecture.n_layers, m.predictors) for n, m in models.items()
         }
@@ -200,8 +200,8 @@ class Residents:
     def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
         """Keep at most these layers of each model and drop the rest at once.
 
-        The first call reads the checkpoints and loads the layers that it names. If that is `for_good`, memory is taken
-        for these alone.
+        The first call reads the checkpoints and loads the layers that it names. If it is `for_good`, device memory is
+        taken for these layers alone.
         """
         self._held = dict(layers)
         first = not self._stores
@@ -217,9 +217,9 @@ class Residents:
                 self._load(name, end)
 
     def running(self, name: str, layers: int, late: bool = False) -> SegmentedModel:
-        """The model, which has at least this many layers. With `late`, those that are not resident come when they run.
+        """The model with at least this many layers. With `late`, layers that are not resident come when they run.
 
-        Raises RuntimeError if it has fewer.
+        Raises RuntimeError if there are fewer.
         """
         there = self.layers.get(name, 0)
         if there < layers and not (late and there > LATE_ROOM):
@@ -236,12 +236,12 @@ class Residents:
         return resident.model
 
     def return_first(self, name: str) -> None:
-        """An iteration of the model is over: of the layers that come late the first ones return to their places."""
+        """End an iteration of the model: its first late layers, if any, return to their places."""
         if (late := self._late(name)) is not None:
             late.return_first()
 
     def came(self, name: str) -> int:
-        """How many layers were copied for iterations of the model since this was asked last."""
+        """How many late layers were copied for the model since the last call."""
         if (late := self._late(name)) is None:
             return 0
         n, late.came = late.came, 0
@@ -299,9 +299,9 @@ class Residents:
 
     @contextmanager
     def laid_out(self, name: str) -> Iterator[SegmentedModel | None]:
-        """The model with all layers that are ever held, where they will lie whenever they are, loaded or not.
+        """The model with all layers that are ever held, at their fixed places in memory, loaded or not.
 
-        None if that is not known, since the memory does not suffice for all models. Nothing may be loading.
+        None if layers have no fixed places, since memory is not enough for all models. Nothing may be loading.
         """
         if (name, OUTER) not in self._homes:
             yield None
@@ -327,7 +327,7 @@ class Residents:
         self._stores.clear()
 
     def free(self) -> None:
-        """Free the memory for weights, which are kept in host memory; `hold` takes it again. Nothing may be loading."""
+        """Free the device memory for weights; `hold` takes it again from host memory's copy. Nothing may be loading."""
         for resident in self._there.values():
             resident.settle()
             resident.model.drop_layers(0)
@@ -380,7 +380,7 @@ class Residents:
         self._there[name] = resident
 
     def _copied(self, name: str, block: int) -> SlabPiece:
-        """The block in the slab, at its home if that is free."""
+        """Copy the block into the slab, at its home if that is free. Returns its piece."""
         store = self._stores[name]
         piece = self._slab.take(store.n_bytes(block), self._homes.get((name, block)))
         try:

@@ -92,10 +92,11 @@ class Slots:
 class Workspace:
     """The KV caches of all models as views of one block, and the slots of the model that runs.
 
-    Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. A model that
-    drafts for another has a cache beside that one's, in which a request has a slot of the same number. `slots` slots of
-    every shape are wanted; `reserve_bytes` of the device's memory stay free for activations, beside what plans of
-    FlashInfer take.
+    Only one model computes at a time, so the caches can share the block, and a switch allocates nothing. A drafter has
+    a cache behind the one of the model that it drafts for, in which a request has a slot of the same number.
+
+    `slots`: how many slots of every shape are wanted.
+    `reserve_bytes`: device memory that stays free for activations, beside the memory for FlashInfer's plans.
     """
 
     def __init__(self, shapes: Mapping[str, CacheShape], slots: int, device: Device, reserve_bytes: int) -> None:
@@ -107,14 +108,14 @@ class Workspace:
         self.captured: GraphedDecodes | None = None
         self._block: Tensor | None = None
         self._caches: dict[str, KvCache] = {}
-        self.pair: tuple[str, str] | None = None  # a model, and the one that drafts for it
-        self.beside: KvCache | None = None  # of the one that drafts for the model that runs
+        self.pair: tuple[str, str] | None = None  # a model and its drafter
+        self.beside: KvCache | None = None  # the cache of the running model's drafter
         self._beside: KvCache | None = None
         self._captured: dict[str, GraphedDecodes] = {}
         self.ahead: RunAhead | None = None  # for the model that runs
         self.one_pass: OnePass | None = None
         self._passes: dict[str, OnePass] = {}
-        self.reserved_bytes = 0  # of the block, also when it is gone
+        self.reserved_bytes = 0  # size of the block, even after `close`
         self._spoilt: set[int] = set()  # slots that may hold NaN or infinity
         self._name: str | None = None
         self._model: SegmentedModel | None = None
@@ -168,7 +169,7 @@ class Workspace:
             self._beside = self._cache(drafter, shape.layers, slots[model], behind)
 
     def _plans_bytes(self) -> int:
-        """What plans of attention take of the card, for all models, if as many slots fit as are wanted."""
+        """Bytes of FlashInfer's plans on the card, for all models, if all wanted slots fit."""
         page, on = self._device.kernels.page_tokens, self._device.torch_device
         if not page or not self._device.captures:
             return 0
@@ -187,7 +188,7 @@ class Workspace:
         return sum(self._shapes[name].n_bytes(slots) for name in self.pair or ())
 
     def _slots_of_pair(self, most: int, room: int | None) -> int:
-        """At most so many slots of a model and of the one that drafts for it. UserError if none fits."""
+        """The number of slots, up to `most`, that fit for a model and its drafter together. UserError if none fits."""
         fits = (slots for slots in range(most, 0, -1) if room is None or self._pair_bytes(slots) <= room)
         found = next(fits, 0)
         if not found:
@@ -226,11 +227,11 @@ class Workspace:
         owing: bool = False,
         rules: Iterable[Rule] = (),
     ) -> int:
-        """Capture a model's decode steps through these segments of its layers, before it runs, and the looks at the
-        logits after those that end at `depths`, with these confidences. `owing`: tokens that exited before run beside
-        later ones. `rules`: of passes through several exits.
+        """Capture a model's decode steps through these segments of its layers before it runs. Returns how many.
 
-        Returns how many steps were captured: none on a device that captures nothing.
+        Exit heads are captured after segments that end at `depths`, with each of these confidences. `owing`: tokens
+        that exited before run beside later ones. `rules`: those of passes through several exits. On a device that
+        captures nothing, the result is 0.
         """
         graphs = self._graphs_of(name, model)
         if graphs is None:
@@ -296,21 +297,21 @@ class Workspace:
         self.slots.take(request_id)
 
     def spoil(self, request_id: int) -> None:
-        """Mark K or V of this request as possibly NaN, which even masked positions pass on.
+        """Mark K or V of this request as possibly NaN; attention passes NaN on even from masked positions.
 
-        Its slot is zeroed when it is freed.
+        The request's slot is zeroed when it is freed.
         """
         self._spoilt.add(self.slots.of(request_id))
 
     def arrange(self, answers: Sequence[Answer], decoding: int) -> None:
-        """Move the first `decoding` of the batch's answers into contiguous slots from 0 on, if that is of any use."""
+        """Move the first `decoding` of the batch's answers into contiguous slots from 0 on, if kernels need that."""
         if self.cache.kernels.any_lengths:
             return
         cached = {answer.request.request_id: answer.written for answer in answers}
         self.slots.arrange(list(cached)[:decoding], cached)
 
     def _wipe_for(self, name: str) -> None:
-        """Zero the block if what another model left there could be NaN in this model's dtype, or in its drafter's."""
+        """Zero the block if another model's values could be NaN in this model's dtype, or in its drafter's."""
         other = None if self._name is None else self._shapes[self._name].dtype
         read = {self._shapes[of].dtype for of in {name, *(self.pair or ())}}
         if self._block is not None and (self._spoilt or (other is not None and read != {other})):
@@ -318,7 +319,7 @@ class Workspace:
         self._spoilt.clear()
 
     def _tensors(self) -> Iterator[Tensor]:
-        """K and V of the model that runs, and of the one that drafts for it."""
+        """K and V of the model that runs, and of its drafter."""
         for cache in (self.cache, self.beside):
             if cache is not None:
                 yield from (*cache.keys, *cache.values)
