@@ -32,7 +32,7 @@ _NO_MATTER = (
     "rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout", "expert_used_count",
     "rope.scaling.alpha", "pooling_type",
 )  # fmt: skip
-# Keys whose value leaves everything as it is: any other value is not built.
+# Keys with the values that change nothing; any other value is not supported.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "expert_count": (0,), "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "logit_scale": (0, 1),
     "residual_scale": (0, 1), "embedding_scale": (0, 1), "attention.causal": (True,), "use_parallel_residual": (False,),
@@ -61,7 +61,7 @@ class GgufFile:
 
     @property
     def not_read(self) -> str:
-        """A sentence about keys of other families and programs, of which nothing is made; "" where there are none."""
+        """A sentence that lists ignored keys of other families and programs; "" if there are none."""
         found = foreign_keys(self.metadata, self.architecture.family)
         return f"{self.path}: not read: {', '.join(found[:12])}" if found else ""
 
@@ -154,7 +154,7 @@ class GgufFile:
         return found
 
     def _layers(self, keys: Fields) -> int:
-        """The number of layers, of which the file has to hold tensors."""
+        """The number of layers. Raises WeightsError if the file holds tensors of another number."""
         n_layers = keys.integer("block_count", 1, MOST["n_layers"])
         found = {int(n.split(".")[1]) + 1 for n in self._tensors if n.startswith("blk.") and n.split(".")[1].isdigit()}
         if max(found, default=0) != n_layers:
@@ -162,7 +162,7 @@ class GgufFile:
         return n_layers
 
     def _sliding(self, keys: Fields, n_layers: int) -> tuple[tuple[bool, ...], int | None]:
-        """Gemma-3's sliding layers and their window; none without a window."""
+        """Which of Gemma-3's layers slide, and their window; () and None without a window."""
         window = keys.integer("attention.sliding_window", 0, MOST["max_context_tokens"], 0)
         pattern = keys.value("attention.sliding_window_pattern", _GEMMA3_SLIDING_PERIOD)
         if isinstance(pattern, tuple):

@@ -1,6 +1,6 @@
 """The config.json of a checkpoint folder as an `Architecture`.
 
-What a family's config may ask for and this project does not support is refused with a WeightsError that names it.
+Features in a family's config that this project does not support are refused with a WeightsError that names them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SIZES = {  # names of each size in the configs of the families
     "d_ff": ("intermediate_size", "n_inner", "ffn_dim"), "vocab_size": ("vocab_size",),
     "max_context_tokens": ("max_position_embeddings", "n_positions", "sliding_window"),
 }  # fmt: skip
-# Keys that transformers takes from a config of any family, with the only value that is built.
+# Keys that transformers takes from a config of any family, with the only value that is supported.
 _OF_ANY = {"is_causal": True, "per_layer_config": None, "kv_sharing_modes": None, "transformers_weights": None}
 _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _BESIDE = {  # files that change what the weights mean
@@ -44,7 +44,7 @@ _BESIDE = {  # files that change what the weights mean
 }
 
 
-# What the architecture is made of or refused by, here or in transformers' config of the family.
+# Keys that make the architecture or are checked, here or in transformers' config of the family.
 _READ = {
     "model_type", "text_config", "quantization_config", "compression_config", "rope_scaling", "rope_parameters",
     "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "attention_bias", "mlp_bias",
@@ -55,7 +55,7 @@ _READ = {
     "layer_norm_elementwise_affine", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
     *_OF_ANY, *(name for names in _SIZES.values() for name in names),
 }  # fmt: skip
-# Of training, text and interfaces, of parts that are not loaded, and of the type in which values are kept.
+# Keys about training, text and interfaces, parts that are not loaded, and the dtype of stored values.
 _OF_NO_MATTER = re.compile(
     r"_name_or_path|_commit_hash|_attn_implementation.*|_flash_attn.*|architectures|.*_token_ids?|.*dropout|.*_pdrop"
     r"|layerdrop|init_std|initializer_.*|transformers_version|torch_dtype|dtype|use_cache|return_dict.*|output_attentions"
@@ -69,9 +69,9 @@ _OF_NO_MATTER = re.compile(
 
 
 def not_read(folder: Path) -> str:
-    """A sentence about keys of config.json that nothing is made of; "" where there are none.
+    """A sentence that lists ignored keys of config.json; "" if there are none.
 
-    A class of another name, and code of the checkpoint's own, are among them: neither is run.
+    It includes a class of another name, and the checkpoint's own code, since neither is run.
     """
     path = folder / "config.json"
     values = read_json(path, FETCH_AGAIN, error=WeightsError)
@@ -129,7 +129,7 @@ def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_rope(values: Mapping[str, Any], path: Path) -> None:
-    """Raise WeightsError where a config says its rotation twice, and otherwise."""
+    """Raise WeightsError if a config gives its rotation twice, with different values."""
     said: dict[str, dict[str, Any]] = {"kind": {}, "theta": {}}
     for name in ("rope_scaling", "rope_parameters"):
         how = values.get(name)

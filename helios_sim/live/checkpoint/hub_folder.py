@@ -21,7 +21,7 @@ from helios_sim.untrusted import is_lfs_pointer, lfs_pointer, read_json, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _READ = ("F64", "F32", "F16", "BF16")
-# Tensors that older versions stored and that follow from the shape, and the parts of Gemma-3 that see images.
+# Ignored tensors: those that older versions stored although the shape implies them, and Gemma-3's vision parts.
 _NO_MATTER = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|decoder\.version|position_ids)"
     r"|(model\.)?(vision_tower|multi_modal_projector)\..*"
@@ -71,7 +71,7 @@ class SafetensorsFolder:
         if not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             fix = "save the tokenizer into it (save_pretrained)"
             raise WeightsError("weights", str(self.folder), "a folder with a tokenizer", fix)
-        for path in self.folder.iterdir():  # transformers opens what is there by its name
+        for path in self.folder.iterdir():  # transformers opens files by their names
             if path.suffix in OF_MODELS and not (path.is_file() and path.stat().st_size <= _MOST_BYTES):
                 allowed = f"a file of at most {_MOST_BYTES} bytes"
                 raise WeightsError(str(path), "no file, or too large", allowed, FETCH_AGAIN)

