@@ -36,16 +36,16 @@ class Answer:
     model: str
     prompt: list[int]
     planned_tokens: int
-    before: str = ""  # text answered by another model; it is part of the prompt since
+    before: str = ""  # text that other models answered before; now part of the prompt
     tokens: list[int] = field(default_factory=list)  # answered by this model
     depths: list[int] = field(default_factory=list)  # layers that each token ran
-    sure: list[float] = field(default_factory=list)  # how sure the model was of each, where it was judged
-    seen: list[ObservedToken] = field(default_factory=list)  # its first tokens, while it was observed
+    sure: list[float] = field(default_factory=list)  # the model's confidence in each token that was judged
+    seen: list[ObservedToken] = field(default_factory=list)  # its observed first tokens
     cached: int = 0  # how many of its first tokens have K and V in the slot
-    read: int = 0  # and how many of those in the slot of another model that drafts
+    read: int = 0  # how many of its first tokens have K and V in the drafter's slot
     owed: list[OwedToken] = field(default_factory=list)
-    ramped: list[RampedToken] = field(default_factory=list)  # of the tokens that passed ramps
-    waits: OwedToken | None = None  # its next token, where that waits at an exit for others
+    ramped: list[RampedToken] = field(default_factory=list)  # what ramps said about each token that passed them
+    waits: OwedToken | None = None  # its next token, if that waits at an exit for other rows
 
     @property
     def complete(self) -> bool:
@@ -62,7 +62,7 @@ class Answer:
 
     @property
     def written(self) -> int:
-        """How many of its first tokens have K and V in the slot, if only in the first layers."""
+        """How many of its first tokens have K and V in the slot, even if only in the first layers."""
         return self.cached + (self.waits is not None)
 
     def choices(self, n_tokens: int) -> NDArray[np.int64]:
@@ -77,7 +77,7 @@ class Answer:
 class Answers(dict[int, Answer]):
     """Answers by request number: of all requests in the system, and of the latest `kept` that completed and left.
 
-    `kept` None: of all requests that ever ran.
+    If `kept` is None, answers of all requests that ever ran.
     """
 
     def __init__(self, kept: int | None) -> None:
@@ -88,7 +88,7 @@ class Answers(dict[int, Answer]):
     def note_left(self, request_id: int, again: bool = False) -> None:
         """Record that the request has left the system. From then on only a complete answer is kept.
 
-        `again`: it will start anew, so that nothing of it is kept.
+        `again`: the request will start over, so its answer is dropped.
         """
         if again:
             del self[request_id]
@@ -106,7 +106,7 @@ class Answers(dict[int, Answer]):
 def score(
     data: LiveModel, model: SegmentedModel, exits: ExitReader, answer: Answer, exit_rule: ExitRule, now_ns: int
 ) -> Observation:
-    """What this model would have chosen at each exit for every token of the answer, given the text before it."""
+    """Compute what this model would choose at each exit for every token of the answer, given the text before."""
     n = len(answer.tokens)
     ids = [*answer.prompt, *answer.tokens][: model.architecture.max_context_tokens]
     measure = exit_rule.confidence if isinstance(exit_rule, FixedCap | PerToken) else None
@@ -165,7 +165,7 @@ def agreed_tokens(models: Mapping[str, LiveModel], answers: Iterable[Answer], de
 
 @torch.inference_mode()
 def agreements(whole: SegmentedModel, answer: Answer) -> list[bool]:
-    """Of each token of the answer, whether this model, with the same tokens, would have chosen it too."""
+    """Whether this model would have chosen each token of the answer, given the tokens before it."""
     n = len(answer.tokens)
     if not n:
         return []

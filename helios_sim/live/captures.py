@@ -1,4 +1,4 @@
-"""What a deployment's iterations run, so that all of it is captured before time begins."""
+"""The segments, heads and passes that a deployment's iterations run, to be captured before time starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helios_sim.policy.deployment import Deployment
 def segments(exits: Sequence[int], deployment: Deployment | None) -> list[tuple[int, int]]:
     """The segments (start, end) of layers that decodes run: from exit to exit, or up to an exit at once.
 
-    Without a deployment, those of any. Of layers that come late none is captured: each is launched when it has come.
+    Without a deployment, the segments of any deployment. Late layers are not captured; each is launched when it comes.
     """
     if deployment is None:
         return sorted({*pairwise((0, *exits)), *((0, end) for end in exits)})
@@ -32,7 +32,7 @@ def _segments(exits: Sequence[int], deployment: Deployment) -> list[tuple[int, i
 
 
 def measures(deployment: Deployment | None) -> list[Confidence | None]:
-    """The confidences that are looked at together with a token: none, and that of the exit rule."""
+    """The confidences that are computed together with a token: None for no confidence, and that of the exit rule."""
     rule = None if deployment is None else deployment.exit_rule
     return [None, rule.confidence] if isinstance(rule, FixedCap | PerToken | ReleaseEarly) else [None]
 
@@ -40,7 +40,7 @@ def measures(deployment: Deployment | None) -> list[Confidence | None]:
 def passes(exits: Sequence[int], deployment: Deployment | None, n_layers: int) -> list[Rule]:
     """The rules of passes through several exits: up to the deployment's layers, or to any exit if those may change.
 
-    None where layers come late.
+    Without a deployment, or if layers come late, there are no passes.
     """
     if deployment is None or deployment.active.resident_layers is not None:
         return []

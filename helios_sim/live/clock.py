@@ -29,24 +29,24 @@ from helios_sim.errors import UserError
 from helios_sim.request import LONGEST, NS_PER_S, Request, to_ns
 
 Call = Callable[[], None]
-MOST_CALLS = 100_000  # that may wait for the environment
+MOST_CALLS = 100_000  # most calls that may wait for the environment
 # Longest wait at once. A signal that comes just before a wait does not end it, and its handler runs after it.
 _WAIT_S = 0.25
-_LARGEST = 1 << 62  # of numbers that a workload draws
+_LARGEST = 1 << 62  # largest number that a workload draws
 
 
 class WallClock(simpy.rt.RealtimeEnvironment):
     """A SimPy environment on `time.monotonic`. Call `sync()` once everything is loaded and warm: time starts there.
 
-    `speedup`: its time runs so many times as fast as the wall clock's.
+    `speedup`: how many times as fast as the wall clock its time runs.
     """
 
     def __init__(self, speedup: float = 1.0) -> None:
         super().__init__(initial_time=0, factor=1 / (NS_PER_S * speedup), strict=False)
         self._speedup = speedup
         self._calls: SimpleQueue[tuple[int, Call]] = SimpleQueue()
-        self._stopped_s: float | None = None  # the time at which it was stopped, while it is
-        self._doors = 0  # callers that may still call: until then an empty schedule does not end the run
+        self._stopped_s: float | None = None  # when the clock was stopped; None while it runs
+        self._doors = 0  # callers that may still call; while there are any, an empty schedule does not end the run
 
     @property
     def wall_ns(self) -> int:
@@ -128,14 +128,14 @@ class WallClock(simpy.rt.RealtimeEnvironment):
 
 
 class CancelTarget(Protocol):
-    """A replica's server."""
+    """Server of one replica, as far as `Door` uses it."""
 
     def cancel(self, request_id: int, reason: str) -> None: ...
     def end_answer(self, request_id: int) -> None: ...
 
 
 class DispatchTarget(Protocol):
-    """What requests are dispatched to. A `System` is one."""
+    """Receiver of requests, such as a `System`."""
 
     @property
     def servers(self) -> Sequence[CancelTarget]: ...
@@ -148,7 +148,7 @@ class Door:
 
     Create it in the environment's thread (`simulate(..., outside=...)` passes the system); use it from any thread. A
     request arrives, and a cancellation counts, at the time at which the method is called. `tasks`: how many tasks the
-    workload has. What is wrong with a call is raised to its caller, and the run goes on.
+    workload has. An invalid call raises an error in its caller, and the run goes on.
     """
 
     def __init__(self, clock: WallClock, system: DispatchTarget, tasks: int = 1) -> None:
@@ -202,7 +202,7 @@ class Door:
     def close(self, now: bool = False) -> None:
         """End the calls. Only the first call counts. The run ends when all requests have left, and no alarm is due.
 
-        `now`: it ends between two events, and requests that are still there leave as unfinished.
+        `now`: the run ends before the next event, and requests that are still in the system leave as unfinished.
         """
         with self._lock:
             if not self._closed:
@@ -239,7 +239,7 @@ def _end() -> None:
 
 @contextmanager
 def between_events(clock: WallClock) -> Iterator[None]:
-    """The first SIGINT raises KeyboardInterrupt from `clock.step()`, after the running iteration is committed.
+    """Let the first SIGINT raise KeyboardInterrupt from `clock.step()`, after the running iteration is committed.
 
     Requests that are still in the system can then end with a record (`Server.finish`). A second SIGINT acts at once.
     Outside the main thread this does nothing.

@@ -1,14 +1,14 @@
 """A CUDA card, for serving and for measuring: captured graphs, page-locked host memory, copies beside computation.
 
 A process has one `Card` for each card that it uses, with one stream for all captures, one for all loads, and one for
-layers that come while others run: torch hands out only 32 streams, and then the same ones again. Captures keep three
-rules, which suit torch 2.11 to 2.13:
+late layers, since torch has only 32 streams and hands them out in turn. Captures keep three rules, which suit torch
+2.11 to 2.13:
 
 - A step is warmed up on the capture stream. The libraries for matrix products keep a workspace for each stream, which
   is thus allocated before the capture and outside of the graphs' memory pool.
 - A graph that is not needed any more is destroyed only when none of them is needed: since torch 2.12, destroying one
   frees that workspace, and all the others hold its address.
-- Then the next graph gets another pool: torch refuses to capture into a pool whose graphs are all gone.
+- Then the next graph gets another pool, since torch refuses to capture into a pool after all of its graphs are gone.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class GraphReplay:
 
 
 class Card:
-    """What a process has once of each card. `cuda` is torch.cuda; a test may pass a fake."""
+    """State that a process has once for each card. `cuda` is torch.cuda; a test may pass a fake."""
 
     def __init__(self, cuda: Any, index: int) -> None:
-        """Makes it the process's current card, since captures and events belong to that one."""
+        """Make it the process's current card, since captures and events belong to the current card."""
         self._cuda, self._index = cuda, index
         cuda.set_device(index)
         # cuDNN's attention plans for a third of a second at every new shape, and nearly every iteration has a new one.
@@ -59,7 +59,7 @@ class Card:
     @staticmethod
     @cache
     def of(cuda: Any, index: int) -> Card:
-        """The process's own."""
+        """Return the process's only object for this card."""
         return Card(cuda, index)
 
     def captured(self, step: Step) -> GraphReplay:
@@ -74,7 +74,7 @@ class Card:
         self._needed += 1
         short: str | None = None
         try:
-            # The outer block returns to the stream from before also where a capture cannot begin or end.
+            # The outer block returns to the previous stream even if a capture cannot begin or end.
             # Only this thread's calls are captured: the copying thread goes on.
             kept = cuda.graph(graph, pool=self._pool, stream=own, capture_error_mode="thread_local")
             with cuda.stream(own), _uncollected(), kept:
@@ -91,7 +91,7 @@ class Card:
         return replay
 
     def _recover(self, graph: Any) -> None:
-        """After a capture that failed, parts of torch still believe to be in it.
+        """Clean up after a failed capture, since parts of torch still take it to be running.
 
         The generator gets a fresh state. The pool may count as in use, so the next graph gets another one. The
         allocator may ask the graph whether it still captures, so it is never destroyed.
@@ -115,9 +115,9 @@ class Card:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Python collects no garbage, and torch has not done so before a capture since 2.9.
+    """Keep Python from collecting garbage during a capture. Torch has not collected any before it since 2.9.
 
-    Host memory that is unlocked by that, or a kernel of Triton's that is unloaded, would end the capture.
+    A collection may unlock host memory, or unload a kernel of Triton's, and that would end the capture.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -129,7 +129,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those during whose handling it was raised."""
+    """Yield the error and the chain of errors that led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -145,12 +145,12 @@ def page_locked(n_bytes: int, cuda: Any) -> Tensor:
     runtime, address = cuda.cudart(), memory.data_ptr()
     status = int(runtime.cudaHostRegister(address, n_bytes, 0))
     if status:
-        # The runtime keeps this error until somebody asks for it, which torch does after its next launch.
+        # The runtime keeps this error until it is read, which torch does after its next launch.
         with suppress(RuntimeError):
             cuda._sleep(1)
         raise MemoryError(f"{n_bytes} bytes of host memory cannot be page-locked: CUDA error {status}")
 
-    def unlock(mapping: object = pages) -> None:  # which stays mapped until it is unlocked
+    def unlock(mapping: object = pages) -> None:  # keeps the mapping until it is unlocked
         runtime.cudaHostUnregister(address)
 
     finalize(used, unlock).atexit = False
@@ -188,7 +188,7 @@ class CudaDevice:
         return wait
 
     def _copied(self, stream: Any, pairs: Pairs, after: Mark | None) -> Any:
-        """Copies on this stream, and the event at their end."""
+        """Start the copies on this stream. Returns the event at their end."""
         done = self._cuda.Event()
         if after is not None:
             stream.wait_event(after)

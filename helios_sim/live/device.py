@@ -1,4 +1,4 @@
-"""What serving needs from a device besides torch: free memory and blocks of it, copies from the host, prepared steps.
+"""Devices, beyond what torch gives: free memory and blocks of it, copies from the host, prepared steps.
 
 `CpuDevice` here and `CudaDevice` in `cuda.py` implement the `Device` protocol. The calibration runs its steps through
 the same code, so its profiles describe what is served.
@@ -58,8 +58,10 @@ class Device(Protocol):
         ...
 
     def prefetch(self, pairs: Pairs, after: Mark | None = None) -> Callable[[], None]:
-        """Start copying each pair, beside what `copy` has started. Calling what is returned makes all work that this
-        thread issues afterwards wait for the end, while the host goes on.
+        """Start copying each pair, in parallel with copies by `copy`.
+
+        Call the returned function to let all work that this thread issues afterwards wait for the end of the copies,
+        while the host goes on.
         """
         ...
 
@@ -110,9 +112,9 @@ class CpuDevice:
 
 
 def open_device(name: str, kernels: str | None = None) -> Device:
-    """The device named `cpu`, `cuda` or `cuda:N`. `kernels`: triton, torch or flashinfer; None: what suits it.
+    """Open the device `cpu`, `cuda` or `cuda:N`. `kernels`: triton, torch or flashinfer; None for what suits it.
 
-    Raises UserError for kernels that it cannot run.
+    Raises UserError for kernels that the device cannot run.
     """
     device = torch.device(name)
     if device.type == "cpu":
@@ -134,7 +136,7 @@ _DONE = _Done()
 
 
 def _nothing() -> None:
-    """There is nothing to wait for."""
+    """Do nothing, since there is nothing to wait for."""
 
 
 def block(n_bytes: int, device: torch.device) -> Tensor:
@@ -149,8 +151,10 @@ def block(n_bytes: int, device: torch.device) -> Tensor:
 
 
 def mapped(n_bytes: int) -> tuple[mmap.mmap, memoryview, Tensor]:
-    """Host memory of the process's own on large pages: the mapping, the view that goes when no tensor needs it any
-    more, and uint8 (n_bytes,). It is unmapped when all are gone, and only then are weak references to the mapping told.
+    """Map private host memory on large pages. Returns the mapping, a view of it, and the memory as uint8 (n_bytes,).
+
+    The view is freed when no tensor needs it any more. The memory is unmapped when all three are gone, and only then do
+    weak references to the mapping call back.
     """
     try:
         pages = mmap.mmap(-1, n_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -196,7 +200,7 @@ def check_fits(name: str, needed_bytes: int, device: torch.device) -> None:
 
 
 def room_for_caches(device: torch.device, reserve_bytes: int) -> int | None:
-    """How much of the free memory caches may take beside a reserve. None if the system does not tell."""
+    """Bytes of free memory that caches may take, after a reserve. None if the system does not tell."""
     free = available_bytes(device)
     return None if free is None else max(0, int(free * _SHARE) - reserve_bytes)
 

@@ -64,7 +64,7 @@ class Rapl:
 
 
 def _is_package(folder: Path) -> bool:
-    """Whether the folder is a whole package: its parts and the whole platform would be counted twice."""
+    """Whether the folder is a whole package. Its parts, and the whole platform, would count energy twice."""
     if folder.name.count(":") != 1:
         return False
     try:
@@ -173,7 +173,8 @@ class Meter:
     def left_out(self) -> Iterator[None]:
         """Do not count what is drawn inside the `with` block.
 
-        A card's counter moves 10 to 50 times a second. Of many short blocks the sum is right in the mean.
+        A card's counter moves 10 to 50 times a second, so a short block is imprecise; over many, the sum is right on
+        average.
         """
         before_j = self._reading()[1]
         yield
@@ -190,7 +191,7 @@ class Meter:
         return None if began_j is None or ended_j is None else ended_j - began_j - self._left_out_j
 
     def so_far_j(self) -> float | None:
-        """The joules since `start`, and after `stop` those of `energy_j`. None before, or where they are not known."""
+        """Joules from `start` until now, or until `stop`. None before `start`, or if the counter cannot be read."""
         if self._began is None or self._began[1] is None:
             return None
         now_j = self._reading()[1] if self._ended is None else self._ended[1]

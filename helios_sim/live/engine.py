@@ -56,14 +56,14 @@ class Faults(Protocol):
 
 
 class LiveEngine:
-    """Follows the `Engine` protocol. One object serves one replica.
+    """Engine that computes on a real device, by the `Engine` protocol. One object serves one replica.
 
-    slots: how many requests can run at once if memory suffices.
+    slots: number of requests that can run at once if memory suffices.
     slot_tokens: the most tokens of a request, prompt and answer together.
-    kernels: triton, torch or flashinfer, of a device that is given by name; None: what suits it.
-    weight_bytes: device memory for weights; None: enough for all models.
+    kernels: triton, torch or flashinfer, if `device` is a name; None for the kernels that suit the device.
+    weight_bytes: device memory for weights; None for as much as all models need.
     residents: weights that are loaded already, if any.
-    kept_answers: how many answers of requests that completed and left are kept, the latest ones; None: all.
+    kept_answers: number of answers to keep of requests that completed and left, the latest ones; None to keep all.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LiveEngine:
         )  # fmt: skip
         self.answers = Answers(kept_answers)
         self.faults: Faults | None = None
-        self.judges = False  # how sure a model is of each token at full depth is noted in the answers
+        self.judges = False  # whether answers record the model's confidence in each token at full depth
         self.forward_ns = 0  # total time in forward passes of iterations
         self.shortages = 0  # iterations that ran out of memory
         self.loading = 0  # transfers in progress
@@ -100,22 +100,22 @@ class LiveEngine:
         return self._models[model].lengths(request, answered_chars)
 
     def prompt(self, model: str, request: Request, n_tokens: int, answered: str = "") -> list[int]:
-        """The ids that the model reads, `n_tokens` of them: the prompt and what other models have answered so far."""
+        """The `n_tokens` ids that the model reads: the prompt and what other models have answered so far."""
         return self._models[model].prompt_ids(request, self._texts, n_tokens, answered)
 
     def choice(self, answer: Answer) -> Choice | None:
-        """How the next token is chosen from the logits; None: the likeliest."""
+        """Return the function that samples the next token from its logits; None for the likeliest token."""
         return None
 
     def ends(self, answer: Answer) -> bool:
-        """Whether its latest token ends the answer, however long it was planned."""
+        """Whether the latest token ends the answer, even if more tokens were planned."""
         return False
 
     def places(self, model: str) -> Places | None:
         return self.work.places[model]
 
     def hold(self, layers: Mapping[str, int], for_good: bool = False) -> None:
-        """Hold these layers. Once the first weights are loaded, KV memory is reserved from what is free beside them."""
+        """Hold so many layers of each model. After the first load, reserve KV memory from the memory that is left."""
         self.residents.hold(layers, for_good)
         if layers and not self.work.reserved_bytes:
             name, end = next(iter(layers.items()))
@@ -125,7 +125,7 @@ class LiveEngine:
             self.work.reserve()
 
     def lay_beside(self, model: str, drafter: str) -> None:
-        """KV memory is reserved anew by the next `hold`. UserError for a drafter with other tokens than the model's."""
+        """Pair a model with a drafter; the next `hold` reserves KV memory anew. UserError if tokenizers differ."""
         if self.work.pair == (model, drafter):
             return
         require_one_tokenizer(self._models, model, drafter)
@@ -139,10 +139,10 @@ class LiveEngine:
         self.residents.free()
 
     def capture(self, deployment: Deployment | None = None) -> int:
-        """Capture decode steps before time starts. Returns how many.
+        """Capture decode steps as graphs before time starts. Returns how many.
 
-        Those of this deployment, if the policy asks for no further decision, else of all models at all depths. Models
-        that are not loaded are captured too, if each has a place of its own in memory, or else when they first run.
+        Only the steps of this deployment are captured if it has no triggers; else those of all models at all depths.
+        Models that are not loaded are captured too if each has its own place in memory, or else when they first run.
         Raises OutOfMemory if memory does not suffice.
         """
         if not self.device.captures:
@@ -197,7 +197,7 @@ class LiveEngine:
         return replace(outcome, drafted=read, drafter=self._drafter_profile(plan)) if read else outcome
 
     def start_transfer(self, n_bytes: int, model: str, on_done: Callable[[], None]) -> None:
-        """Load the held layers that are not resident yet. Of a model that is complete, nothing is loaded."""
+        """Load the held layers that are not resident yet, if any, and then call `on_done` in the clock's thread."""
         env = self._env
         env.open_door()
         self.loading += 1
@@ -256,7 +256,7 @@ class LiveEngine:
         self.device.release()
 
     def _as_text_of(self, model: str, data: LiveModel, request: Request) -> Answer:
-        """A served text in the tokens of another model."""
+        """Encode a served text with the tokenizer of another model, as an answer of that model."""
         served = self.answers[request.request_id]
         answered = served.before + self._models[served.model].decode(served.tokens)
         prompt_tokens, _ = self.tokenize(model, request)
@@ -271,7 +271,7 @@ class LiveEngine:
             answer = self._answer(member)
             if answer.cached > member.context_tokens:  # it was preempted and came back
                 answer.lose_cache()
-            if not member.held:  # if it waited, its token begins anew
+            if not member.held:  # if it waited at an exit, its token starts over
                 answer.waits = None
             self.work.place(answer)
             answers.append(answer)
@@ -373,7 +373,7 @@ class LiveEngine:
                 token = self._token(answer, row)._replace(drafted=drafts.most, accepted=n)
                 if token.last or not finite:
                     break
-            answer.read = min(answer.read, answer.cached)  # what was refused is read no more
+            answer.read = min(answer.read, answer.cached)  # the drafter's K and V of rejected drafts no longer count
             tokens[answer.request.request_id] = token
         self._note_prompts(plan, answers, chunks)
         first = [(answers[p.index], c.row) for p, c in zip(plan.prefill, chunks, strict=True) if c.row is not None]
@@ -390,7 +390,7 @@ class LiveEngine:
         )
 
     def _drafting(self, plan: Plan, model: SegmentedModel, answers: SequenceOf[Answer]) -> Speculation:
-        """Drafts at an exit of the model, or of another model, and their verification."""
+        """Return what drafts (an exit of the model, or another model) and verifies."""
         rule, exits, cache, beside = plan.exit_rule, self.residents.exits(plan.model), self.work.cache, self.work.beside
         if isinstance(rule, SelfSpeculation):
             return Speculation(model, exits, cache, rule.exit_layers)
@@ -403,7 +403,7 @@ class LiveEngine:
     def _read_beside(
         self, plan: Plan, model: SegmentedModel, answers: SequenceOf[Answer], chunks: SequenceOf[Chunk]
     ) -> list[Composition]:
-        """Where nothing is drafted, the model that drafts reads prompts all the same."""
+        """Let the drafter read the prompt chunks of an iteration without drafts. Returns the steps that it ran."""
         if not chunks or not isinstance(plan.exit_rule, DraftModel):
             return []
         began_ns = self._env.wall_ns
@@ -419,7 +419,7 @@ class LiveEngine:
         return self.work.slots.of(answer.request.request_id)
 
     def _accepted(self, plan: Plan, answer: Answer, member: Member, drafts: Drafts) -> int:
-        """How many of its drafts become tokens."""
+        """Return how many of the request's drafts become tokens."""
         return drafts.agreed()
 
     def _note(self, plan: Plan, answers: SequenceOf[Answer], rows: SequenceOf[Row], chunks: SequenceOf[Chunk]) -> None:
@@ -494,7 +494,7 @@ class LiveEngine:
 
 
 def _cache_shape(name: str, model: LiveModel, slot_tokens: int, page: int) -> CacheShape:
-    """`page`: slots are whole pages of so many tokens; 0: of any number."""
+    """Shape of the model's KV cache. Slots are whole pages of `page` tokens, or of any length if `page` is 0."""
     a = model.checkpoint.architecture
     tokens = min(slot_tokens, a.max_context_tokens)
     if page:

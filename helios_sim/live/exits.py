@@ -1,7 +1,7 @@
-"""Early exits at work: the tokens of one iteration (rows and chunks), what the heads say about them, and which exit.
+"""Early exit within one iteration: its tokens (rows and prompt chunks), the heads' output, and which rows leave.
 
-`ExitReader` reads the heads at an exit, `ExitDecider` applies the exit rule, and `Tally` counts what ran, which a
-profile can price.
+`ExitReader` computes the heads' output at an exit, `ExitDecider` applies the exit rule, and `Tally` counts what ran,
+in the form that a profile prices.
 """
 
 from __future__ import annotations
@@ -61,29 +61,29 @@ Choice = Callable[[Tensor], int]
 
 @dataclass(slots=True)
 class Row:
-    """A token that yields the next one: of a request that decodes, or the last one of a prompt that finishes."""
+    """An input token that yields a next token: of a decoding request, or the last one of a prompt that finishes."""
 
     slot: int
     position: int
     token: int
-    last_layer: int  # it is sampled there at the latest
-    asks: bool = False  # exits at the first confident exit
-    judged: bool = False  # at full depth, how sure the model is of the next token is measured
+    last_layer: int  # depth at which it is sampled at the latest
+    asks: bool = False  # leaves at the first confident exit
+    judged: bool = False  # the confidence in the next token is measured at full depth
     decodes: bool = True
-    seen: ObservedToken | None = None  # observed at every exit
-    owed: list[OwedToken] = field(default_factory=list)  # tokens of its request that left early
-    ramped: RampedToken | None = None  # what ramps say of it, where its answer may leave before the iteration ends
-    waits: OwedToken | None = None  # its own state, where it waited at an exit before the iteration, or does after it
+    seen: ObservedToken | None = None  # what every exit says, if the token is observed
+    owed: list[OwedToken] = field(default_factory=list)  # earlier tokens of its request that owe layers
+    ramped: RampedToken | None = None  # what ramps say about it, if its answer may be released
+    waits: OwedToken | None = None  # its state at the exit where it waits, before or after the iteration
     sure: bool = False  # was confident at some exit
-    recorded: Mapping[int, bool] | None = None  # confidence by depth from a trace, in place of the model's
-    asked: Mapping[int, bool] | None = None  # the same where predictors look: whether the head is asked there
-    checks: int | None = None  # exits that look at it, as bits; None: those of the rule
-    choice: Choice | None = None  # of the next token; None: the likeliest
+    recorded: Mapping[int, bool] | None = None  # whether it is confident, by depth, from a trace instead of the model
+    asked: Mapping[int, bool] | None = None  # whether a predictor asks the head, by depth, from a trace
+    checks: int | None = None  # bit mask of the exits that check it; None for those of the rule
+    choice: Choice | None = None  # samples the next token; None for the likeliest
     more: bool = False  # another token of its request is planned after the next
     chosen: int | None = None  # the next token
     layers: int = 0  # depth at which it exited; 0 before that
     breach: bool = False
-    confidence: float | None = None  # in the next token, where it was judged
+    confidence: float | None = None  # in the next token, if it was judged
     finite: bool = True
 
 
@@ -124,7 +124,7 @@ class Tally:
         self._sampled += rows
 
     def composition(self, plan: Plan, chunks: Sequence[Chunk], on_card: bool = False) -> Composition:
-        """`on_card`: the host waits for what a ramp says before it launches what comes after it."""
+        """Return the counts. `on_card`: at a ramp the host waits for the result before it launches the next layers."""
 
         def used(name: str) -> NDArray[np.int64] | None:
             return self._counts[name] if self._counts[name].any() else None
@@ -150,14 +150,14 @@ class Tally:
         )
 
 
-_LEAST_LOG = -1e4  # of a probability: its product with the probability is 0
+_LEAST_LOG = -1e4  # least log probability that is used; p log p is 0 there
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """What the head at an exit says about n rows, on the host.
+    """Output of the head at an exit for n rows, on the host.
 
-    `finite`: whether the logits were numbers; if not, token and confidence mean nothing.
+    `finite`: whether the logits are finite; if not, token and confidence mean nothing.
     """
 
     tokens: list[int]  # the likeliest
@@ -166,7 +166,7 @@ class HeadOutput:
     logits: Tensor  # (n, V), on the device
 
     def token(self, row: int, choose: Choice | None) -> int:
-        """The row's next token. A choice of its own takes a transfer to the host of its own."""
+        """The row's next token. `choose` takes another transfer to the host."""
         return self.tokens[row] if choose is None or not self.finite[row] else choose(self.logits[row])
 
 
@@ -181,8 +181,8 @@ class ExitReader:
     def read(self, model: SegmentedModel, depth: int, hidden: Tensor, measure: Confidence | None) -> HeadOutput:
         """Put hidden (n, d) after `depth` layers through the head, with one transfer to the host.
 
-        `measure`: the confidence to return as well (None: none). That of a check on the hidden state comes from the
-        check rather than from the head, in the same transfer.
+        `measure`: the confidence to return as well, if any. A confidence that is computed from the hidden state does
+        not come from the head, but is part of the same transfer.
         """
         tokens, confidence, best, logits = self.on_device(model, depth, hidden, measure)
         columns = [tokens.double(), best.double()] if confidence is None else [
@@ -238,7 +238,7 @@ class ExitReader:
         return hidden if index is None else self.heads.adapt(index, hidden).to(model.dtype)
 
     def check(self, depth: int, hidden: Tensor, measure: Confidence) -> Tensor:
-        """The confidence (n,) of a check on hidden states (n, d). UserError where it cannot be computed live."""
+        """The confidence (n,) of a check on hidden states (n, d). UserError if it cannot be computed live."""
         require_live(measure)
         require_leaving(measure)
         return MEASURES[measure].of(_StateView(self, depth, hidden))
@@ -252,7 +252,7 @@ class ExitReader:
 
 
 class HeadView:
-    """What the LM head says, from its logits (n, V) in float32, as `exits.rule.MEASURES` read it."""
+    """LM head output, from its logits (n, V) in float32, in the form that `exits.rule.MEASURES` reads."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits, self.best, self.total = logits, logits.max(-1), logits.logsumexp(-1)
@@ -270,14 +270,14 @@ class HeadView:
 
 
 def mean_of(log_p: Tensor, of: Callable[[Any], Any]) -> Tensor:
-    """The mean of `of` (log probability) under distributions (n, V); words without any probability count as 0."""
+    """The mean of `of` (log probability) under distributions (n, V); tokens of probability 0 add nothing."""
     log_p = log_p.clip(min=_LEAST_LOG)
     return (log_p.exp() * of(log_p)).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class _StateView:
-    """What is known of hidden states (n, d) after `depth` layers before the head has read them.
+    """Hidden states (n, d) after `depth` layers, for confidence measures that need no head.
 
     Only the state after the exit's layer is kept, so measures that compare two layers are refused (`require_live`).
     """
@@ -291,10 +291,10 @@ class _StateView:
 
 
 class CapturedHeads(Protocol):
-    """Looks at the logits that are captured as graphs."""
+    """Exit heads that are captured as graphs."""
 
     def read(self, exits: ExitReader, depth: int, states: Tensor, measure: Confidence | None) -> HeadOutput | None:
-        """What the head says of the states, without logits; None if there is no graph for it."""
+        """Return the head's output for the states, without logits; None if there is no graph for it."""
         ...
 
 
@@ -309,7 +309,7 @@ class ExitDecider:
         lazy: bool,
         captured: CapturedHeads | None = None,
     ) -> None:
-        """`captured`: looks at the logits of what a captured step gave."""
+        """`captured`: captured heads, for the states of captured steps."""
         self._model, self._exits, self._lazy, self._captured = model, exits, lazy, captured
         watched = rule if isinstance(rule, FixedCap | PerToken) else None
         self._threshold = 0.0 if watched is None else watched.threshold
@@ -320,7 +320,7 @@ class ExitDecider:
         self._waiting: list[tuple[list[Row], Tensor]] = []  # rows that wait for the head, with their adapted states
 
     def measure_at(self, end: int) -> Confidence | None:
-        """The confidence that is looked at where rows stop at this depth and no exit is checked."""
+        """The confidence to compute for rows that stop at this depth without a check; None at full depth."""
         return self._measure if end < self._whole else None
 
     def decide(
@@ -330,7 +330,7 @@ class ExitDecider:
 
         `states` (n, d) are the rows' hidden states after `end` layers. There is at most one transfer to the host for
         the checks and one for the tokens; they are the same if the head gives both. Rows that exit by a check
-        on the hidden state get their token in `finish`. `said`: what the head says, where that is known already.
+        on the hidden state get their token in `finish`. `said`: the head's output, if it is known already.
         """
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         asking = [i for i, row in enumerate(rows) if row.asks and i not in stops and self._asks(row, band, end)]
@@ -377,7 +377,7 @@ class ExitDecider:
         return self._checks_at(end) if row.checks is None else bool(row.checks >> band & 1)
 
     def _said(self, end: int, rows: Sequence[Row], states: Tensor, measure: Confidence | None) -> HeadOutput:
-        """What the head says of the rows' states; captured, unless a row chooses from the logits itself."""
+        """The head's output for the rows' states, by a captured graph unless a row samples from the logits."""
         if self._captured is not None and all(row.choice is None for row in rows):
             said = self._captured.read(self._exits, end, states, measure)
             if said is not None:
@@ -414,10 +414,10 @@ class ExitDecider:
 
 
 def confident(row: Row, depth: int, sure: bool) -> bool:
-    """Whether the row is, by the model, or by a trace that takes its place."""
+    """Whether the row is confident: by its recorded trace if it has one, else by the model (`sure`)."""
     return sure if row.recorded is None else row.recorded[depth]
 
 
 def some(states: Tensor, rows: Sequence[int]) -> Tensor:
-    """The states (n, ...) of these rows, which ascend."""
+    """Select the states (n, ...) of these rows, given in ascending order."""
     return states if len(rows) == len(states) else states[list(rows)]

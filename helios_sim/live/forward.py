@@ -2,9 +2,9 @@
 
 A band runs once for all rows in it: decodes, chunks of prompts, and tokens that exited earlier and are computed now
 (KvRule.RECOMPUTE). Decodes that waited at an exit go on from there. On devices that capture graphs, a band that holds
-only decodes is one launch (`GraphedDecodes`), as far as its layers are always there: those that come late are launched
-one by one, which takes less than they take to come. They come once in an iteration: where K and V of rows that left are
-computed in them, that waits until other rows run them, or for the end.
+only decodes is one launch (`GraphedDecodes`), as far as its layers are resident. Late layers, which come from host
+memory in each iteration, are launched one by one; that takes less time than their transfer. A late layer comes once in
+an iteration. Its K and V of rows that have left are computed when other rows run it, or at the end.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class _Inside:
 
     rows: list[Row]
     pieces: list[tuple[Chunk, PromptStep]]
-    hidden: Tensor | None  # None: a captured first segment embeds for itself
-    step: Decodes | None  # the rows' step; None: no rows, or it has to be built anew
+    hidden: Tensor | None  # None if a captured first segment embeds the tokens itself
+    step: Decodes | None  # the rows' attention step; None without rows, or if it has to be built anew
 
 
 class Forward:
@@ -56,15 +56,15 @@ class Forward:
         one_pass: OnePass | None = None,
         clock: Callable[[], int] = perf_counter_ns,
     ) -> None:
-        """`captured`: runs bands that hold only decodes as captured graphs; `ahead`: the next iteration's as well.
+        """`captured`: runs bands that hold only decodes as graphs. `ahead`: launches the next iteration, too.
 
-        `one_pass`: runs all bands as one graph. `clock`: by which answers are delivered at ramps.
+        `one_pass`: runs all bands as one graph. `clock`: the time in ns, for answers that are delivered at ramps.
         """
         self._model, self._cache, self._plan, self._bounds = model, cache, plan, tuple(bounds)
         self._exits, self._captured, self._ahead = exits, captured, ahead
         self._one_pass = one_pass
         self._staying = plan.loaded_layers if model.staying is None else min(model.staying, plan.loaded_layers)
-        self._left: list[Left] = []  # rows whose K and V layers that come late have to write
+        self._left: list[Left] = []  # rows that have left and need K and V in late layers
         self._lazy = plan.batching is BatchingRule.LAZY
         self._leaving = decider(model, exits, plan.exit_rule, self._lazy, captured)
         if plan.batching is BatchingRule.REBATCH and isinstance(plan.exit_rule, PerToken):
@@ -102,7 +102,7 @@ class Forward:
         return tally
 
     def _ran_at_once(self, rows: Sequence[Row], tally: Tally) -> bool:
-        """Whether rows that ask at every exit have run through all of them as one graph."""
+        """Run rows that ask at every exit through all bands as one graph, if possible. Returns whether they ran."""
         plan, rule = self._plan, self._plan.exit_rule
         free = all(row.choice is None and not row.owed for row in rows)
         if self._one_pass is None or not free or not self._one_pass.pays(len(rows)):
@@ -115,9 +115,9 @@ class Forward:
         return True
 
     def _ran_ahead(self, rows: Sequence[Row], chunks: Sequence[Chunk], tally: Tally) -> bool:
-        """Whether the rows have their tokens from steps that were launched before; if so, the next ones are launched.
+        """Run the rows by `RunAhead`, if possible, which also launches their next step. Returns whether they ran.
 
-        Beside prompts, rows run with them, unless they have run already.
+        In an iteration with prompt chunks the rows run together with the chunks, unless they were launched before.
         """
         ahead, end = self._ahead, self._bounds[-1]
         if ahead is None:
@@ -166,7 +166,7 @@ class Forward:
                 self._note_late(owed, end, rows)
                 return
             start = there
-        if now.hidden is None:  # a token that exited before runs along, for which there is no graph
+        if now.hidden is None:  # no captured segment embedded the tokens, since all layers come late
             now.hidden = self._embedded_alone(rows)
         if not owed:
             if now.step is None and rows:
@@ -182,7 +182,7 @@ class Forward:
         self._note_late(owed, end, rows)
 
     def _run(self, hidden: Tensor, start: int, end: int, attend: Attend) -> Tensor:
-        """States after layers start..end-1, of which those that come late serve the rows that have left too."""
+        """Return the states after layers start..end-1. Late layers also compute K and V of rows that have left."""
         if not self._left or end <= self._staying:
             return self._model.run(hidden, start, end, attend)
         if start < self._staying:
@@ -197,7 +197,7 @@ class Forward:
         assert now.hidden is not None  # no token exits before the first band
         room = self._captured.most_rows - len(now.rows)
         parts = [owed[at : at + room] for at in range(0, len(owed), room)]
-        hidden = now.hidden.clone() if len(parts) > 1 else now.hidden  # which a step may overwrite
+        hidden = now.hidden.clone() if len(parts) > 1 else now.hidden  # a step may overwrite it
         for part in parts:  # a request's earlier tokens come first; the rows run with the last of them
             rows = now.rows if part is parts[-1] else []
             states = torch.cat([hidden[: len(rows)], *(token.hidden for _, token in part)])

@@ -1,7 +1,7 @@
-"""Decode steps of one model as captured graphs: segments of layers for a batch of rows, and looks at the logits.
+"""Decode steps of one model as captured graphs: segments of layers for a batch of rows, and exit heads.
 
-A graph holds addresses. What a step reads of the host lies in tensors that stay where they are: `stage` copies token
-ids, slots and positions there, and hidden states go from one segment to the next through tensors of their batch size.
+A graph holds addresses, so its inputs lie in tensors that never move. `stage` copies token ids, slots and positions
+from the host into them. Hidden states go from one segment to the next through tensors of their batch size.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ def spans(max_tokens: int) -> list[int]:
 
 
 def sizes_of(slots: int) -> tuple[int, ...]:
-    """The batch sizes of captured steps of as many requests, and last of twice as many rows, several of a request."""
+    """Batch sizes of captured steps of up to `slots` requests. The last, 2 slots, is for several rows per request."""
     return (*(size for size in SIZES if size < slots), slots, 2 * slots)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What is fixed in a captured step."""
+    """The fixed properties of a captured step."""
 
     start: int
     end: int
     size: int
-    span: int  # tokens read of each request; 0: each is read as long as it is, in any slots
+    span: int  # tokens read per request; 0 if each is read up to its own length, in any slot
     in_row: bool  # slots are 0, 1, ...
-    repeated: bool = False  # several rows may be of one request, of which later ones see earlier ones
+    repeated: bool = False  # several rows may be of one request; later rows see earlier ones
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What is fixed in a captured look at the logits."""
+    """The fixed properties of a captured exit head."""
 
     depth: int
     size: int
@@ -81,30 +81,30 @@ class GraphedDecodes:
         self._states = {size: self._hidden_of(size) for size in self._of_rows}
         staged = device.host_empty(3 * 8 * self._of_rows[-1])
         self._staged = staged.view(torch.int64)  # the host writes here before one copy to the device
-        self._read = device.mark()  # that copy
+        self._read = device.mark()  # the end of that copy
         self._heads: dict[_Head, _Captured] = {}
-        # Of the latest look at the logits: tokens, the largest logits, confidences.
+        # Output of the latest head, by batch size: tokens, the largest logits, confidences.
         self.said = {size: torch.zeros((3, size), dtype=torch.float64, device=on) for size in self.sizes}
         self._latest: tuple[Tensor, int] | None = None  # the hidden states that the latest step gave, and its size
-        self.late_states: Tensor  # those of rows that ran beside them
+        self.late_states: Tensor  # hidden states of the `late` rows of that step
 
     @property
     def most_rows(self) -> int:
-        """The most that a step takes: one of every request, and as many more."""
+        """The most rows of a step: one of every request, and as many more."""
         return self._of_rows[-1]
 
     @property
     def last_position(self) -> int:
-        """Of a slot, which padding names."""
+        """The last position of a slot, which padding rows use."""
         return self.cache.max_tokens - 1
 
     @torch.inference_mode()
     def capture(self, segments: Iterable[tuple[int, int]], owing: bool = False) -> int:
         """Capture the steps through these segments (start, end) for all batch sizes and spans. Returns how many.
 
-        Large ones come first, so that the others find their memory in the graphs' pool. Only a segment above an exit
-        has requests in any slots: the requests that begin an iteration are in slots 0, 1, ... `owing`: there, tokens
-        that exited before run beside later ones of their requests.
+        Large ones come first, so that the others find their memory in the graphs' pool. The requests that begin an
+        iteration are in slots 0, 1, ...; only above an exit may they be in any slots. `owing`: above an exit, tokens
+        that exited before run beside later tokens of their requests.
         """
         shapes = [shape for start, end in segments for shape in self._shapes(start, end, owing)]
         for shape in shapes:
@@ -124,9 +124,9 @@ class GraphedDecodes:
 
     @torch.inference_mode()
     def capture_heads(self, exits: ExitReader, depths: Iterable[int], measure: Confidence | None) -> int:
-        """Capture the look at the logits after these depths for all batch sizes. Returns how many.
+        """Capture the exit heads at these depths for all batch sizes. Returns how many.
 
-        `measure`: the confidence that is looked at as well. One of a check on the hidden state is not captured.
+        `measure`: the confidence to compute as well. Confidences that need only the hidden state are not captured.
         """
         if measure is not None and not measure.by_head:
             return 0
@@ -137,9 +137,9 @@ class GraphedDecodes:
 
     @torch.inference_mode()
     def read(self, exits: ExitReader, depth: int, states: Tensor, measure: Confidence | None) -> HeadOutput | None:
-        """What the head says of `states`, with one launch and one transfer to the host.
+        """Return the head's output for `states`, with one launch and one transfer to the host.
 
-        None if they are not what the latest step gave, or if this look has not been captured.
+        None if `states` are not the output of the latest step, or if this head has not been captured.
         """
         if self._latest is None or self._latest[0] is not states:
             return None
@@ -170,10 +170,10 @@ class GraphedDecodes:
     def run(
         self, rows: Sequence[Row], hidden: Tensor | None, start: int, end: int, late: Sequence[Row] = ()
     ) -> Tensor:
-        """Hidden states (n, d_model) of the rows after layers start..end-1. `hidden` None: start from their tokens.
+        """Return the rows' hidden states (n, d_model) after layers start..end-1, from their tokens if `hidden` is None.
 
-        `late`: rows that run beside them and may be of the same requests, with their states after the others' in
-        `hidden`; `late_states` gives theirs. Both are valid until a segment runs again.
+        `late`: rows that run beside them and may be of the same requests. In `hidden` their states come after the
+        others; `late_states` holds their results. Both results are valid until a segment runs again.
         """
         n, all_rows = len(rows), [*rows, *late]
         size, in_row = self.stage(all_rows)
@@ -181,16 +181,16 @@ class GraphedDecodes:
         span = next(span for span in self._spans if span >= longest)
         before, after = self._states[size]
         if hidden is not None:
-            before[: len(all_rows)].copy_(hidden)  # which may be `after`, and a capture would write to that
+            before[: len(all_rows)].copy_(hidden)  # `hidden` may be `after`, which a capture would overwrite
         self._step(_Shape(start, end, size, span, in_row, self._exact and bool(late))).launch()
         self._latest, self.late_states = (after[:n], size), after[n : len(all_rows)]
         return self._latest[0]
 
     @torch.inference_mode()
     def launch(self, size: int, end: int, exits: ExitReader, measure: Confidence | None) -> None:
-        """Launch the first layers for what `numbers` says, and the look at the logits into `said`, both of this size.
+        """Launch the first `end` layers for the staged `numbers` of this size, and the head that writes into `said`.
 
-        Only where each request is read as long as it is.
+        Only for kernels that read each request up to its own length.
         """
         self._step(_Shape(0, end, size, 0, True)).launch()
         self._head(_Head(end, size, measure), exits).launch()
@@ -208,7 +208,7 @@ class GraphedDecodes:
     def stage(self, rows: Sequence[Row]) -> tuple[int, bool]:
         """Copy token ids, slots and positions to the device at once.
 
-        Returns the size of the step that reads them, and whether the slots count as 0, 1, ...
+        Returns the batch size of the step that reads them, and whether the slots count as 0, 1, ...
         """
         n, last = len(rows), self.last_position
         size = self.size_for(n)
@@ -233,7 +233,7 @@ class GraphedDecodes:
         return size, in_row
 
     def reads(self, start: int, end: int) -> tuple[object, ...]:
-        """What a graph of these layers has the addresses of."""
+        """The objects that a graph of these layers holds addresses of: weights and keys."""
         return (*self.model.layers[start:end], *self.cache.keys[start:end])
 
     def _step(self, shape: _Shape) -> _Captured:
@@ -252,7 +252,7 @@ class GraphedDecodes:
         def step() -> None:
             slots, positions = numbers[_SLOTS], numbers[_POSITIONS]
             attend: Decodes | PagedStep
-            if plans is not None:  # where K and V of all rows are written before any attends
+            if plans is not None:  # its steps write K and V of all rows before any row attends
                 attend = plans.step(shape.size, slots, positions)
             else:
                 attend = decode_step_on_device(cache, slots, positions, shape.span, shape.in_row, shape.repeated)

@@ -1,8 +1,8 @@
-"""Predictors at work (`model/predictors.py`): which rows leave where the first exit's head has proposed words for each.
+"""Exits by predictors (`model/predictors.py`): which rows leave, given the words proposed at the first exit.
 
-At the first exit the head is asked for every row, since its likeliest words are what predictors look at there and at
-later exits. Where one is sure the head is asked, and the row leaves with the head's word if that is one of them, as
-`core/depths.py:look` has it of recorded exits. Which exits look at a row is said by its `checks`.
+At the first exit the head runs for every row. Its likeliest words are proposed to the predictors of this exit and of
+later ones. If a predictor is sure, the head runs, and the row leaves with the head's word if that is among the proposed
+ones, as in `core/depths.py:look` for recorded exits. A row's `checks` say which exits look at it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from helios_sim.live.model.predictors import Predictors, features, likeliest, no
 def decider(
     model: SegmentedModel, exits: ExitReader, rule: ExitRule, lazy: bool, captured: CapturedHeads | None
 ) -> ExitDecider:
-    """What applies the rule."""
+    """Return the object that applies the rule."""
     if isinstance(rule, PerToken) and MEASURES[rule.confidence].proposes:
         return PredictedExits(model, exits, rule, lazy, captured)
     return ExitDecider(model, exits, rule, lazy, captured)
 
 
 def _predictors(exits: ExitReader) -> Predictors:
-    """Those of these exits. UserError where there are none."""
+    """The predictors of these exits. UserError if there are none."""
     if exits.predictors is None:
         raise no_predictors()
     return exits.predictors
 
 
 class PredictedExits(ExitDecider):
-    """Applies a rule whose confidence is `predictor`, in one iteration. Bands end at the exits, in their order."""
+    """Applies a rule with the confidence `predictor`, in one iteration. Bands end at the exits, in their order."""
 
-    _kept: Sequence[Row] = ()  # that were at the exit before, by identity
-    _words: Tensor  # (n, WORDS) proposed for them
-    _before: Tensor  # (n, d) their states there
-    _proposed: dict[int, list[int]]  # the words, on the host, by identity
+    _kept: Sequence[Row] = ()  # rows that were at the exit before, by identity
+    _words: Tensor  # (n, WORDS) words proposed for `_kept`
+    _before: Tensor  # (n, d) states of `_kept` at the exit before
+    _proposed: dict[int, list[int]]  # the words of each row, on the host, by identity
 
     def decide(
         self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally, said: HeadOutput | None = None
     ) -> None:
-        """As in `ExitDecider`. Of rows that are observed every exit says its word, and is looked at."""
+        """Decide as `ExitDecider` does. For observed rows, predictor and head run at every exit."""
         stops = {i for i, row in enumerate(rows) if row.last_layer == end}
         observed = {i for i, row in enumerate(rows) if row.seen is not None}
         asking = {i for i, row in enumerate(rows) if row.asks} - stops
@@ -87,7 +87,7 @@ class PredictedExits(ExitDecider):
         self._proposed = {id(row): words for row, words in zip(rows, self._words.tolist(), strict=True)}
 
     def _sure(self, band: int, rows: Sequence[Row], kept: list[int], look: list[int], states: Tensor) -> list[float]:
-        """What this exit's predictor says of the rows that it looks at, with one transfer to the host."""
+        """Output of this exit's predictor for the rows that it looks at, with one transfer to the host."""
         if not kept:
             return []
         here, before = some(states, kept), None
@@ -95,7 +95,7 @@ class PredictedExits(ExitDecider):
             place = {id(row): at for at, row in enumerate(self._kept)}
             still = [place[id(rows[i])] for i in kept]
             before, self._words = some(self._before, still), some(self._words, still)
-        self._kept, self._before = [rows[i] for i in kept], here.clone()  # which a later band may overwrite
+        self._kept, self._before = [rows[i] for i in kept], here.clone()  # a later band may overwrite it
         if not look:
             return []
         among = [at for at, i in enumerate(kept) if i in set(look)]
@@ -115,7 +115,7 @@ class PredictedExits(ExitDecider):
 
 
 class Foresight:
-    """What predictors say of the same n tokens at one exit after the other, as traces record it."""
+    """Output of the predictors for the same n tokens at one exit after the other, as traces record it."""
 
     def __init__(self, model: SegmentedModel, exits: ExitReader) -> None:
         self._model, self._exits = model, exits
@@ -123,7 +123,7 @@ class Foresight:
         self._before: Tensor | None = None
 
     def says(self, exit_index: int, states: Tensor, said: HeadOutput) -> list[float]:
-        """The measure at the next exit, of states (n, d) of which the head says this; 1 at full depth."""
+        """The confidences at this exit for states (n, d), given the head's output there; 1 at full depth."""
         if exit_index == len(self._exits.heads.exits):
             return [1.0] * len(said.tokens)
         words = likeliest(said.logits) if self._words is None else self._words

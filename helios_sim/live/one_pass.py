@@ -1,10 +1,10 @@
-"""An iteration of decodes through all exits as one captured graph: the host asks once, when all of it is done.
+"""Decode iterations that run through all exits as one captured graph, so that the host waits only once, at the end.
 
-At an exit the card itself compares each row's confidence with the threshold. A row that leaves stays where it is, as
-one that only writes: its state does not change any more, and the layers above compute K and V from that, which is what
-`SegmentedModel.propagate` does. No attention is computed for it, and in a batch of few rows no other product once all
-of them have left. A larger batch reads all weights in any case, so where all of its rows left early the last time, the
-host looks at every exit instead (`OnePass.pays`).
+At an exit the card itself compares each row's confidence with the threshold. A row that leaves stays in the batch but
+only writes: its state does not change any more, and the layers above compute K and V from that state, as
+`SegmentedModel.propagate` does. No attention is computed for it. In a batch of few rows, no other matrix product is
+computed either once all rows have left. A larger batch reads all weights in any case, so if all of its rows left early
+the last time, the host looks at every exit instead (`OnePass.pays`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IDS, _SLOTS, _POSITIONS, _THRESHOLD, _RECORDED = range(5)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What of an exit rule is fixed in a captured pass."""
+    """The part of an exit rule that is fixed in a captured pass."""
 
     bounds: tuple[int, ...]
     checked: tuple[bool, ...]  # whether rows may leave at each of the bounds below the last
@@ -45,8 +45,11 @@ class Rule:
     def of(
         cls, rule: ExitRule, batching: BatchingRule, kv_rule: KvRule, bounds: Sequence[int], n_layers: int
     ) -> Rule | None:
-        """None for what does not run as one pass: K and V that are computed later, and rows that wait at an exit, need
-        the states there, and where each token is looked at alone the host says which exits do."""
+        """Return the rule of a pass, or None if the iteration cannot run as one pass.
+
+        K and V that are computed later, and rows that wait at an exit, need the states there. If the exits that check
+        a token depend on the token (`rule.looks`), the host decides which do.
+        """
         lazy = batching is BatchingRule.LAZY
         if not isinstance(rule, PerToken) or rule.looks or not (lazy or kv_rule is KvRule.PROPAGATE):
             return None
@@ -79,7 +82,7 @@ class OnePass:
         return rows <= MOST_ROWS or not self._all_left
 
     def note(self, rows: Sequence[Row], last: int) -> None:
-        """How deep the rows of an iteration went."""
+        """Note whether all rows of an iteration left before the last layer."""
         self._all_left = all(row.layers < last for row in rows)
 
     @torch.inference_mode()
@@ -142,11 +145,11 @@ class OnePass:
 def _through(
     model: SegmentedModel, cache: KvCache, plans: Plans | None, rule: Rule, exits: ExitReader, numbers: Tensor
 ) -> Tensor:
-    """What `said` holds, of what `numbers` says."""
+    """Run all bands for the staged `numbers`. Returns the values of `_Captured.said`."""
     last = rule.bounds[-1]
     ids, now, positions = (numbers[part].long() for part in (_IDS, _SLOTS, _POSITIONS))
     rows = Inside(now, torch.zeros_like(now), torch.zeros_like(numbers[:4]))
-    hidden = waiting = model.embed(ids, positions)  # `waiting`: of rows that left by a check on the state
+    hidden = waiting = model.embed(ids, positions)  # `waiting`: adapted states, if rows leave by a check on the state
     for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
         attend: ExactStep | PagedStep
         if plans is None:
@@ -174,7 +177,7 @@ def _through(
 
 
 def count(rule: Rule, rows: Sequence[Row], tally: Tally) -> None:
-    """Count what rows of these depths ran."""
+    """Add what the rows ran, by their depths, to the tally."""
     last = rule.bounds[-1]
     for band, (start, end) in enumerate(pairwise((0, *rule.bounds))):
         inside = [row for row in rows if row.layers > start]
@@ -184,7 +187,7 @@ def count(rule: Rule, rows: Sequence[Row], tally: Tally) -> None:
         tally.ran(band, [row.position + 1 for row in inside])
         checks, by_head = rule.watched if end == last else rule.checked[band], rule.measure.by_head
         if by_head and end < last:
-            tally.add("check_tokens", band, len(inside) if checks else 0)  # the same look says the token
+            tally.add("check_tokens", band, len(inside) if checks else 0)  # the same head output gives the token
         else:
             tally.sampled(left)
         if checks and not by_head:

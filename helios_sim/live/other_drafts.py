@@ -1,12 +1,13 @@
-"""Another model drafts on the device, and one pass of the model that serves verifies.
+"""Speculation with a drafter: another model drafts on the device, and one pass of the serving model verifies.
 
-The other model has K and V of its own, in a cache beside (`Workspace.beside`) in which a request has a slot of the same
-number. How many of a request's tokens it has read stands in the answer (`Answer.read`): with its first draft it reads
-all that it has not, such as the last draft of a pass that was accepted as a whole, and it reads chunks of prompts in
-that same step. What comes of a draft that is refused is overwritten by later tokens of its request.
+The drafter keeps its K and V in a cache of its own (`Workspace.beside`), where a request has a slot of the same number.
+`Answer.read` counts the request's tokens that the drafter has read. With its first draft for a request, the drafter
+reads all tokens that it has not read yet, such as the last draft of a pass that was accepted as a whole. In the same
+step it reads prompt chunks. K and V of rejected drafts are overwritten by later tokens of their request.
 
-A draft is only a guess: one that is no token of the verifying model, or comes of numbers that are none, is refused like
-any other. Of the latter, K and V are zeroed, since even masked ones would spoil what comes after.
+A draft is only a guess, so any token will do if the drafter's token is unknown to the verifying model, or its logits
+are NaN. After NaN logits the drafter's K and V in that slot are zeroed, since NaN would spoil later tokens even if
+masked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 
 
 class OtherDrafts(Speculation):
-    """Runs iterations in which `drafter` drafts. `answers`: by slot, of all requests of the batch."""
+    """Runs iterations in which `drafter` drafts. `answers`: those of all requests of the batch, by slot."""
 
     def __init__(
         self,
@@ -49,9 +50,9 @@ class OtherDrafts(Speculation):
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[Drafts], chunks: Sequence[Chunk] = ()) -> list[Composition]:
-        """The same by the other model, which reads what it has not read yet, these chunks too.
+        """Let the drafter draft for every request, after reading what it has not read yet, including these chunks.
 
-        Requests that have outgrown its slots draft as far as these go.
+        A request drafts only as far as the drafter's slot reaches. Returns what each step ran.
         """
         for one in requests:
             one.most = max(0, min(one.most, self._beside.max_tokens - one.cached))
@@ -66,7 +67,7 @@ class OtherDrafts(Speculation):
         return ran
 
     def _catch_up(self, taking: Sequence[Drafts], chunks: Sequence[Chunk]) -> Composition:
-        """The first draft of each request, with all that the model has not read, and these chunks of prompts."""
+        """Make the first draft of each request from all tokens that the drafter has not read. Read these chunks too."""
         behind = sorted(taking, key=lambda one: (one.cached - self._answers[one.slot].read, one.slot))
         steps: list[Attend] = []
         sizes: list[int] = []
@@ -101,7 +102,7 @@ class OtherDrafts(Speculation):
         return self._drafted([one.position for one in behind], rows - len(behind), tuple(prefill))
 
     def _run(self, texts: Sequence[Sequence[int]], starts: Sequence[int], step: Attend) -> Tensor:
-        """These ids, each text from this position on, through the model that drafts."""
+        """Run these ids, each text from its start position on, through the drafter. Returns their states."""
         device, known = self._beside.device, self._drafter.architecture.vocab_size - 1
         ids = torch.tensor([min(token, known) for text in texts for token in text], device=device)
         at = [start + n for start, text in zip(starts, texts, strict=True) for n in range(len(text))]
@@ -109,7 +110,7 @@ class OtherDrafts(Speculation):
         return self._drafter.run(hidden, 0, self._drafter.n_loaded, step)
 
     def _note(self, requests: Sequence[Drafts], states: Tensor) -> None:
-        """What each of these states (n, d_model) says next is a draft."""
+        """Add to each request the draft that the head gives for its state (n, d_model)."""
         said = self._head.read(self._drafter, self._drafter.n_loaded, states, None)
         known = self._model.architecture.vocab_size - 1
         for one, token, finite in zip(requests, said.tokens, said.finite, strict=True):
@@ -128,7 +129,7 @@ class OtherDrafts(Speculation):
         return self._model.embed(torch.tensor(ids, device=device), positions)
 
     def _drafted(self, contexts: Sequence[int], more: int, prefill: tuple[PrefillChunk, ...]) -> Composition:
-        """A step of the model that drafts, with `more` rows of tokens that it had not read."""
+        """Composition of a step of the drafter, with `more` rows of tokens that it had not read."""
         return _of_all_layers(self._drafter, contexts, more, len(contexts), prefill, drafting=True)
 
     def _composition(
@@ -156,7 +157,7 @@ def _of_all_layers(
 
 
 def require_one_tokenizer(models: Mapping[str, LiveModel], model: str, drafter: str) -> None:
-    """UserError unless the drafter's tokens are those of the model that verifies them."""
+    """Raise UserError unless the drafter's tokens are those of the model that verifies them."""
     if not are_one_tokenizer(models[model].tokenizer, models[drafter].tokenizer):
         raise UserError(
             "policy.drafter", drafter, f"live, a model with the very tokenizer of {model}, whose tokens it drafts",
@@ -165,6 +166,6 @@ def require_one_tokenizer(models: Mapping[str, LiveModel], model: str, drafter: 
 
 
 def are_one_tokenizer(ours: Any, theirs: Any) -> bool:
-    """Whether a token of one is the same token of the other, so that what one model drafts another can verify."""
+    """Whether both tokenizers have the same vocabulary, so that one model can verify the other's drafts."""
     same: bool = ours.get_vocab() == theirs.get_vocab()
     return same

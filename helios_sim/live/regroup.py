@@ -1,8 +1,8 @@
 """Batches that are split at exits, on the device (DREX, arXiv 2512.15705).
 
-At an exit all rows leave that are sure there or were before, if the loop's own rule says that enough of them are
-(`core.depths.parts`). The others wait: their hidden states stay on the device with their requests, and the K and V of
-the layers that they ran in the cache, until the loop lets them run on (`core.schedule.blocks_to_regroup`).
+At an exit, the rows that are confident there, or were before, leave if the loop's own rule (`core.depths.parts`) says
+that there are enough of them. The other rows wait until the loop lets them run on (`core.schedule.blocks_to_regroup`).
+Meanwhile their hidden states stay on the device with their requests, and their K and V in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from helios_sim.serving.iteration import Plan
 
 
 class SplitDecider(ExitDecider):
-    """Decides at the end of each band who leaves and who waits there. `bounds`: depths at the ends of bands."""
+    """Decides at the end of each band which rows leave and which wait. `bounds`: depths at the ends of bands."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class SplitDecider(ExitDecider):
     def decide(
         self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally, said: HeadOutput | None = None
     ) -> None:
-        """As `ExitDecider` where all rows stop; else those that wait have their state in `waits`."""
+        """Decide as `ExitDecider` does at the last depth. At other exits, rows that wait get their state in `waits`."""
         if end == self._last:
             super().decide(band, end, rows, states, tally, said)
             return
@@ -62,7 +62,7 @@ class SplitDecider(ExitDecider):
                 row.waits = OwedToken(row.position, end, state.clone())  # the next iteration may overwrite it
 
     def _look(self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally) -> HeadOutput | None:
-        """Note who is sure, if this exit checks. Returns what the head says, if it was asked."""
+        """Note which rows are confident, if this exit checks. Returns the head's output, if the head was used."""
         if not self._checks_at(end):
             return None
         assert self._measure is not None
@@ -80,7 +80,7 @@ class SplitDecider(ExitDecider):
 
 
 def resumed(rows: Sequence[Row]) -> Tensor:
-    """The hidden states (n, d_model) with which rows that waited at an exit go on."""
+    """The hidden states (n, d_model) of rows that waited at an exit and now go on."""
     return torch.cat([row.waits.hidden for row in rows if row.waits is not None])
 
 
@@ -90,7 +90,7 @@ def waits_at(row: Row, depth: int) -> bool:
 
 
 def copy_kv(cache: KvCache, rows: Sequence[Row], start: int, end: int) -> None:
-    """K and V of layer start - 1 stand for those of layers start..end-1 of these rows' tokens (`KvRule.COPY`)."""
+    """Copy K and V of layer start - 1 into layers start..end-1, for these rows' tokens (`KvRule.COPY`)."""
     slots, positions = ([getattr(row, name) for row in rows] for name in ("slot", "position"))
     on = cache.device
     places = rows_of(cache, torch.tensor(slots, device=on), torch.tensor(positions, device=on))

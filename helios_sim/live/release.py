@@ -1,8 +1,8 @@
 """Answers that leave at a ramp while the model goes on, on the device (Apparate, arXiv 2312.05385).
 
-Every decode runs all layers. At each ramp its token there is read, and the first ramp that is sure of it gives the
-answer's token, delivered at that moment: the text goes on with it, as after any early exit, in the next iteration. K
-and V are those of all layers. What the whole model says in its place is the verdict, which policies are told.
+Every decode runs all layers. Each ramp predicts the next token from its depth. The first ramp that is confident gives
+the answer's token, which is delivered at that moment; the next iteration goes on with it, as after any early exit. K
+and V are computed in all layers. The whole model's token is the verdict on the delivered one, which policies are told.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from helios_sim.serving.iteration import Token
 
 @dataclass(slots=True)
 class RampedToken:
-    """What the ramps said of one token, in their order, and what the whole model said."""
+    """What the ramps predicted for one token, in their order, and what the whole model did."""
 
     rule: ReleaseEarly
-    recorded: Mapping[int, bool] | None = None  # whether each ramp agrees, from a trace; None: as the model says
-    choices: list[int] = field(default_factory=list)  # where the ramp's word is known
+    recorded: Mapping[int, bool] | None = None  # whether each ramp agrees, from a trace; None for the model's own
+    choices: list[int] = field(default_factory=list)  # each ramp's likeliest token, if it was computed
     confidences: list[float] = field(default_factory=list)
-    ramp: int = 0  # layers of the ramp that delivered; 0: none did
-    token: int = 0  # that it delivered
-    word: int = 0  # the likeliest there, which the token is unless it was drawn
-    time_ns: int = 0  # when
-    verdict: int = 0
+    ramp: int = 0  # layers of the ramp that delivered; 0 if none did
+    token: int = 0  # the token that it delivered
+    word: int = 0  # the likeliest token there; the same as `token` unless that was sampled
+    time_ns: int = 0  # time of the delivery
+    verdict: int = 0  # the whole model's likeliest token
 
     @property
     def delivered_agrees(self) -> bool:
         return self.word == self.verdict if self.recorded is None else self.recorded[self.ramp]
 
     def agrees(self) -> list[bool]:
-        """By ramp, where the policy is told of all of them."""
+        """Whether each ramp agrees with the whole model, if the rule tells the policy about all ramps."""
         if self.recorded is not None:
             return [self.recorded[ramp] for ramp in self.rule.ramps]
         return [choice == self.verdict for choice in self.choices]
 
 
 class ReleaseDecider(ExitDecider):
-    """Looks at the ramps, which are the ends of the bands before the last. `clock`: ns of the run."""
+    """Applies `ReleaseEarly`. Its ramps are the ends of all bands but the last. `clock`: the time of the run in ns."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ReleaseDecider(ExitDecider):
     def decide(
         self, band: int, end: int, rows: Sequence[Row], states: Tensor, tally: Tally, said: HeadOutput | None = None
     ) -> None:
-        """Note what leaves at a ramp; after the last layer, give every row its token."""
+        """Note which answers leave at a ramp; after the last layer, give every row its token."""
         if end in self._rule.ramps:
             at = [i for i, row in enumerate(rows) if row.ramped is not None]
             if at:
@@ -80,7 +80,7 @@ class ReleaseDecider(ExitDecider):
 
     def _ramp(self, end: int, rows: Sequence[Row], states: Tensor, band: int, tally: Tally) -> None:
         at_least, measure, said = self._at_least[self._rule.ramps.index(end)], self._rule.confidence, None
-        if self._by_head or self._rule.tells_all:  # whether it is right is asked of every token
+        if self._by_head or self._rule.tells_all:  # the policy is told of every token whether the ramp is right
             said = self._said(end, rows, states, measure)
             assert said.confidence is not None
             values = said.confidence
@@ -111,7 +111,7 @@ class ReleaseDecider(ExitDecider):
 
 
 def delivered(token: Token, row: Row, end_ns: int) -> Token:
-    """The row's token with where and when it was delivered, in an iteration that ended then."""
+    """Add to the row's token where and when it was delivered, in an iteration that ended at `end_ns`."""
     seen = row.ramped
     if seen is None or not seen.ramp:
         return token
@@ -121,7 +121,7 @@ def delivered(token: Token, row: Row, end_ns: int) -> Token:
 
 
 def told(answer: Answer, rule: ReleaseEarly, chars: int, time_ns: int) -> Released:
-    """An answer's tokens that passed the rule's ramps: those before a change of the ramps say nothing of these."""
+    """What the rule's ramps said about an answer's tokens, without tokens from before a change of the ramps."""
     seen = [each for each in answer.ramped if each.rule.ramps == rule.ramps and each.rule.tells_all]
     confidences = np.array([each.confidences for each in seen], np.float32).reshape(-1, len(rule.ramps))
     return Released(

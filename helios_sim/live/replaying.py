@@ -1,6 +1,6 @@
-"""The live engine for models with random weights: all is computed, and exits and drafts are those of a recorded trace.
+"""The live engine for models with random weights: all is computed, but exits and drafts follow a recorded trace.
 
-Their output means nothing, so what an exit says of it would mean nothing either.
+The output of random weights means nothing, so an exit's confidence in it would mean nothing either.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from helios_sim.serving.iteration import Member, Plan
 
 
 class ReplayingEngine(LiveEngine):
-    """A `LiveEngine` with exits, and drafts, that follow the models' traces."""
+    """A `LiveEngine` in which exits and accepted drafts follow the models' traces."""
 
     def lay_beside(self, model: str, drafter: str) -> None:
-        self._models[model].trace.trace.drafted_by(drafter)  # UserError where that was not recorded
+        self._models[model].trace.trace.drafted_by(drafter)  # UserError if that was not recorded
         super().lay_beside(model, drafter)
 
     def observe(
@@ -73,7 +73,7 @@ class ReplayingEngine(LiveEngine):
         return accepted
 
     def _confident(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
-        """Confidence of the next token by depth, from the trace; None if the exit rule does not ask."""
+        """Whether each depth is confident of the next token, from the trace; None if the exit rule does not ask."""
         rule = plan.exit_rule
         if not isinstance(rule, FixedCap | PerToken):
             return None
@@ -84,7 +84,7 @@ class ReplayingEngine(LiveEngine):
     def _at_ramps(
         self, model: str, rule: ReleaseEarly, answer: Answer, member: Member
     ) -> tuple[dict[int, bool], RampedToken]:
-        """Whether each ramp is sure of the next token, and which agree."""
+        """Whether each ramp is confident of the next token, by depth, and whether each agrees, from the trace."""
         trace = self._models[model].trace.trace
         row = member.span.first + (member.span.start + len(answer.tokens)) % member.span.length
         seen = Released.recorded(model, answer.request.request_id, trace, np.array([row]), rule, 0)
@@ -92,7 +92,7 @@ class ReplayingEngine(LiveEngine):
         return sure, RampedToken(rule, agrees)
 
     def _asked(self, plan: Plan, answer: Answer, member: Member) -> Mapping[int, bool] | None:
-        """Whether predictors ask the head at each depth, in vain or not; None where none look."""
+        """Whether a predictor asks the head at each depth, in vain or not; None if the rule uses no predictors."""
         rule = plan.exit_rule
         if not isinstance(rule, PerToken) or not MEASURES[rule.confidence].proposes:
             return None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LIVE_PACKAGES = ("torch", "transformers", "safetensors", "gguf")
 FOLDER = "prompts"  # in the cache folder
-_MOST_BYTES = 256 << 20  # of a file of texts
+_MOST_BYTES = 256 << 20  # largest text file that is read
 _FIX = "name a folder with these files or one text file by live.texts, or run `make models`"
 
 
@@ -70,7 +70,7 @@ class FileTexts:
 
 
 def read_texts(tasks: Sequence[str], place: str | None = None) -> FileTexts:
-    """Read the tasks' texts from a folder or a file (`place` None: the cache folder).
+    """Read the tasks' texts from a folder or a file, or from the cache folder if `place` is None.
 
     Raises UserError for a missing or empty file.
     """
@@ -107,7 +107,7 @@ class LiveModel:
     profile: Profile
     trace: BoundTrace
     replays: bool = False
-    predictors: Predictors | None = None  # of the heads' exits; None: there are none
+    predictors: Predictors | None = None  # of the heads' exits; None if there are none
     one_at_a_time: Lock = field(default_factory=Lock, repr=False)  # engines in threads share the tokenizer
     start_token: int | None = field(init=False)  # begins a text, if the vocabulary has one
     _where_predictors_look: Profile = field(init=False, repr=False)
@@ -122,7 +122,7 @@ class LiveModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and KV. Policies and the server count with the profile's bytes, so it follows those."""
+        """The dtype of weights and KV, which is the profile's, since policies and the server count its bytes."""
         import torch
 
         return {4: torch.float32, 2: torch.bfloat16}[self.profile.model.weight_bytes_per_value]
@@ -133,7 +133,7 @@ class LiveModel:
         return self.trace.trace.exits
 
     def pricing(self, rule: ExitRule, resident_layers: int | None = None) -> Profile:
-        """The profile that prices what runs under the rule, where layers above `resident_layers` come late."""
+        """Return the profile that prices iterations under the rule, if layers above `resident_layers` come late."""
         looks = isinstance(rule, PerToken) and MEASURES[rule.confidence].proposes
         profile = self._where_predictors_look if looks else self.profile
         if resident_layers is None:
@@ -143,7 +143,7 @@ class LiveModel:
         return self._late[looks, resident_layers]
 
     def lengths(self, request: Request, answered_chars: int = 0) -> tuple[int, TokenSpan]:
-        """Prompt tokens, including what was answered so far, and the span of what is still to be answered."""
+        """Prompt length in tokens, including the answer so far, and the span of the answer that is still to come."""
         span = self.trace.locate(
             request.task, request.text_start + answered_chars, request.output_chars - answered_chars
         )
@@ -186,17 +186,18 @@ def start_token(tokenizer: Any, vocab_size: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class OpenSettings:
-    """How to open models. `weights` and `heads` are given by model, if not to be found by the model's name.
+    """How to open models.
 
-    `predictors`: by model the folder in which they lie, where some are to be read.
+    `weights`, `heads`: places by model. Models without an entry are looked up by name.
+    `predictors`: folders of trained predictors, by model, for the models that use them.
     """
 
     device: str = "cpu"  # cpu, cuda, cuda:N
-    dtype: str | None = None  # None: the profile's
-    threads: int | None = None  # CPU threads; None: torch's default
+    dtype: str | None = None  # None for the profile's
+    threads: int | None = None  # CPU threads; None for torch's default
     weights: Mapping[str, str] | None = None
     heads: Mapping[str, str] | None = None
-    kernels: str | None = None  # triton, torch; None: what suits the device
+    kernels: str | None = None  # triton, torch or flashinfer; None for what suits the device
     predictors: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -208,7 +209,7 @@ def open_models(
 ) -> dict[str, LiveModel]:
     """Open every model that has a profile. Layers are not read yet.
 
-    `known`: models that have been opened, whose weights and tokenizer those of the same name share.
+    `known`: models that are already open. A new model of the same name shares their weights and tokenizer.
     Raises UserError for missing packages, devices, weights or heads, for kernels that the device cannot run, and for
     weights of another model than the profile's.
     """
@@ -298,7 +299,7 @@ def _heads(name: str, checkpoint: Checkpoint, settings: OpenSettings, exits: tup
 
 
 def _predictors(folder: Path | None, heads: ExitHeads, exits: tuple[int, ...], device: str) -> Predictors | None:
-    """Those in the folder, if one is named. UserError where there are none, or those of other exits."""
+    """Read the predictors in the folder, if one is named. UserError if there are none, or those of other exits."""
     if folder is None:
         return None
     from helios_sim.live.model.predictors import FILE, no_predictors, read_predictors
@@ -319,14 +320,14 @@ def _listed(exits: tuple[int, ...]) -> str:
 
 
 def check_packages(why: str) -> None:
-    """UserError if packages of the extra `live` are missing, or torch cannot be loaded. `why`: what needs them."""
+    """Raise UserError if packages of the extra `live` are missing or torch cannot load. `why`: what needs them."""
     missing = [name for name in LIVE_PACKAGES if find_spec(name) is None]
     if missing:
         fix = "run `make live`, or pip install 'helios-llm-sim[live]'"
         raise UserError("packages", ", ".join(missing), f"{why} needs them installed", fix)
     try:
         import_module("torch")
-    except Exception as error:  # of its libraries, as where they are those of another driver
+    except Exception as error:  # any error of torch's libraries, e.g. if they need another driver
         if is_asked() or lacking(error) is not None:
             raise
         allowed = f"it is installed and cannot be loaded ({in_short(error)})"

@@ -1,9 +1,9 @@
 """Self-speculation on the device: requests draft at an exit, and one pass of the whole model verifies.
 
-The layers up to the exit run one token of every request that drafts, and the exit's head says the next one. The hidden
-states of these tokens are kept, and their K and V are in the cache, so that the verification runs the first layers for
-the last draft alone, and the others for all of them at once, with prompts beside them. What comes of a draft that the
-whole model contradicts is overwritten by later tokens of its request.
+A drafting step runs one token of every request that drafts through the layers up to the exit, and the exit's head gives
+the next draft. The hidden states of these tokens are kept, and their K and V stay in the cache. Verification runs the
+first layers for the last draft alone, and the other layers for all drafts at once, together with prompt chunks. K and V
+of rejected drafts are overwritten by later tokens of their request.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from helios_sim.profile.composition import Composition, PrefillChunk
 
 @dataclass(slots=True)
 class Drafts:
-    """What one request drafts in an iteration, and what the whole model says to it."""
+    """The drafts of one request in an iteration, and what the whole model chooses in their place."""
 
     slot: int
     cached: int  # tokens in the KV cache
-    token: int  # its latest, which is not in the cache
-    most: int  # tokens that it drafts
-    choice: Choice | None = None  # of its next token, where it drafts none; None: the likeliest
+    token: int  # its latest token, which is not in the cache
+    most: int  # how many tokens it drafts
+    choice: Choice | None = None  # samples its next token, if it drafts none; None for the likeliest
     tokens: list[int] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)  # (1, d_model) after the exit's layer, of each token put in
-    chosen: list[int] = field(default_factory=list)  # by the whole model, after `token` and after each draft
+    states: list[Tensor] = field(default_factory=list)  # (1, d_model) at the exit, of each token that drafted
+    chosen: list[int] = field(default_factory=list)  # the whole model's tokens, after `token` and after each draft
     finite: list[bool] = field(default_factory=list)
-    confidence: Sequence[float | None] = ()  # of the whole model in what it chose, where that is judged
+    confidence: Sequence[float | None] = ()  # the whole model's, in each token that it chose, if judged
 
     @property
     def latest(self) -> int:
@@ -46,11 +46,11 @@ class Drafts:
 
     @property
     def position(self) -> int:
-        """Of the token that is put in next."""
+        """Position of the latest token, which runs next."""
         return self.cached + len(self.tokens)
 
     def agreed(self) -> int:
-        """How many of the drafts are what the whole model chose, up to the first that is not."""
+        """Number of drafts before the first one that differs from the whole model's token."""
         pairs = zip(self.tokens, self.chosen, strict=False)
         return next((n for n, (draft, chosen) in enumerate(pairs) if draft != chosen), len(self.tokens))
 
@@ -58,16 +58,16 @@ class Drafts:
 class Speculation:
     """Runs iterations in which requests draft after `exit_layers` layers."""
 
-    judged = False  # how sure the whole model is of its tokens is measured
+    judged = False  # whether the whole model's confidence in its tokens is measured
 
     def __init__(self, model: SegmentedModel, exits: ExitReader, cache: KvCache, exit_layers: int) -> None:
         self._model, self._exits, self._cache, self._exit = model, exits, cache, exit_layers
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[Drafts], chunks: Sequence[Chunk] = ()) -> list[Composition]:
-        """Let every request draft as many tokens as it is to. Returns what each step ran.
+        """Let every request draft `most` tokens. Returns what each step ran.
 
-        Chunks of prompts run when these are verified.
+        The prompt chunks do not run here but in `verify`.
         """
         ran = []
         while taking := [one for one in requests if len(one.tokens) < one.most]:
@@ -81,7 +81,7 @@ class Speculation:
 
     @torch.inference_mode()
     def verify(self, requests: Sequence[Drafts], chunks: Sequence[Chunk]) -> Composition:
-        """Run the whole model for all drafts and these chunks of prompts. The rows of prompts get their token too."""
+        """Run the whole model for all drafts and these prompt chunks. The rows of prompts get their token too."""
         model, n = self._model, len(requests)
         prompts = [PromptStep(self._cache, c.slot, len(c.tokens), c.context) for c in chunks]
         states = self._to_verify(requests, list(zip(chunks, prompts, strict=True)))
@@ -109,13 +109,13 @@ class Speculation:
         return self._composition(contexts, sum(rows) - n, len(at), prefill, drafting=False)
 
     def _to_verify(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
-        """States of all tokens that are verified, request by request, and then of these chunks."""
+        """States at the exit of all tokens to verify, request by request, and then of these chunks."""
         hidden = self._first_layers(requests, pieces)
         joined = [state for i, one in enumerate(requests) for state in (*one.states, hidden[i : i + 1])]
         return torch.cat([*joined, hidden[len(requests) :]])
 
     def _first_layers(self, requests: Sequence[Drafts], pieces: Sequence[tuple[Chunk, PromptStep]]) -> Tensor:
-        """The latest token of each request, and these chunks, after the exit's layer."""
+        """Run the latest token of each request, and these chunks, up to the exit. Returns their states."""
         step = decode_step(self._cache, [one.slot for one in requests], [one.position for one in requests])
         ids = [one.latest for one in requests] + [token for chunk, _ in pieces for token in chunk.tokens]
         positions = torch.cat([step.positions, *(prompt.positions for _, prompt in pieces)])
@@ -142,7 +142,7 @@ class Speculation:
 
 
 def block_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], tokens: int) -> Attend:
-    """The step of so many tokens of each request: one call, or, where kernels go by lengths, one each."""
+    """Attention of `tokens` tokens of each request: one call for all, or one each if kernels take any lengths."""
     if not cache.kernels.any_lengths:
         return BlockStep(cache, slots, lengths, tokens)
     each: list[Attend] = [PromptStep(cache, at, tokens, n) for at, n in zip(slots, lengths, strict=True)]
@@ -150,5 +150,5 @@ def block_step(cache: KvCache, slots: Sequence[int], lengths: Sequence[int], tok
 
 
 def together(steps: list[Attend], rows: list[int]) -> Attend:
-    """One step of several, of which each has so many rows."""
+    """Join several steps into one. `rows`: number of rows of each step."""
     return steps[0] if len(steps) == 1 else MixedStep(steps, rows)

@@ -1,8 +1,8 @@
 """An engine in a thread of its own, so that several replicas compute at once behind one clock.
 
 The loop, the policies and SimPy's processes stay in the environment's thread. An iteration is handed to the engine's
-thread, and what became of it comes back by `WallClock.call`, as calls of clients do. Everything else that is asked of
-the engine is done in its thread too, after what was asked before: torch keeps a current card for each thread.
+thread, and its outcome comes back by `WallClock.call`, as clients' calls do. Other calls that use the device run in the
+engine's thread too, one after the other, since torch keeps a current card for each thread.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ _T = TypeVar("_T")
 
 
 class EngineThread:
-    """The thread of one engine: what is asked of it is done one after the other."""
+    """The thread of one engine. It runs the calls that it is given one after the other."""
 
     def __init__(self, clock: WallClock, name: str) -> None:
         self._clock = clock
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
     def ask(self, what: Callable[[], _T]) -> _T:
-        """What it returns or raises, when it has run."""
+        """Run `what` in the engine's thread, wait for it, and return its result or raise its error."""
         return self._worker.submit(what).result()
 
     def tell(self, what: Callable[[], None]) -> None:
-        """Returns at once. What it raises is raised in the environment's thread."""
+        """Run `what` in the engine's thread without waiting. Its error is raised in the environment's thread."""
         self._worker.submit(what).add_done_callback(self._look)
 
     def hand(
         self, what: Callable[[], _T], tell: Callable[[Callable[[], _T]], None], end_ns: Callable[[_T], int | None]
     ) -> None:
-        """Returns at once. `tell` is called in the environment's thread, at the time at which `what` says that it has
-        ended (`end_ns`; None: now)."""
+        """Run `what` in the engine's thread without waiting, and then call `tell` in the environment's thread.
+
+        `tell` gets a function that returns the result of `what` or raises its error. It is called at the time that
+        `end_ns` finds in the result, or at the end time of the error; None for now.
+        """
 
         def ended(done: Future[_T]) -> None:
             error = done.exception()
@@ -55,12 +58,12 @@ class EngineThread:
             self._clock.close_door()
             tell(done.result)
 
-        self._clock.open_door()  # until then the run is not over
+        self._clock.open_door()  # keeps the run going until `come_back`
         done = self._worker.submit(what)
         done.add_done_callback(ended)
 
     def close(self) -> None:
-        """Waits for what it does."""
+        """Wait until all calls have run, and end the thread."""
         self._worker.shutdown(wait=True)
 
     def _look(self, done: Future[None]) -> None:
@@ -69,7 +72,7 @@ class EngineThread:
 
 
 class Handed(Around):
-    """Follows the `Hands` protocol, with an engine that runs iterations at once."""
+    """Runs an engine's iterations and probes in its thread, by the `Hands` protocol."""
 
     def __init__(self, inner: Executes, thread: EngineThread) -> None:
         super().__init__(inner)
@@ -113,12 +116,12 @@ class Handed(Around):
         )
 
     def forget(self, request_id: int, again: bool = False) -> None:
-        """Requests may leave while an iteration runs: nobody waits for it."""
+        """Forget the request without waiting, since requests may leave while an iteration runs."""
         self._thread.tell(lambda: self._inner.forget(request_id, again))
 
 
 def share_threads(engines: int) -> Callable[[], None]:
-    """Engines that compute on one CPU share the threads that one would have. Returns what undoes that."""
+    """Divide torch's CPU threads among engines that compute on one CPU. Returns a function that undoes it."""
     import torch
 
     before = torch.get_num_threads()
@@ -127,7 +130,7 @@ def share_threads(engines: int) -> Callable[[], None]:
 
 
 class ToServer:
-    """Failures of requests and loads, from an engine's thread to its server."""
+    """Passes failures of requests and loads from an engine's thread to its server."""
 
     def __init__(self, faults: Faults, clock: WallClock) -> None:
         self._faults, self._clock = faults, clock
@@ -136,5 +139,5 @@ class ToServer:
         self._clock.call(lambda: self._faults.request_failed(request_id, reason), always=True)
 
     def load_failed(self, model: str, reason: str) -> None:
-        """It comes by the clock already."""
+        """Pass the failure on directly, since it comes by the clock already."""
         self._faults.load_failed(model, reason)
