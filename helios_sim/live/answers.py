@@ -131,7 +131,7 @@ def observation(
     exit_rule: ExitRule,
     now_ns: int,
 ) -> Observation:
-    """An observation from choices and confidences (n, E). Bits are None: the text is the model's own."""
+    """Make an observation from choices and confidences (n, E). Bits are None, since the text is the model's own."""
     agrees = choices == choices[:, -1:]
     threshold = exit_rule.threshold if isinstance(exit_rule, FixedCap | PerToken) else None
     return Observation(
@@ -146,7 +146,7 @@ def observation(
 
 
 def agreed_tokens(models: Mapping[str, LiveModel], answers: Iterable[Answer], device: str = "cpu") -> dict[int, int]:
-    """How many of each answer's tokens full depth would have chosen too, by request number.
+    """Count the tokens of each answer that full depth would have chosen too, by request number.
 
     Each token is compared with the whole model's choice given the text before it. At near ties in bfloat16, one pass
     over many tokens can differ from single steps. The models are loaded one after the other.

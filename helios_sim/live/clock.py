@@ -202,7 +202,7 @@ class Door:
     def close(self, now: bool = False) -> None:
         """End the calls. Only the first call counts. The run ends when all requests have left, and no alarm is due.
 
-        `now`: the run ends before the next event, and requests that are still in the system leave as unfinished.
+        `now`: the run ends between two events, and requests that are still in the system leave as unfinished.
         """
         with self._lock:
             if not self._closed:

@@ -1,4 +1,4 @@
-"""Devices, beyond what torch gives: free memory and blocks of it, copies from the host, prepared steps.
+"""Devices for serving, with what torch does not offer: free memory, large blocks, copies, prepared steps.
 
 `CpuDevice` here and `CudaDevice` in `cuda.py` implement the `Device` protocol. The calibration runs its steps through
 the same code, so its profiles describe what is served.
@@ -102,10 +102,10 @@ class CpuDevice:
         return self.copy(pairs, after)
 
     def release(self) -> None:
-        """Does nothing: freed memory returns to the system by itself."""
+        """Do nothing, since freed memory returns to the system by itself."""
 
     def wait(self) -> None:
-        """Does nothing: a step is done when it returns."""
+        """Do nothing, since a step is done when it returns."""
 
     def prepare(self, step: Step) -> Step:
         return step
@@ -129,7 +129,7 @@ class _Done:
     """The mark of a device on which everything issued is done at once."""
 
     def synchronize(self) -> None:
-        """Returns at once."""
+        """Return at once."""
 
 
 _DONE = _Done()

@@ -36,7 +36,7 @@ class Counter(Protocol):
 
 @dataclass(slots=True)
 class Rapl:
-    """All processor packages together. `powercap` is the kernel's folder of them; a test may pass another."""
+    """RAPL counters of all processor packages. `powercap` is the kernel's folder of them; a test may pass another."""
 
     powercap: Path = POWERCAP
     _seen: dict[Path, tuple[float, float]] = field(default_factory=dict)  # last reading, sum of wrap-arounds
@@ -140,7 +140,7 @@ def may_be_counted(device: str) -> bool:
 
 
 class Meter:
-    """Joules from `start` to `stop`. It reads the counter now and then in between, so that no wrap-around is missed."""
+    """Measures joules from `start` to `stop`. It also reads the counter in between, to miss no wrap-around."""
 
     def __init__(self, counter: Counter | None, absent: str, now_s: Callable[[], float] = time.monotonic) -> None:
         """`absent`: why there is no energy if the counter is None or cannot be read."""

@@ -78,7 +78,7 @@ class OnePass:
         self._all_left = False
 
     def pays(self, rows: int) -> bool:
-        """Whether this batch should run to the last layer without a look in between."""
+        """Whether this batch should run to the last layer without a transfer to the host in between."""
         return rows <= MOST_ROWS or not self._all_left
 
     def note(self, rows: Sequence[Row], last: int) -> None:

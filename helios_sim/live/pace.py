@@ -54,7 +54,7 @@ def warm_up(
 
 
 def _after(member: Member, tokens: int) -> Member:
-    """The request after an iteration that put so many of its tokens into the cache."""
+    """The request after an iteration that put this number of its tokens into the cache."""
     return replace(member, generated=member.generated + 1, context_tokens=member.context_tokens + tokens)
 
 

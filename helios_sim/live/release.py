@@ -80,7 +80,7 @@ class ReleaseDecider(ExitDecider):
 
     def _ramp(self, end: int, rows: Sequence[Row], states: Tensor, band: int, tally: Tally) -> None:
         at_least, measure, said = self._at_least[self._rule.ramps.index(end)], self._rule.confidence, None
-        if self._by_head or self._rule.tells_all:  # the policy is told of every token whether the ramp is right
+        if self._by_head or self._rule.tells_all:  # the policy is told for every token whether it is right
             said = self._said(end, rows, states, measure)
             assert said.confidence is not None
             values = said.confidence

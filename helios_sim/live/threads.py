@@ -45,8 +45,8 @@ class EngineThread:
     ) -> None:
         """Run `what` in the engine's thread without waiting, and then call `tell` in the environment's thread.
 
-        `tell` gets a function that returns the result of `what` or raises its error. It is called at the time that
-        `end_ns` finds in the result, or at the end time of the error; None for now.
+        `tell` gets a function that returns the result of `what` or raises its error. It is called at the end time that
+        `end_ns` gives for the result, or that the error names, or else at once.
         """
 
         def ended(done: Future[_T]) -> None:

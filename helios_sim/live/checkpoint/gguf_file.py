@@ -122,7 +122,7 @@ class GgufFile:
             if (size := keys.integer(name, 1, MOST["head_dim"], otherwise)) != head_dim:
                 raise keys.wrong(name, size, f"{head_dim}, as the keys of a head: another size is not built")
         sliding, window = self._sliding(keys, n_layers) if gemma else ((), None)
-        # llama.cpp's own rule, since the file does not say it: the largest Gemma-3 scales by d_model / n_heads.
+        # llama.cpp's own rule, since the file does not say it. The largest Gemma-3 scales by d_model / n_heads.
         scaled_by = d_model // n_heads if gemma and n_layers == _GEMMA3_27B_LAYERS else head_dim
         theta = keys.number("rope.freq_base", 1.0, 1e12, _THETA)
         theta_sliding = keys.number("rope.freq_base_swa", 1.0, 1e12, _THETA) if gemma else _THETA
@@ -175,7 +175,7 @@ class GgufFile:
         return (sliding, window) if window and any(sliding) else ((), None)
 
     def _rope(self, keys: Fields, theta: float, head_dim: int) -> Rope:
-        """Rotary positions. A factor without a type is linear; Llama-3.1's scaling is a tensor beside it."""
+        """Rotary positions. A factor without a type is linear; Llama-3.1's scaling is one of the file's tensors."""
         kind = keys.text("rope.scaling.type", ("none", "linear"), "linear")
         older = keys.number("rope.scale_linear", 0, 1e6, 0.0)
         factor = keys.number("rope.scaling.factor", 0, 1e6, older) or 1.0

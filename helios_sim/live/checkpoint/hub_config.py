@@ -120,7 +120,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
-    """Raise WeightsError for sizes out of range, before transformers makes a list as long as one of them says."""
+    """Raise WeightsError for sizes out of range, before transformers makes a list of such a length."""
     fields = Fields(values, str(path), FETCH_AGAIN, WeightsError)
     for size, names in _SIZES.items():
         for name in names:

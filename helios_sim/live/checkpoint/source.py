@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether it is a few small layers of a known shape, under that shape's name."""
+        """Whether this is `tiny:NAME`: a few small layers under the name of a known shape."""
         return isinstance(self.storage, RandomWeights) and self.storage.tiny
 
     @cached_property

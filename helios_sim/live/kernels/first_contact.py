@@ -15,7 +15,7 @@ from helios_sim.live.kernels.interface import TORCH, Kernels
 from helios_sim.live.model.architecture import Architecture
 
 BATCHES = (2, 6)  # one with products by the project's kernels, one by the library
-POSITIONS = (150, 1, 63, 64, 200, 97)  # tokens in the cache, enough to divide contexts into splits
+POSITIONS = (150, 1, 63, 64, 200, 97)  # tokens in the cache; contexts are divided into splits
 SLOTS = (5, 1, 7, 0, 3, 6)
 TOKENS = 256  # in a slot
 WORDS = 5000  # enough for the head's kernel to divide the vocabulary into parts

@@ -1,4 +1,4 @@
-"""Decision on the card, in one launch, which rows of a captured pass leave at an exit."""
+"""Decision about which rows of a captured pass leave at an exit, on the card and in one launch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class LateLayers:
         return self._there[start:end] if end <= self.stay else self._through(start, end)
 
     def return_first(self) -> None:
-        """End an iteration: if the places were `filled` at first, copy the first late layers back into them."""
+        """End an iteration: if `filled`, start copying the first late layers back into their places."""
         if self._filled:
             for n in range(len(self._places)):
                 self._fetch(self.stay + n)

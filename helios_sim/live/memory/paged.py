@@ -25,9 +25,9 @@ from helios_sim.live.model.architecture import Architecture
 from helios_sim.live.model.decoder import FusedAttend
 from helios_sim.live.model.weights import LayerWeights
 
-WIDTHS = (64, 128, 256)  # head_dim that its kernels support
+WIDTHS = (64, 128, 256)  # head_dim that FlashInfer's kernels support
 DTYPE = torch.bfloat16
-WORKSPACE_BYTES = 128 << 20  # for parts of divided contexts, as it recommends; large batches take more
+WORKSPACE_BYTES = 128 << 20  # for parts of divided contexts, as FlashInfer advises; large batches take more
 PLAN_BYTES = 8 << 20  # of each wrapper's plan on the card, and as much on the host
 
 

@@ -155,7 +155,7 @@ class HostStore:
 class _Resident:
     model: SegmentedModel
     outer: SlabPiece
-    weights: list[LayerWeights]  # of the resident layers; those of `model`, unless others come late
+    weights: list[LayerWeights]  # resident layers; the list `model.layers` if none are late
     layers: list[SlabPiece] = field(default_factory=list)  # memory of the resident layers
     late: LateLayers | None = None
 

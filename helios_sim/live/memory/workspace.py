@@ -29,7 +29,7 @@ PROMPT_TOKENS = 16
 
 
 class Slots:
-    """Which request is in which slot.
+    """The assignment of requests to slots.
 
     `move(source, target, tokens, swap)` copies the first `tokens` tokens of a slot into another, or swaps the two.
     """

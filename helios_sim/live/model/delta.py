@@ -40,7 +40,7 @@ Place = tuple[int, str]  # layer, counted from 0, and the field of LayerWeights
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightsDelta:
-    """The change of one model's layers."""
+    """The low-rank change of one model's layers."""
 
     header: Mapping[str, Any]
     factors: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]  # down (rank, in) and up (out, rank), as stored

@@ -53,7 +53,7 @@ class Storage(Protocol):
 
 
 class TensorSource(Storage, Protocol):
-    """A checkpoint as the loader sees it: stored weights, and what is added to their parts, in float32."""
+    """A checkpoint as the loader sees it: stored weights, and what to add to their parts, in float32."""
 
     def added(self, part: str, layer: int | None) -> Tensor | None: ...
 
@@ -137,7 +137,7 @@ def parts_in(memory: Tensor, shapes: Mapping[str, Shape], dtype: torch.dtype) ->
 
 
 def fill(source: TensorSource, layer: int | None, parts: Mapping[str, Tensor]) -> None:
-    """Read the parts of a layer (None: outside the layers) into `parts`, including what the source adds to them.
+    """Read the parts of a layer, or for None those outside the layers, into `parts`, with the source's additions.
 
     Besides the parts, at most 16 MB (or one piece that must be transposed, or a part to which something is added) are
     in memory at a time.
