@@ -1,4 +1,4 @@
-"""Command that shows what is known of models on cards.
+"""Command that shows the costs of models on cards.
 
 - `python -m helios_sim.profile list`: cards and models of the catalogue.
 - `python -m helios_sim.profile show MODEL HARDWARE`: bytes, times and their sources, for any names that a study takes.
@@ -72,7 +72,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _precision(words: Sequence[str]) -> Precision:
-    """What the words after model and hardware ask for. UserError for another word."""
+    """The precision that the words after model and hardware ask for. Raises UserError for any other word."""
     found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -85,7 +85,7 @@ def _precision(words: Sequence[str]) -> Precision:
 
 
 def _picture(words: Sequence[str]) -> Path | None:
-    """The file of the picture, if one is asked for. UserError where it is none or several."""
+    """The file for the picture, if one is asked for. Raises UserError if it is no picture or more than one."""
     if not words:
         return None
     path = Path(words[0].partition("=")[2]).expanduser()
@@ -95,7 +95,7 @@ def _picture(words: Sequence[str]) -> Path | None:
 
 
 def listed() -> None:
-    """Print cards and models, with what they are priced from."""
+    """Print cards and models, with the sources of their prices."""
     rates = f"{'TFLOPS':>6} {'fp8':>5} {'int8':>4} {'fp4':>5}"
     print(f"{'card':<12} {'GiB':>4} {'GB/s':>5} {rates} {'TDP W':>5}  times from")
     for name, card in CARDS.items():
@@ -126,7 +126,7 @@ def listed() -> None:
 
 
 def shown(profile: Profile) -> None:
-    """Print what a profile says: memory, times, and where they come from."""
+    """Print a profile: memory, times and their sources."""
     model, card, layers = profile.model, profile.hardware, profile.model.n_layers
     weights, kv = profile.weight_bytes(layers), profile.kv_bytes_per_token(layers)
     budget = MemoryBudget(card.hbm_bytes, UTILISATION)
@@ -167,13 +167,13 @@ def _tera(per_s: float | None) -> str:
 
 
 def _say(text: str) -> None:
-    """Print in lines as wide as the terminal."""
+    """Print text wrapped to the width of the terminal."""
     width = max(40, shutil.get_terminal_size((120, 24)).columns)
     print(textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
 
 
 def checked(profile: Profile) -> int:
-    """Print prices beside floors; 1 where a price is below its floor, which no card can reach."""
+    """Print prices beside floors. Returns 1 if a price is below its floor, which no card can reach."""
     batches = [(f"batch of {batch}", decodes(profile, (batch,), CONTEXT_TOKENS)) for batch in BATCHES]
     prompts = [(f"{tokens} prompt tokens", prompt(profile, tokens)) for tokens in prompts_that_fit(profile, PROMPTS)]
     print(f"{profile.name}: {in_words(profile.model)}")
@@ -189,7 +189,7 @@ def checked(profile: Profile) -> int:
 
 
 def left_out(profile: Profile) -> None:
-    """Print how far off kernels of the card are that are left out of its tables, where it has some."""
+    """Print by how much prices miss kernels that are left out of the card's tables, if there are any."""
     key = card_key(group_of(profile.hardware.name)[1])
     source = None if key is None else SHIPPED_SOURCES.get(key)
     if source is None:
@@ -203,7 +203,7 @@ def left_out(profile: Profile) -> None:
 
 
 def drawn(profile: Profile, path: Path) -> None:
-    """Write the prices and their floors as a picture. UserError where the file cannot be written."""
+    """Write the prices and their floors as a picture. Raises UserError if the file cannot be written."""
     from helios_sim.report.figures.prices import price_drawing
     from helios_sim.report.figures.style import to_png
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _built(arguments: Sequence[str]) -> int:
-    """Builds from measured kernels and writes."""
+    """Build a profile from measured kernels and write it."""
     if is_asked(arguments):
         print(__doc__)
         return 0
@@ -90,7 +90,7 @@ def _from_tables(importer: str, options: dict[str, str]) -> Profile:
 
 
 def _check_meta(options: dict[str, str], meta: dict[str, Any]) -> None:
-    """UserError where meta.yaml says that another card, or a model of another shape, was measured."""
+    """Raise UserError if meta.yaml says that another card, or a model of another shape, was measured."""
     told, measured = options.get("hardware"), meta.get("hardware")
     if told and measured and published_card(str(measured)) not in (None, published_card(told)):
         allowed = f"{measured}, on which these tables were measured as meta.yaml says"

@@ -130,8 +130,8 @@ _WINDOWS = (  # sliding_window of their configs, where it is in force
 class Link:
     """The connection between the cards of a tensor-parallel group, for all-reduces."""
 
-    latency_s: float  # of one all-reduce, however small
-    bytes_per_s: float  # in each direction of each card
+    latency_s: float  # time of the smallest all-reduce
+    bytes_per_s: float  # bandwidth of each card in each direction
     source: str
 
 
@@ -142,7 +142,7 @@ NVLINK_3 = Link(10e-6, 300e9, "assumed latency of 10 us; NVLink 3: 300 GB/s a di
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card as logs name it."""
+    """A card under the name that logs use."""
 
     total_bytes: int
     bytes_per_s: float
@@ -150,12 +150,12 @@ class Card:
     tdp_w: float | None
     link: Link
     source: str
-    load_bytes_per_s: float = 25e9  # from pinned host memory: 0.8 of PCIe 4.0 x16, 31.5 GB/s a direction
-    fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
+    load_bytes_per_s: float = 25e9  # copies from pinned host memory: 0.8 of PCIe 4.0 x16, 31.5 GB/s a direction
+    fp8_flops_per_s: float | None = None  # dense, sums in float32; None if the card has no units for it
     int8_flops_per_s: float | None = None  # dense; None: vLLM has no int8 products for it, as on Blackwell
     fp4_flops_per_s: float | None = None  # dense; None: no units for it
-    idle_w: float | None = None  # None: no source is known
-    busy_w: tuple[float, float] | None = None  # between which power kernels run, where it was measured
+    idle_w: float | None = None  # None if no source is known
+    busy_w: tuple[float, float] | None = None  # least and most power of kernels, if measured
 
 
 NVLINK_5 = Link(10e-6, 900e9, "assumed latency of 10 us; NVLink 5: 900 GB/s a direction, NVIDIA B200 data sheet")
@@ -163,7 +163,7 @@ XGMI = Link(15e-6, 448e9, "assumed latency of 15 us; 7 Infinity Fabric links of 
 PCIE_5, C2C = 50e9, 360e9  # 0.8 of PCIe 5.0 x16, 63 GB/s; 0.8 of NVLink-C2C, 450 GB/s a direction
 _ADA = "NVIDIA Ada GPU architecture white paper"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture white paper"
-# Where a name is in `HARDWARE` too, a study takes the card from there, with its idle power.
+# If a name is in `HARDWARE` too, a study takes the card from there, with its idle power.
 CARDS: dict[str, Card] = {
     "rtxpro6000": Card(97_887 * MIB, 1.597e12, 503.8e12, 600.0, PCIE_LINK, "NVIDIA RTX PRO 6000 Server sheet", PCIE_5),
     "rtx5090": Card(32_607 * MIB, 1.792e12, 209.5e12, 575.0, PCIE_LINK, "NVIDIA RTX Blackwell white paper", PCIE_5),
@@ -228,7 +228,7 @@ _OTHER_NAMES = {
 
 
 def published_model(name: str, key: str = "model") -> ModelSpec:
-    """The shape of a model by its name on Hugging Face. UserError where it is not known."""
+    """The shape of a model by its name on Hugging Face. Raises UserError if it is not known."""
     shape = SHAPES.get(name) or SHAPES.get(plain_model(name))
     if shape is None:
         if (shipped := MODELS.get(plain_model(name))) is not None:
@@ -266,7 +266,7 @@ def same_shape(one: str, other: str) -> bool:
 
 
 def published_windows(name: str, model: ModelSpec) -> tuple[int, ...]:
-    """How far each layer of a published model looks back, 0 for all; () where none has a window."""
+    """The attention window of each layer of a published model, 0 for none; () if no layer has one."""
     plain = plain_model(name)
     window = next((tokens for pattern, tokens in _WINDOWS if re.search(pattern, plain)), None)
     if window is None or re.search(r"^mistral-7b-.*v0\.2$", model.name):  # that one has the shape of v0.1 and no window
@@ -282,13 +282,13 @@ def assumed_tokens(model: ModelSpec) -> tuple[Assumption, ...]:
 
 
 def published_card(name: str) -> Card | None:
-    """A card by what a log or a profile calls it, such as RTXPRO6000 or NVIDIA GeForce RTX 4090; None: not known."""
+    """A card by what a log or a profile calls it, such as RTXPRO6000 or NVIDIA GeForce RTX 4090; None if not known."""
     key = card_key(name)
     return None if key is None else CARDS[key]
 
 
 def card_key(name: str) -> str | None:
-    """Under which name `CARDS` has it."""
+    """The name of a card in `CARDS`, or None."""
     plain = re.sub(r"(nvidia|geforce|edition|server|workstation|generation|sxm\d?|hbm\d?e?)", "", name.lower())
     plain = re.sub(r"[^a-z0-9]", "", plain)
     plain = _OTHER_NAMES.get(plain, plain)
@@ -319,7 +319,7 @@ def card_spec(name: str, card: Card, number: int = 1) -> HardwareSpec:
 
 
 def plain_model(name: str) -> str:
-    """The name without owner, tuning and date, none of which change a shape."""
+    """The name without owner, tuning and date, which do not change the shape."""
     plain = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
     return _VARIANTS.sub("", plain).replace("-v0.2", "-v0.1")
 
@@ -331,7 +331,7 @@ CHARS_PER_TOKEN = {"opt": 4.2, "llama-2": 3.8, "llama-3": 4.4}
 
 
 def chars_per_token(family: str, vocabulary: int) -> float:
-    """Of English text, by the tokenizer that the family and the size of its vocabulary suggest."""
+    """Mean characters per token of English text, by the tokenizer that the family and vocabulary size suggest."""
     if family in ("opt", "gpt2"):  # one tokenizer
         return CHARS_PER_TOKEN["opt"]
     return CHARS_PER_TOKEN["llama-3" if vocabulary > 100_000 else "llama-2"]
@@ -398,21 +398,21 @@ LOAD_BYTES_PER_S = {"a100-40gb": 25e9, "a100-80gb": 25e9, "h100-80gb": 50e9}
 
 
 def model_spec(name: str) -> ModelSpec:
-    """Raises UserError for an unknown name."""
+    """The shape of a model of the catalogue. Raises UserError for an unknown name."""
     if name not in MODELS:
         raise UserError("model", name, f"one of {', '.join(MODELS)}", "choose one of these or add its shape")
     return MODELS[name]
 
 
 def hardware_spec(name: str) -> HardwareSpec:
-    """Raises UserError for an unknown name."""
+    """The data sheet of a card of the catalogue. Raises UserError for an unknown name."""
     if name not in HARDWARE:
         raise UserError("hardware", name, f"one of {', '.join(HARDWARE)}", "choose one of these or add its data sheet")
     return HARDWARE[name]
 
 
 def activation_reserve_bytes(model: ModelSpec, max_batch_tokens: int = 8192, max_logit_rows: int = 1024) -> int:
-    """Peak of activations that an engine sets aside.
+    """Peak memory of activations that an engine sets aside.
 
     max_batch_tokens x value bytes x (2 d_model [residual and norm output] + the wider of the QKV output with the
     attention output and the MLP's intermediate [gate and up before, product after]) + max_logit_rows x vocabulary x

@@ -1,4 +1,4 @@
-"""Iterations by which a profile is looked at, with their prices and the floors that no kernel on the card can beat."""
+"""Sample iterations of a profile, with their prices and roofline floors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from helios_sim.profile.composition import Composition, PrefillChunk
 from helios_sim.profile.profile import MemoryBudget, Profile
 
-UTILISATION = 0.9  # of the card's memory
+UTILISATION = 0.9  # share of the card's memory
 
 
 def decodes(profile: Profile, batches: Sequence[int], context_tokens: int) -> Composition:
-    """Iterations of all layers, one for each batch: every request decodes at that context, the new token included."""
+    """Iterations of all layers, one for each batch, in which every request decodes at this context."""
     rows = np.array(batches, np.int64)[:, None]
     return Composition(
         bounds=(profile.model.n_layers,), decode_tokens=rows, decode_kv_tokens=rows * context_tokens,
@@ -32,14 +32,14 @@ def prompt(profile: Profile, tokens: int) -> Composition:
 
 
 def prompts_that_fit(profile: Profile, lengths: Iterable[int]) -> list[int]:
-    """Those of the lengths in tokens that are within the model's context."""
+    """The lengths in tokens that are within the model's context."""
     return [tokens for tokens in lengths if tokens <= profile.model.max_context_tokens]
 
 
 def price_and_floor(
     profile: Profile, compositions: Iterable[Composition]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(n,) seconds each of n iterations, one composition after the other."""
+    """Prices and floors in seconds of n iterations, each (n,)."""
     compositions = list(compositions)
     price_s = [profile.iteration_time_s(composition) for composition in compositions]
     floor_s = [profile.iteration_floor_s(composition) for composition in compositions]
@@ -47,7 +47,7 @@ def price_and_floor(
 
 
 def tokens_that_fit(profile: Profile) -> int:
-    """Tokens whose K and V fit beside the whole model; 0 where the model itself does not fit."""
+    """Tokens with K and V that fit beside the whole model; 0 if the model itself does not fit."""
     layers = profile.model.n_layers
     pool = MemoryBudget(profile.hardware.hbm_bytes, UTILISATION).pool_bytes([(profile, layers)])
     return max(0, pool // profile.kv_bytes_per_token(layers))

@@ -1,4 +1,4 @@
-"""The work of one iteration, in numbers that a profile can price."""
+"""The work of iterations, in the numbers that a profile prices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PrefillChunk:
 
     tokens: int
     context_tokens: int
-    layers: int  # depth to which it runs
+    layers: int  # layers that it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +35,19 @@ class Composition:
     decode_kv_tokens: IntArray  # (K, S) context lengths of those rows, summed, the new token included
     sampled_tokens: IntArray  # (K,) rows that go through the final norm and LM head after their last layer
     check_tokens: IntArray | None = None  # (K, S) rows checked for an exit at the end of band s, through the head
-    classifier_tokens: IntArray | None = None  # (K, S) rows checked there by a classifier on the hidden state
-    # (K,) shortest and longest context of iteration k's decodes, the new token included; None: not known, so that
+    classifier_tokens: IntArray | None = None  # (K, S) rows checked at the end of band s by a classifier
+    # (K,) shortest and longest context of iteration k's decodes, the new token included; None if not known, so that
     # lengths enter by their mean. Rows that leave early are taken to be a fair sample.
     decode_kv_least: IntArray | None = None
     decode_kv_most: IntArray | None = None
     propagated_tokens: IntArray | None = None  # (K, S) rows for which band s computes K and V only
-    prefill: tuple[PrefillChunk, ...] = ()  # the same in each of the K iterations; with any, K is 1
+    prefill: tuple[PrefillChunk, ...] = ()  # chunks of the one iteration: with chunks K is 1
     host_sync_at_checks: bool = True  # the host must see a check's answer before it launches the next band
-    host_ahead: bool = False  # the host prepares the next iteration meanwhile: its overhead runs beside the device
+    host_ahead: bool = False  # the host prepares the next iteration meanwhile, beside the device
     loading: bool = False  # weights stream into the card meanwhile
-    # (K, S) further rows of the requests that decode, which verify drafts: they read the same K and V in the same pass
+    # (K, S) further rows of the requests that decode: they verify drafts and read the same K and V in the same pass
     verified_tokens: IntArray | None = None
-    drafting: bool = False  # one step of drafting: the host's overhead comes with the pass that verifies
+    drafting: bool = False  # a draft pass: the host's overhead is paid with the verification
 
     @property
     def n_iterations(self) -> int:

@@ -1,7 +1,7 @@
-"""What a model runs on: one card by name or by a file of one's own, or several that work as one (tensor parallelism).
+"""Devices: one card by name or by a file of its figures, or a group of cards that work as one (tensor parallelism).
 
-`h100-80gb` is a card of the catalogue, `card.yaml` one of one's own, `4xh100-80gb` and `4xcard.yaml` a group of four.
-How a name is written (H100, NVIDIA H100 80GB HBM3, 4 x h100) does not change what it means.
+`h100-80gb` is a card of the catalogue, `card.yaml` a user's own card, `4xh100-80gb` and `4xcard.yaml` groups of four.
+Other spellings of a name (H100, NVIDIA H100 80GB HBM3, 4 x h100) mean the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.profile.tables import FloatArray
 from helios_sim.untrusted import Fields, parse_yaml, read_text, reading
 
-DEGREES = (1, 2, 4, 8)  # cards of a group: for which all-reduces were measured
+DEGREES = (1, 2, 4, 8)  # sizes of groups for which all-reduces were measured
 _GROUP = re.compile(r"([0-9]{1,9}) *[xX] *(.+)")
 _FIX = "correct the file"
-_FLOPS_PER_BYTE = (1.0, 5_000.0)  # of a card's memory: a CPU has some 5, a B300 some 300
-_MOST_TIMES = 16.0  # as many operations in fewer bits
-_READ_S = 20.0  # all of a device's memory once: 2 TB at 100 GB/s, as a host has
+_FLOPS_PER_BYTE = (1.0, 5_000.0)  # plausible range: a CPU has some 5, a B300 some 300
+_MOST_TIMES = 16.0  # most operations in fewer bits, in multiples of bf16
+_READ_S = 20.0  # longest plausible time to read all memory: 2 TB at 100 GB/s, as of a host
 _KEYS = (
     "name", "hbm_gib", "hbm_gb_per_s", "tflops", "tdp_w", "idle_w", "load_gb_per_s", "link_gb_per_s", "link_us",
     "source", "fp8_tflops", "int8_tflops", "fp4_tflops",
@@ -42,13 +42,13 @@ _KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`cards` alike cards that run a model together, its matrices split over them."""
+    """One card, or `cards` equal cards that run a model together with its matrices split over them."""
 
-    card: HardwareSpec  # one of them
+    card: HardwareSpec  # one of the cards
     link: Link
     load_bytes_per_s: float  # from pinned host memory to one card
     cards: int = 1
-    key: str | None = None  # of the card in `catalog.CARDS`; None: a card of one's own, whatever its name
+    key: str | None = None  # the card's name in `catalog.CARDS`; None for a user's own card
 
     @property
     def name(self) -> str:
@@ -71,23 +71,23 @@ class Device:
 
 
 def group_of(name: str) -> tuple[int, str]:
-    """How many cards the name of hardware means, and the name or the file of each."""
+    """The number of cards that a name of hardware means, and the name or file of each."""
     grouped = _GROUP.fullmatch(name.strip())
     return (int(grouped[1]), grouped[2]) if grouped else (1, name.strip())
 
 
 def catalogue_name(card: str) -> str | None:
-    """Under which name the catalogue has a card, of those for which profiles are shipped if it is one; None: not."""
+    """A card's name in the catalogue, in `HARDWARE` if it is there; None if it is not known."""
     return card.lower() if card.lower() in HARDWARE else card_key(card)
 
 
 def card_file(card: str) -> Path | None:
-    """The file that describes a card of one's own; None where the name is one of the catalogue."""
+    """The file of a user's own card, or None if the name is one of the catalogue."""
     return Path(card).expanduser() if card.lower().endswith((".yaml", ".yml")) else None
 
 
 def device_of(name: str, key: str = "hardware") -> Device:
-    """The device that a setting names. UserError for one that is not known, or a file that is damaged."""
+    """The device that a setting names. Raises UserError for one that is not known, or a file that is damaged."""
     degree, card = group_of(name)
     if (inner := group_of(card.strip("() ")))[0] != 1:
         fix = f"set hardware={inner[0]}x{inner[1]} server.replicas={degree}"
@@ -121,7 +121,7 @@ def _known_card(name: str, key: str) -> Device:
 
 
 def _own_card(path: Path, key: str) -> Device:
-    """A card from a YAML file with the keys of `_KEYS`; only the first four must be there."""
+    """Read a card from a YAML file with the keys of `_KEYS`, of which only the first four are required."""
     content = read_text(path, 64 << 10, f"set {key} to a file that is there")
     with reading(str(path), "damaged", "a YAML mapping", _FIX):
         values: Any = parse_yaml(content)
@@ -154,7 +154,7 @@ def _own_card(path: Path, key: str) -> Device:
 
 
 def _check_units(fields: Fields, card: HardwareSpec) -> None:
-    """UserError where figures of one card do not go together, as when one of them is in another unit."""
+    """Raise UserError if figures of a card do not go together, as when one of them is in another unit."""
     flops_per_byte = card.flops_per_s / card.hbm_bytes_per_s
     if not _FLOPS_PER_BYTE[0] <= flops_per_byte <= _FLOPS_PER_BYTE[1]:
         told = f"{card.flops_per_s / 1e12:g} TFLOP/s beside {card.hbm_bytes_per_s / 1e9:g} GB/s"
@@ -178,7 +178,7 @@ def _check_units(fields: Fields, card: HardwareSpec) -> None:
 
 
 def _said_of_link(fields: Fields, path: Path) -> str:
-    """Where its two figures are from."""
+    """The sources of the link's two figures."""
     given = [name for name in ("link_us", "link_gb_per_s") if fields.has(name)]
     if not given:
         return PCIE_LINK.source
@@ -191,10 +191,10 @@ def _per_s(tera: float | None) -> float | None:
 
 
 def shard(model: ModelSpec, cards: int, key: str = "hardware") -> ModelSpec:
-    """What one card of a group computes of each layer: its share of heads, of the MLP and of the vocabulary.
+    """The part of each layer that one card of a group computes: its share of heads, MLP and vocabulary.
 
-    A KV head stands on several cards where there are fewer of them than cards, as in vLLM. Norms run everywhere.
-    UserError where the model cannot be split so.
+    If there are fewer KV heads than cards, several cards keep the same KV head, as in vLLM. Norms run on every card.
+    Raises UserError if the model cannot be split so.
     """
     check_groups(model, cards)
     if cards == 1:
@@ -221,7 +221,7 @@ def _divisors(model: ModelSpec) -> str:
 
 
 def whole_model(model: ModelSpec, cards: int) -> ModelSpec:
-    """The model as a group holds it: KV heads and norms count as often as they are kept."""
+    """The model as a group holds it: KV heads and norms count once for each card that keeps them."""
     if cards == 1:
         return model
     norms = 2 * model.d_model * (2 if model.bias else 1)
@@ -232,7 +232,7 @@ def whole_model(model: ModelSpec, cards: int) -> ModelSpec:
 
 
 def ring_s(link: Link, cards: int, moved_bytes: FloatArray) -> FloatArray:
-    """Seconds of an all-reduce of so many bytes as a ring moves them: latency + 2 (N - 1) / N x bytes / bandwidth."""
+    """Seconds of a ring all-reduce: latency + 2 (N - 1) / N x bytes / bandwidth."""
     if cards == 1:
         return np.zeros(len(moved_bytes))
     return np.asarray(link.latency_s + 2 * (cards - 1) / cards * moved_bytes / link.bytes_per_s)

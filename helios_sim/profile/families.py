@@ -1,4 +1,4 @@
-"""Families of dense decoder-only models: what the family's name alone says of a layer, as Hugging Face names them."""
+"""Families of dense decoder-only models, by Hugging Face's names, and what a family implies for its layers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What follows from a config's family alone. Norms and biases count, so that bytes are those of the checkpoint."""
+    """Properties that follow from a config's family. Norms and biases count, so bytes are those of the checkpoint."""
 
     gated_mlp: bool = True
     bias: bool = False  # LayerNorm and biases everywhere
     linear_bias: bool = False  # biases of all products of a layer, without those of norms
     qkv_bias: bool = False
     learned_positions: bool = False
-    tied: bool = False  # where the config does not say
+    tied: bool = False  # default if the config does not say
     further_norms: int = 0  # values of a layer's norms beyond 2 d_model, in multiples of d_model
-    head_norms: bool = False  # of each q and k head
-    wide_norms: bool = False  # of all q and all k heads
+    head_norms: bool = False  # norms of each q and k head
+    wide_norms: bool = False  # norms over all q heads and all k heads
     grouped: bool = True  # may have fewer KV heads than heads
-    needs: tuple[str, ...] = ()  # keys that a config must have: without them it means the family's own figures
-    every: int = 1  # where layers have a window: of how many layers the last has none; 1: none is without
+    needs: tuple[str, ...] = ()  # keys that a config must have, since defaults differ within the family
+    every: int = 1  # with windows: the last of so many layers has none; 1: all layers have one
 
 
 _PLAIN = Family()
@@ -46,7 +46,7 @@ def other_values(
     family: Family, d_model: int, d_ff: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False,
     further_norms: int = 0,
 ) -> int:  # fmt: skip
-    """Weights of a layer beyond `ModelSpec.layer_values`; the last two add to what the family says.
+    """Weights of a layer beyond `ModelSpec.layer_values`. The last two arguments add to the family's properties.
 
     Only OLMo is not met to the byte: its norms, which have no weights, count 2 d_model values.
     """
@@ -60,11 +60,11 @@ def other_values(
 
 
 def windows_of(window: int, every: int, layers: int) -> tuple[int, ...]:
-    """How far each layer looks back: `window` tokens, but the last of `every` layers over all, which is 0."""
+    """The attention window of each layer: `window` tokens, or 0 (none) for the last of every `every` layers."""
     return tuple(0 if every > 1 and (layer + 1) % every == 0 else window for layer in range(layers))
 
 
-# Keys that a config may have only without a value, or with one of these: others ask for what is not priced.
+# Keys that may only be null or have one of these values: any other asks for something that is not priced.
 REFUSED = {
     "add_cross_attention": ((False,), "cross attention"), "cross_attention_layers": ((), "cross attention"),
     "use_bidirectional_attention": ((False,), "attention to what follows"),

@@ -1,7 +1,7 @@
-"""How checkpoints keep the weights of a model's layers: bytes, names, and what the products of a layer multiply.
+"""Formats of quantized weights: their bytes and names, and the kind of matrix products that they need.
 
-Only matrices of layers are quantized. The embedding, the LM head, norms and biases stay in bf16, as checkpoints of AWQ,
-GPTQ and fp8 have them. A format is known by its name, by the end of a model's name on Hugging Face (-FP8, -AWQ,
+Only matrices of layers are quantized. The embedding, the LM head, norms and biases stay in bf16, as in checkpoints of
+AWQ, GPTQ and fp8. A format is given by its name, by the end of a model's name on Hugging Face (-FP8, -AWQ,
 -GPTQ-Int4), or by the quantization_config of a config.json.
 """
 
@@ -14,26 +14,26 @@ from dataclasses import dataclass, replace
 from helios_sim.errors import UserError, require_one_of
 from helios_sim.untrusted import Fields
 
-# What a product multiplies; WEIGHTS: bf16, made of the weights each time
+# Kinds of products. WEIGHTS: weights are converted to bf16 in each product
 FP8, INT8, FP4, WEIGHTS = "fp8", "int8", "fp4", "weights"
 _MOST_GROUP = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How a checkpoint keeps a weight matrix of n outputs and k inputs."""
+    """The format of a weight matrix with n outputs and k inputs in a checkpoint."""
 
-    name: str  # as it stands in names of models and profiles
-    bits: int  # of a weight, 8 or 4
+    name: str  # as in names of models and profiles
+    bits: int  # bits of a weight, 8 or 4
     products: str  # FP8, INT8, FP4 or WEIGHTS
     group: int = 0  # inputs that share a scale; 0: all
     outputs: int = 1  # outputs that share a scale; 0: all
     scale_bytes: int = 2
-    zero_bits: int = 0  # of a zero point beside each scale
-    input_bytes: int = 0  # of an index that each input has
-    scales_of_scales: int = 0  # how many scales share a float32 of their own; 0: none has one
-    fixed_bytes: int = 0  # of a matrix, whatever its size
-    bytes_of_a_million: int = 0  # of weights, with all that belongs to them, where matrices differ; 0: by the others
+    zero_bits: int = 0  # bits of the zero point beside each scale
+    input_bytes: int = 0  # bytes of an index for each input
+    scales_of_scales: int = 0  # scales that share a float32 scale; 0 if scales have none
+    fixed_bytes: int = 0  # bytes of a matrix independent of its size
+    bytes_of_a_million: int = 0  # bytes of a million weights, if matrices differ; 0: follow from the fields above
 
     def __post_init__(self) -> None:
         require_one_of("quantization.products", self.products, (FP8, INT8, FP4, WEIGHTS))
@@ -60,14 +60,14 @@ class WeightFormat:
 
     @property
     def text(self) -> str:
-        """In words, for people."""
+        """The format in words, for people."""
         what = "floats" if self.name.startswith(("fp8", "fbgemm", "nvfp4")) else "integers"
         shared = f", a scale for each {self.group} inputs" if self.group else ""
         on_the_way = ", made bf16 in the kernel" if self.products == WEIGHTS else ", inputs too"
         return f"{self.name}: {self.bits}-bit {what}{shared}{on_the_way}"
 
 
-# By `server.quantization`: what vLLM and the tools that its documentation names make by default.
+# By `server.quantization`: the formats that vLLM, and the tools in its documentation, make by default.
 FORMATS = {
     one.name: one
     for one in (
@@ -84,7 +84,7 @@ FORMATS = {
 }
 _GPTQ_8 = WeightFormat("gptq-int8", 8, WEIGHTS, group=128, zero_bits=8, input_bytes=4)
 _W8A16 = WeightFormat("w8a16", 8, WEIGHTS)
-_ENDINGS = (  # of names on Hugging Face
+_ENDINGS = (  # ends of names on Hugging Face
     (r"-fp8(-dynamic|-kv)?$", FORMATS["fp8"]), (r"-awq(-int4)?$", FORMATS["awq"]), (r"-gptq-int8$", _GPTQ_8),
     (r"-gptq(-int4)?$", FORMATS["gptq"]), (r"-(quantized\.)?w8a8$|-int8$", FORMATS["int8"]),
     (r"-(quantized\.)?w4a16$|-int4$", FORMATS["int4"]), (r"-(quantized\.)?w8a16$", _W8A16),
@@ -95,7 +95,7 @@ _BY_BLOCKS = re.compile(r"(^|/)qwen3[\w.-]*-fp8$", re.IGNORECASE)  # names under
 
 
 def named_format(name: str) -> tuple[str, WeightFormat | None]:
-    """A model's name without the ending that says how it is quantized, and that; None: the name has no such ending."""
+    """A model's name without the ending for a quantization, and its format; None if the name has no such ending."""
     for pattern, form in _ENDINGS:
         plain = re.sub(pattern, "", name, flags=re.IGNORECASE)
         if plain != name and plain:
@@ -104,10 +104,10 @@ def named_format(name: str) -> tuple[str, WeightFormat | None]:
 
 
 def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, int | None, list[str]]:
-    """What a config's quantization_config says, and bytes of a value of K and V, None where it does not say.
+    """The format in a config's quantization_config, bytes of a value of K and V (None if not given), and unknown keys.
 
-    Last the names of what is false or null there and not known. UserError that names what is not priced: other methods,
-    layers that differ, other bits.
+    The unknown keys are false or null. Raises UserError for formats that are not priced: other methods, layers that
+    differ, other bits.
     """
     key = f"quantization_config of {where}"
     if not isinstance(how, Mapping):
@@ -124,12 +124,12 @@ def format_of_config(how: object, where: str, fix: str) -> tuple[WeightFormat, i
         _check_left_out(fields, name)
     found = readers[method](fields), _kv_bytes(fields)
     fields.ignore(_OF_NO_MATTER)
-    _refuse_rest(fields)  # of another quantization than the ones that are priced, perhaps
+    _refuse_rest(fields)  # they may mean a quantization that is not priced
     return *found, [name for name in fields.off if name.rpartition(".")[2] not in _OFF_BY_DEFAULT]
 
 
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules", "exclude_modules")
-# What changes no byte of a layer and no kernel that is priced: how weights were found, and for which loader.
+# Keys that change no byte and no priced kernel of a layer: how weights were found, and for which loader.
 _OF_NO_MATTER = (
     "quant_method", "activation_scheme", "fmt", "version", "backend", "do_fuse", "fuse_max_seq_len", "exllama_config",
     "use_exllama", "use_cuda_fp16", "max_input_length", "cache_block_outputs", "dataset", "tokenizer", "model_seqlen",
@@ -143,7 +143,7 @@ _OF_NO_MATTER = (
     "enable_quanted_input", "enable_norm_bias_tuning", "gradient_accumulate_steps", "iters", "lr", "minmax_lr",
     "low_gpu_mem_usage", "nsamples", "seqlen", "provider",
 )
-# What is null, false, 0 or empty where it is not said.
+# Keys that are null, false, 0 or empty by default.
 _OFF_BY_DEFAULT = (
     "kv_cache_scheme", "kv_cache_quant_algo", "input_activations", "output_activations", "transform_config", "lm_head",
     "dynamic", "weight_block_size", "sparsity_config", "load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant",
@@ -151,7 +151,7 @@ _OFF_BY_DEFAULT = (
     "llm_int8_skip_modules", "modules_to_not_convert", "config_groups", "targets", "format",
 )
 _OF_OBSERVERS = ("observer", "observer_kwargs", "dynamic", "zp_dtype")  # how scales were found
-# Parts of a model that lie outside of the layers of its text model, and norms, which are never quantized.
+# Parts of a model outside the layers of its text model, and norms, which are never quantized.
 _OUTSIDE = re.compile(
     r"lm_head|output|output_layer|embed_out|embed|embed_tokens|embed_in|embeddings?|wte|wpe|word_embeddings|score"
     r"|.*norm\d?|ln_f|.*vision.*|visual|vit|vpm|resampler|apm|.*audio.*|.*projector|mlp1|aligner|connector|merger|tts"
@@ -160,7 +160,7 @@ _OUTSIDE = re.compile(
 
 
 def _check_left_out(fields: Fields, name: str) -> None:
-    """UserError where modules of a layer stay in bf16: layers are alike here."""
+    """Raise UserError if some modules of a layer stay in bf16, since all layers must be alike."""
     left_out = fields.value(name, [])
     if not isinstance(left_out, list | tuple):
         raise fields.wrong(name, left_out, "a list of modules")
@@ -187,7 +187,7 @@ def _kv_bytes(fields: Fields) -> int | None:
 
 
 def _refuse_rest(fields: Fields) -> None:
-    """UserError for a key that holds something and that nothing is made of."""
+    """Raise UserError for a key with a value that is not used."""
     for name in fields.rest:
         raise fields.wrong(name, fields.value(name), "not there: what it says is not priced")
 
@@ -238,7 +238,7 @@ def _modelopt(fields: Fields) -> WeightFormat:
     form = FORMATS[{"FP8": "fp8", "NVFP4": "nvfp4"}[fields.text("quant_algo", ("FP8", "NVFP4"))]]
     if fields.has("group_size") and fields.integer("group_size", 0, _MOST_GROUP) not in (0, form.group):
         raise fields.wrong("group_size", fields.value("group_size"), f"{form.group}: others are not priced")
-    groups = fields.inner("config_groups", {})  # the same once more, by layers
+    groups = fields.inner("config_groups", {})  # repeats the above, by layers
     for name in groups.values:
         weights = groups.inner(name).inner("weights", {})
         if weights.integer("num_bits", 1, 16, form.bits) != form.bits:
@@ -247,7 +247,7 @@ def _modelopt(fields: Fields) -> WeightFormat:
 
 
 def _compressed(fields: Fields) -> WeightFormat:
-    """One group of all linear layers, in 8-bit floats or integers or 4-bit integers."""
+    """The format of one group of all linear layers, in 8-bit floats or integers or 4-bit integers."""
     _check_dense(fields)
     groups = fields.inner("config_groups")
     if len(groups.values) != 1:
@@ -290,7 +290,7 @@ def _compressed(fields: Fields) -> WeightFormat:
 
 
 def _inputs(inputs: Fields, of_weights: str) -> tuple[str, int]:
-    """The kind of a product's inputs and their bits. UserError for scales that no priced kernel has."""
+    """The kind of a product's inputs and their bits. Raises UserError for scales that no priced kernel has."""
     found = inputs.text("type", ("int", "float"), "int"), inputs.integer("num_bits", 1, 16)
     shared = ("group",) if of_weights == "block" else ("tensor_group", "group") if found[1] == 4 else ()
     strategy = inputs.text("strategy", ("tensor", "token", *shared), "token")
@@ -302,7 +302,7 @@ def _inputs(inputs: Fields, of_weights: str) -> tuple[str, int]:
 
 
 def _end(group: Fields, weights: Fields, scales: tuple[str, ...]) -> None:
-    """UserError for scales of another type, and for keys that nothing is made of."""
+    """Raise UserError for scales of another type, and for keys that are not used."""
     weights.text("scale_dtype", scales, scales[0])
     weights.ignore((*_OF_OBSERVERS, "symmetric", "actorder", "group_size", "strategy"))
     _refuse_rest(weights)
@@ -310,7 +310,7 @@ def _end(group: Fields, weights: Fields, scales: tuple[str, ...]) -> None:
 
 
 def _check_dense(fields: Fields) -> None:
-    """UserError where weights are left out of the file because they are 0."""
+    """Raise UserError if weights are left out of the file because they are 0."""
     how = fields.value("sparsity_config", {})
     of = how.get("format", "dense") if isinstance(how, Mapping) else how
     structure = how.get("sparsity_structure") if isinstance(how, Mapping) else None
@@ -344,7 +344,7 @@ def _bits(fields: Fields, names: tuple[str, ...], allowed: tuple[int, ...]) -> i
 
 
 def _group(fields: Fields, names: tuple[str, ...]) -> int:
-    """Inputs that share a scale, 0 for all, which files write as -1."""
+    """Inputs that share a scale; 0 for all, which files write as -1."""
     name = next((name for name in names if fields.has(name)), names[0])
     return max(0, fields.integer(name, -1, _MOST_GROUP, 128))
 

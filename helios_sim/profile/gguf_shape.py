@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says of a model, in the words of a config.json: its sizes and its weights' precision.
+"""The model in the header of a GGUF file, in the keys of a config.json: its sizes and its weights' precision.
 
 No weight is read. The tensors' own shapes are the check: the matrices of the layers must be as large as the sizes say.
 """
@@ -19,7 +19,7 @@ from helios_sim.profile.spec import ModelSpec
 from helios_sim.untrusted import Fields, is_there
 
 _FIX = "give the config.json of the model, as it is on Hugging Face"
-# By ggml's name of an architecture: what a config.json calls the family.
+# ggml's name of an architecture, and the family's name in a config.json.
 FAMILIES = {
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text",
     "phi3": "phi3", "olmo2": "olmo2", "granite": "granite", "smollm3": "smollm3", "starcoder2": "starcoder2",
@@ -29,7 +29,7 @@ _SIZES = {
     "attention.head_count": "num_attention_heads", "context_length": "max_position_embeddings",
 }  # fmt: skip
 _PLAIN = ("F32", "F16", "BF16")
-_PRICED = ("Q", "IQ")  # beginnings of the names of kinds whose bytes are counted
+_PRICED = ("Q", "IQ")  # first letters of kinds with counted bytes
 _NOT_PRICED = ("Q1_0", "Q8_1", "Q8_K")  # experiments, and kinds of activations
 _LARGEST = 1 << 22
 # Keys of a family with the only value that is priced, and what another one asks for.
@@ -63,7 +63,7 @@ class GgufModel:
     not_read: str = ""  # keys and tensors of which nothing is made, in a sentence
 
     def check(self, path: Path, model: ModelSpec) -> None:
-        """UserError where the layers' matrices are not as large as the model that was made of the keys."""
+        """Raise UserError if the layers' matrices are not as large as the model that was made of the keys."""
         held = sum(prod(tensor.shape) for tensor in matrices_of_layers(self.header))
         if held != model.n_layers * model.matrix_values:
             allowed = f"{model.n_layers * model.matrix_values} by its keys, as in a dense model of this family"
@@ -71,7 +71,7 @@ class GgufModel:
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """UserError where the file is damaged, or what it holds is not priced."""
+    """Read a model. Raises UserError if the file is damaged, or what it holds is not priced."""
     if not is_there(path):
         raise UserError("models", str(path), "no file there", "correct the path")
     header = read_header(path)
@@ -94,7 +94,7 @@ def read_gguf(path: Path) -> GgufModel:
         if keys.integer("attention.value_length", 1, _LARGEST, found["head_dim"]) != found["head_dim"]:
             allowed = f"{found['head_dim']}, as the keys of a head"
             raise keys.wrong("attention.value_length", keys.value("attention.value_length"), allowed)
-    elif FAMILIES[name] in ("qwen3", "gemma", "gemma2", "gemma3_text"):  # whose configs must say it
+    elif FAMILIES[name] in ("qwen3", "gemma", "gemma2", "gemma3_text"):  # families with configs that must say it
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     width = found.get("head_dim", found["hidden_size"] // found["num_attention_heads"])
     for of_windows in ("attention.key_length_swa", "attention.value_length_swa"):
@@ -110,7 +110,7 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def _check_vocabulary(path: Path, header: GgufHeader, keys: Fields, embedding: StoredTensor) -> None:
-    """UserError where the words are of another number than the embedding has rows."""
+    """Raise UserError if the words are of another number than the embedding has rows."""
     words = keys.integer("vocab_size", 1, _LARGEST, embedding.shape[0])
     if words != embedding.shape[0]:
         raise keys.wrong("vocab_size", words, f"{embedding.shape[0]}, the rows of token_embd.weight")
@@ -120,7 +120,7 @@ def _check_vocabulary(path: Path, header: GgufHeader, keys: Fields, embedding: S
 
 
 def _refuse_others(header: GgufHeader, keys: Fields) -> None:
-    """UserError for keys that ask for another model than one of dense layers that generates text."""
+    """Raise UserError for keys that ask for another model than one of dense layers that generates text."""
     for name, (off, what) in _REFUSED.items():
         if keys.value(name, off) != off:
             raise keys.wrong(name, keys.value(name), f"{off!r}, or not there: {what} is not priced")
@@ -162,7 +162,7 @@ def matrices_of_layers(header: GgufHeader) -> list[StoredTensor]:
 
 
 def _weights(path: Path, header: GgufHeader) -> tuple[WeightFormat | None, str]:
-    """How the layers' matrices are kept, None for bf16, and the same in words. UserError for kinds without a price.
+    """The format of the layers' matrices, None for bf16, and its name. Raises UserError for kinds without a price.
 
     Files mix kinds, so that bytes are the mean over all layers. The embedding and the LM head count in bf16.
     """

@@ -1,7 +1,7 @@
-"""How far prices are from measured kernels that they were not made from.
+"""Errors of prices for measured kernels that were not used to make them (cross-validation).
 
-Of every table one row in ten is left out, by a hash of the row, and priced from the others. A decode's products have as
-many rows as the batch has requests, a prompt's as many as it has tokens.
+One row in ten of each table is left out, chosen by a hash of the row, and priced from the others. Matrix products of a
+decode have a row for each request of the batch, those of a prompt a row for each token.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from helios_sim.profile.importers.reading import MS
 from helios_sim.profile.roofline import Gemm
 from helios_sim.profile.tables import FloatArray
 
-PARTS = 10  # one of them is left out
+PARTS = 10  # parts of the rows, one of which is left out
 MOST_DECODES = 128  # rows of a product that counts as a decode's
-LEAST_WIDTH = 1024  # of matrices: narrower ones take what a launch takes
+LEAST_WIDTH = 1024  # of matrices: narrower ones only take the time of a launch
 HEADS = ((8, 8), (16, 8), (32, 8), (64, 8))  # query and KV heads of the models in use
 
 
 def is_left_out(values: Sequence[object], part: int = 0) -> bool:
-    """Whether the row with these values is of that part, of `PARTS`."""
+    """Whether the row with these values belongs to this part of `PARTS`."""
     text = ",".join(map(str, values))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % PARTS == part
 
 
 class _Rows:
-    """The rows of a table that are left out, found as the others are read."""
+    """The rows of a table that are left out, collected while the others are read."""
 
     def __init__(self, name: str, columns: Sequence[str], part: int) -> None:
         self._name, self._columns, self._part = name, columns, part
@@ -46,14 +46,14 @@ class _Rows:
         return ~out
 
     def ratios(self, price_s: Callable[..., float]) -> FloatArray:
-        """Prices over what was measured."""
+        """Prices divided by measured times."""
         rows = zip(*(self.left_out[column].tolist() for column in self._columns), strict=True)
         return np.asarray(np.array([price_s(*row) for row in rows]) / (self.left_out["latency"] * MS))
 
 
 @cache
 def products(source: KernelSource, kind: Measured = BF16, part: int = 0) -> tuple[FloatArray, FloatArray]:
-    """Prices over measured times of matrix products that were left out: of decodes, of prompts."""
+    """Prices divided by measured times of matrix products that were left out: of decodes, and of prompts."""
     rows = _Rows(kind.dtype, ("m", "n", "k"), part)
     times = ProductTimes(source, kind, rows.keep)
     by_shape: dict[tuple[int, int], FloatArray] = {}
@@ -71,7 +71,7 @@ def products(source: KernelSource, kind: Measured = BF16, part: int = 0) -> tupl
 
 @cache
 def attention(source: KernelSource, part: int = 0) -> tuple[FloatArray, FloatArray]:
-    """The same of attention: of decodes, of prompts without earlier context."""
+    """The ratios for attention: of decodes, and of prompts without earlier context."""
     of_decodes, of_prompts = [], []
     for heads, kv_heads in HEADS:
         name = f"{heads},{kv_heads},{TABLE_HEAD_DIM}"

@@ -1,4 +1,4 @@
-"""Operating points of one model by its prices: `core/operate.py` with the arrays that it works on."""
+"""Operating points of one model: `core/operate.py` with the arrays that it works on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from helios_sim.profile.price_tables import Pricing
 
 
 class OperatingPoint(NamedTuple):
-    """What `core/operate.py` finds, in the order of its names."""
+    """The outputs of `core/operate.py`, in the order of its names."""
 
     batch: int
-    keeps_up: int  # 0: no batch does
+    keeps_up: int  # whether the batch keeps up with arrivals; 0 if no batch does
     prefill_s: float
     prefill_floor_s: float
     rate_per_s: float
     most_rate_per_s: float
     decode_s: float
-    decode_floor_s: float  # where decodes were priced
+    decode_floor_s: float  # only if decodes were priced
 
 
 class OperatingPoints:
-    """Of one model; several threads may ask."""
+    """Computes operating points of one model. Safe for several threads."""
 
     def __init__(self, pricing: Pricing) -> None:
         self._pricing = pricing
@@ -41,10 +41,10 @@ class OperatingPoints:
         self, layers: int, prompt: tuple[int, int, int], batches: tuple[int, int], means: tuple[float, float, float],
         decode_s: NDArray[np.float64] | None = None,
     ) -> OperatingPoint:  # fmt: skip
-        """See `core.operate.operating_point`. `prompt`: its tokens, those that are cached, and the token budget.
+        """The operating point (`core.operate.operating_point`). `prompt`: tokens, cached tokens and the token budget.
 
-        `batches`: the first and the last, none where the last is smaller. `means`: tokens of a request in the KV cache,
-        output tokens after the first, and arrivals per second. `decode_s`: seconds at each batch, where they are known.
+        `batches`: first and last batch; there is none if the last is smaller. `means`: mean context tokens, output
+        tokens after the first, and arrivals per second. `decode_s`: seconds at each batch if they are known.
         """
         code, n = machine.loaded(), max(0, batches[1] + 1 - batches[0])
         with self._lock:
@@ -76,11 +76,11 @@ class OperatingPoints:
 
 @dataclass(slots=True, eq=False)
 class _Room:
-    """Arrays to work in."""
+    """Arrays that are reused from call to call."""
 
-    estimate: Any  # a caller of its own: the code wants to be told of new arrays
+    estimate: Any  # the function for these arrays alone: a caller keeps the addresses of its arrays
     found: FloatArray
     whole: IntArray
     means: FloatArray
-    read: tuple[Any, ...]  # as `estimate` takes them
-    records: tuple[Record, ...]  # whose memory it reads
+    read: tuple[Any, ...]  # arguments of `estimate`
+    records: tuple[Record, ...]  # kept, since `estimate` reads their memory

@@ -1,8 +1,8 @@
-"""Prices of a profile on a device that is faster or slower than while it was measured.
+"""Prices of a profile on a device that is faster or slower now than when it was measured.
 
-Two steps, the profile's anchors, tell how fast a device is just now, each beside what it took while the profile was
-measured: a few decodes, which wait for memory, and a prompt, which computes. What is computed for so many tokens at
-once as either step has, goes at its pace; in between by the logarithm of tokens.
+The times of two steps, the profile's anchors, are compared with those of the calibration: a few decodes, which are
+bound by memory, and a prompt, which is bound by computing. Work with as many tokens as one of the steps scales like
+that step, work in between by the logarithm of its tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ PROMPT_ROWS = 64
 
 
 def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Profile:
-    """Return the profile with everything that a step stands for taking so many times as long.
+    """Return the profile with times scaled by the pace of decodes and the pace of prompts.
 
-    The host's costs go with decodes.
-
-    Without a pace of prompts they have that of decodes. Loads do not change.
+    The host's costs scale like decodes, and so do prompts if their pace is not known. Loads do not change.
     """
     if prompt is None or prompt == decode:
         return profile if decode == 1.0 else profile.scaled(decode)
@@ -47,7 +45,7 @@ def at_pace(profile: Profile, decode: float, prompt: float | None = None) -> Pro
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """`factor` for `last` rows and more, 1 up to `first` rows."""
+    """A factor by rows: 1 up to `first` rows, `factor` from `last` rows on."""
 
     first: int
     last: int
@@ -67,12 +65,12 @@ class _Pace:
         return RowsTable(*self._scaled(table.rows, table.time_s))
 
     def grid(self, table: GridTable) -> GridTable:
-        """Scale a table of prompts, for which the last slope goes on beyond the grid."""
+        """Scale a table of prompts, which are extrapolated by the last slope."""
         first, time_s = self._scaled(table.first, table.time_s)
         return GridTable(first, table.second, time_s)
 
     def decodes(self, table: GridTable) -> GridTable:
-        """Scale a table of decodes, for which time is in proportion beyond the grid's batches."""
+        """Scale a table of decodes, which are extrapolated in proportion to the batch."""
         first, time_s = self._scaled(table.first, table.time_s, beyond=False)
         return GridTable(first, table.second, time_s)
 

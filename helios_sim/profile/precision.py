@@ -1,6 +1,6 @@
-"""In what precision a model is served: what `server.quantization` and `server.kv_cache_dtype` make of its shape.
+"""The precision of a served model: the effect of `server.quantization` and `server.kv_cache_dtype` on its shape.
 
-Both are vLLM's names. What a card has units for decides how a format is priced: `products_on`.
+Both are vLLM's names. The card's units decide how a format is priced: `products_on`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from helios_sim.profile.formats import FORMATS, FP4, FP8, INT8, WEIGHTS, named_f
 from helios_sim.profile.spec import HardwareSpec, ModelSpec
 from helios_sim.provenance import Assumption
 
-KV_BYTES = {"auto": None, "bfloat16": 2, "fp8": 1}  # by server.kv_cache_dtype; None: as the model's checkpoint says
+KV_BYTES = {"auto": None, "bfloat16": 2, "fp8": 1}  # by server.kv_cache_dtype; None: as in the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What the settings ask of each model. UserError where they are not known."""
+    """The precision that settings ask for. Raises UserError if they are not known."""
 
     quantization: str | None = None  # server.quantization; None: as the model's name or config says, else bf16
     kv_cache_dtype: str = "auto"  # server.kv_cache_dtype
@@ -29,24 +29,24 @@ class Precision:
 
     @property
     def is_bf16(self) -> bool:
-        """Whether nothing but bf16, or what a model's name says, is asked for."""
+        """Whether the settings ask for nothing beyond bf16, or the precision in a model's name."""
         return self.quantization is None and self.kv_cache_dtype != "fp8"
 
     @property
     def settings(self) -> str:
-        """As it stands on the command line, with a blank before each setting."""
+        """The settings as words of a command line, each after a blank."""
         of_weights = "" if self.quantization is None else f" server.quantization={self.quantization}"
         return of_weights + ("" if self.kv_cache_dtype == "auto" else f" server.kv_cache_dtype={self.kv_cache_dtype}")
 
     @property
     def first(self) -> tuple[str, str]:
-        """The first setting that asks for something, and its value."""
+        """The first setting with a value of its own, and its value."""
         if self.quantization is not None:
             return "server.quantization", self.quantization
         return "server.kv_cache_dtype", self.kv_cache_dtype
 
     def applied(self, model: ModelSpec) -> ModelSpec:
-        """The model as it is served, its name with what was changed. UserError where its checkpoint is another one."""
+        """The model as it is served, with the change in its name. Raises UserError if its checkpoint differs."""
         kv_bytes = KV_BYTES[self.kv_cache_dtype]
         if self.quantization is not None:
             form = FORMATS[self.quantization]
@@ -65,14 +65,14 @@ PLAIN = Precision()
 
 
 def served_as(name: str, model: ModelSpec) -> str:
-    """What a user calls a model, with the precision in which it is served where the name does not say it."""
+    """A user's name of a model, with the precision in which it is served if the name does not say it."""
     form = model.quantization
     weights = "" if form is None or named_format(name)[1] is not None or name.endswith(".gguf") else f"-{form.name}"
     return name + weights + ("-kv-fp8" if model.kv_bytes_per_value == 1 else "")
 
 
 def in_words(model: ModelSpec) -> str:
-    """Such as: weights in fp8, K and V in bf16."""
+    """The precision in words, such as "weights in fp8, K and V in bf16"."""
     plain = {4: "float32", 2: "bf16", 1: "fp8"}
     values = plain.get(model.weight_bytes_per_value, f"{model.weight_bytes_per_value} bytes a value")
     weights = values if model.quantization is None else model.quantization.name
@@ -81,9 +81,9 @@ def in_words(model: ModelSpec) -> str:
 
 
 def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> tuple[str, ...]:
-    """What was scaled because of the precision, for a profile's provenance.
+    """Figures that were scaled because of the precision, for a profile's provenance.
 
-    `measured`: the kind of product in tables that layers are priced from; None: their times are by fitted shares.
+    `measured` is the kind of product in the measured tables of layers; None if their times are by fitted shares.
     """
     form, said = model.quantization, []
     if form is None:
@@ -105,7 +105,7 @@ def scaled_by(model: ModelSpec, products: str | None, measured: str | None) -> t
 
 
 def assumed_of(model: ModelSpec) -> tuple[Assumption, ...]:
-    """What is assumed because of the precision."""
+    """Assumptions that the precision needs."""
     if model.quantization is None and model.kv_bytes_per_value != 1:
         return ()
     why = "agreement, exits and lengths of answers are those of the model in bf16"
@@ -113,11 +113,11 @@ def assumed_of(model: ModelSpec) -> tuple[Assumption, ...]:
 
 
 def products_on(model: ModelSpec, card: HardwareSpec) -> str | None:
-    """What products of the model's layers multiply on this card: FP8, INT8, FP4 or WEIGHTS; None: bf16, as it is.
+    """The kind of products of the model's layers on this card: FP8, INT8, FP4 or WEIGHTS; None for plain bf16.
 
     As vLLM does, weights in fp8 and fp4 are made bf16 in the kernel where a card has no units for them (its page "FP8
-    W8A8"), and int8 is not computed on Blackwell ("INT8 W8A8"). UserError for int8 there, and for K and V in fp8 on a
-    card without units for it.
+    W8A8"), and int8 is not computed on Blackwell ("INT8 W8A8"). Raises UserError for int8 there, and for K and V in fp8
+    on a card without units for it.
     """
     if model.kv_bytes_per_value == 1 and card.fp8_flops_per_s is None:
         fix = "leave it out, or choose a card with units for fp8, such as l40s, h100 or b200"
@@ -133,7 +133,7 @@ def products_on(model: ModelSpec, card: HardwareSpec) -> str | None:
 
 
 def check_groups(model: ModelSpec, cards: int) -> None:
-    """UserError where inputs that share a scale would be cut by a matrix's end, or by the cards of a group."""
+    """Raise UserError if inputs that share a scale would be cut by a matrix's end, or by the cards of a group."""
     form = model.quantization
     if form is None or not form.group or form.outputs != 1:
         return

@@ -1,4 +1,4 @@
-"""What a check by a predictor of a few words costs (`exits.rule`) where a profile has no measurement of it."""
+"""The cost of an exit check by a predictor of a few words (`exits.rule`), if a profile has not measured it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helios_sim.profile.profile import Profile
 from helios_sim.profile.tables import RowsTable
 from helios_sim.provenance import Assumption
 
-WIDTH = 512  # of the network, as in SpecEE's code (arXiv 2504.08850)
+WIDTH = 512  # width of the network, as in SpecEE's code (arXiv 2504.08850)
 NAME = "check by a predictor"
 WHY = (
     "by bytes: for each token the columns of {words} words of the head and two hidden states, once the weights of a "
@@ -21,7 +21,7 @@ _ROWS = 4096
 
 
 def with_predictor(profile: Profile) -> Profile:
-    """The profile with a cost of checks by predictors: the measured one, or one derived from bytes, which says so."""
+    """The profile with a cost of checks by predictors: measured, or derived from bytes, which its provenance says."""
     if profile.check_predictor is not None:
         return profile
     fixed_s, per_row_s = derived_s(profile)
@@ -32,7 +32,7 @@ def with_predictor(profile: Profile) -> Profile:
 
 
 def derived_s(profile: Profile) -> tuple[float, float]:
-    """Seconds of a check whatever the tokens, and of each token.
+    """The fixed seconds of a check, and the seconds of each token.
 
     A token reads WORDS columns of the head and two states of d_model values; the network's 3 x WORDS inputs, its hidden
     layer and its output have (3 WORDS + 2) WIDTH + 1 weights. Products are few beside what is read.

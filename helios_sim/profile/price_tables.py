@@ -1,4 +1,4 @@
-"""A profile's tables as the arrays that `core.price` reads, and compositions as its records."""
+"""Converts a profile's tables to the arrays that `core.price` reads, and compositions to its records."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from helios_sim.profile.formats import FP4, FP8, INT8
 from helios_sim.profile.spec import HardwareSpec, ModelSpec, Runtime
 from helios_sim.profile.tables import GridTable, LayerTables, MixedTable, RowsTable, UnequalTable
 
-_ROOMS = 256  # that are kept of each model and its bands
-_DECODES = (False, True, True, False, False, False, False)  # as `_Room.there`
-_NO_POINT = np.zeros(8, np.int64), np.zeros(9)  # what `estimate` takes for an operating point
+_ROOMS = 256  # rooms that are kept for each model and its bands
+_DECODES = (False, True, True, False, False, False, False)  # `_Room.there` of plain decodes
+_NO_POINT = np.zeros(8, np.int64), np.zeros(9)  # arguments of `estimate` for an operating point
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
-    """Bands of layers: where each starts and ends, and how many layers of each class it has, (C, S)."""
+    """Bands of layers: the start and end of each, and its layers of each class, (C, S)."""
 
     bounds: tuple[int, ...]
     starts: tuple[int, ...]
@@ -59,7 +59,7 @@ class Spans:
 
     @classmethod
     def of(cls, bounds: tuple[int, ...], layer_class: Sequence[int], n_classes: int) -> Spans:
-        """Raises ValueError unless bounds ascend within the model."""
+        """The bands that end at these depths. Raises ValueError unless they ascend within the model."""
         starts = (0, *bounds[:-1])
         if not bounds or any(b <= a for a, b in zip(starts, bounds, strict=True)) or bounds[-1] > len(layer_class):
             raise ValueError(f"bounds {bounds} must ascend from 1 to at most {len(layer_class)}")
@@ -71,7 +71,7 @@ class Spans:
 
 
 class Pricing:
-    """Prices compositions of one model on one card under one runtime; and hands its tables to the serving loop."""
+    """Prices compositions of one model on one card under one runtime, and provides its tables to the serving loop."""
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class Pricing:
         factors: dict[str, float],
         padded_kv: bool,
     ) -> None:
-        """`factors`: load_slowdown, mixed_factor, kv_factor, time_factor, and those of layers that come late."""
+        """`factors` are load_slowdown, mixed_factor, kv_factor, time_factor, and those of late layers."""
         checks = head if check is None else check
-        # Without a classifier's table nothing asks for it: the profile refuses.
+        # Without a classifier's table it is never read: the profile raises an error.
         by_classifier = checks if check_classifier is None else check_classifier
         self._parts = _Parts(classes, (head, checks, by_classifier, embedding), runtime.graph_batch_sizes)
         self.tables = _price_tables((self._parts,))
@@ -97,7 +97,7 @@ class Pricing:
         self._layer_class, self._n_classes = tuple(layer_class), len(classes)
         self._spans: dict[tuple[int, ...], Spans] = {}
         self._laid_out: dict[tuple[bool, tuple[int, ...]], _LaidOut] = {}
-        self._lock = Lock()  # of what is laid out
+        self._lock = Lock()  # guards the laid out tables
 
     def spans(self, bounds: tuple[int, ...]) -> Spans:
         found = self._spans.get(bounds)
@@ -106,12 +106,12 @@ class Pricing:
         return found
 
     def scalars(self, storage: Storage) -> Table:
-        """A table of one row."""
+        """The scalars as a table of one row."""
         names = SCALARS.dtype.names or ()
         return storage.filled(SCALARS, [[self._scalars[name] for name in names]])
 
     def with_drafter(self, other: Pricing, storage: Storage) -> tuple[PriceTables, Table, tuple[Table, Any]]:
-        """Tables of both, scalars of this one and of the other, and the other's band: all of its layers."""
+        """Tables of both models, scalars of this one and of the drafter, and the drafter's band: all of its layers."""
         names, own = SCALARS.dtype.names or (), len(self._parts.classes)
         first = FIRST_OF_CLASS + OF_CLASS * (own + len(other._parts.classes))
         of_other = {**other._scalars, "of_model": first, "of_class": own}
@@ -127,15 +127,15 @@ class Pricing:
         return self._priced(c, FLOOR)[:, FLOOR]
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
-        """(K,) true where a table had to be extrapolated."""
+        """(K,) whether a table had to be extrapolated."""
         return np.asarray(self._priced(c, OUTSIDE)[:, OUTSIDE], np.bool_)
 
     def decodes(self, layers: int, batch: IntArray, kv_tokens: IntArray, *asked: int) -> FloatArray:
-        """(K, 3) what is asked for of iterations of so many decodes, all to that depth: `_priced` of their numbers."""
+        """(K, 3) prices (`_priced`) of iterations with nothing but decodes, all to one depth."""
         return self._found((layers,), len(batch), asked, lambda room: room.fill_decodes(batch, kv_tokens))
 
     def _priced(self, c: Composition, *asked: int) -> FloatArray:
-        """(K, 3) what is asked for."""
+        """(K, 3) time, floor and whether it is outside the grid, as far as they are asked for."""
         if c.prefill:
             if len(c.sampled_tokens) != 1:
                 raise ValueError("a composition with prefill is one iteration")
@@ -154,9 +154,9 @@ class Pricing:
         prefill: Sequence[PrefillChunk] = (),
         how: tuple[bool, ...] = (False, True, False, False),
     ) -> FloatArray:
-        """Of n iterations that `fill` writes into their room. Interpreted, equal iterations are priced once.
+        """Price n iterations that `fill` writes into their room. Interpreted, equal iterations are priced once.
 
-        `how`: drafting, with syncs at checks, with the host ahead, and while weights load.
+        `how` has four flags: drafting, syncs at checks, the host ahead, and weights being loaded.
         """
         code, back = machine.loaded(), None
         with self._lock:
@@ -195,16 +195,16 @@ class Pricing:
 
 @dataclass(slots=True, eq=False)
 class _Room:
-    """For what K iterations hold, and what they cost."""
+    """Arrays for the work and the prices of K iterations."""
 
-    price: Callable[..., int]  # a caller of its own: the loop's code wants to be told of new arrays
+    price: Callable[..., int]  # the function for these arrays alone: a caller keeps the addresses of its arrays
     counts: IntArray
     found: FloatArray
-    read: tuple[Any, ...]  # as `estimate` takes what is asked and both of these
-    there: tuple[bool, ...] | None = None  # which kinds of work have numbers; those of the others are 0 already
+    read: tuple[Any, ...]  # arguments of `estimate`: what is asked for, and both arrays
+    there: tuple[bool, ...] | None = None  # which kinds of work were written; the others are 0 already
 
     def fill_decodes(self, decodes: IntArray, kv_tokens: IntArray) -> None:
-        """As `fill`, of iterations of one band in which nothing else happens."""
+        """Write iterations of one band with nothing but decodes."""
         counts = self.counts
         if self.there != _DECODES:
             counts[:, 1:3], counts[:, 3:] = NEVER, 0
@@ -212,7 +212,7 @@ class _Room:
         counts[:, 0], counts[:, 3], counts[:, 4] = decodes, decodes, kv_tokens
 
     def fill(self, c: Composition) -> None:
-        """(K, 3 + 6 S): sampled rows, least and most KV tokens, then the work of each band, field by field."""
+        """Write compositions, (K, 3 + 6 S): sampled rows, least and most KV tokens, then each band's work by field."""
         counts = self.counts
         counts[:, 0] = c.sampled_tokens
         columns = (
@@ -233,7 +233,7 @@ class _Room:
 
 @dataclass(slots=True, eq=False)
 class _LaidOut:
-    """What `estimate` reads of a model whose layers are cut into these bands, and room to work in."""
+    """Tables that `estimate` reads for a model with its layers cut into these bands, and arrays to work in."""
 
     code: machine.Machine | None
     storage: Storage
@@ -241,8 +241,8 @@ class _LaidOut:
     iteration: Record
     chunk: Table
     first_chunk: Record
-    how: tuple[int, tuple[bool, ...]] | None = None  # what `iteration` says
-    rooms: dict[Any, _Room] = field(default_factory=dict)  # by K and what is asked for
+    how: tuple[int, tuple[bool, ...]] | None = None  # flags and chunks that `iteration` holds now
+    rooms: dict[Any, _Room] = field(default_factory=dict)  # by K and by what is asked for
 
     def room(self, n: int, asked: tuple[int, ...]) -> _Room:
         found = self.rooms.get((n, asked))
@@ -258,7 +258,7 @@ class _LaidOut:
 
 
 class _Parts(NamedTuple):
-    """What tables are made of, of one model."""
+    """The tables of one model from which price tables are made."""
 
     classes: Sequence[LayerTables]
     whole: tuple[RowsTable, RowsTable, RowsTable, RowsTable]  # head, check, classifier, embedding
@@ -266,9 +266,9 @@ class _Parts(NamedTuple):
 
 
 def _price_tables(models: Sequence[_Parts]) -> PriceTables:
-    """Only the dense part of a batch without prefill is padded to a graph's size.
+    """Make price tables. Only the dense part of a batch without prefill is padded to a graph's size.
 
-    Of further models classes follow those of the first, and behind all classes come their tables of the whole model.
+    Classes of a further model follow those of the first; its tables of the whole model come after all classes.
     """
     sources, classes = list(models[0].whole), [tables for model in models for tables in model.classes]
     by_rows = [_by_rows(table) for table in sources]
@@ -316,7 +316,7 @@ def _price_tables(models: Sequence[_Parts]) -> PriceTables:
 
 
 def unequal_lengths(tables: Sequence[UnequalTable | None]) -> UnequalLengths:
-    """The term of each layer class; None: it has none."""
+    """The term for unequal lengths of each layer class; None for a class without it."""
     grids = [np.zeros((2, 0)) if t is None else _stacked([t.chunk, t.longest]) for t in tables]
     sizes = [
         (0, 0, 0, 0) if t is None else (len(t.chunk), len(t.longest), len(t.share), int(t.batch[-1])) for t in tables
@@ -330,7 +330,7 @@ def unequal_lengths(tables: Sequence[UnequalTable | None]) -> UnequalLengths:
 
 
 def _by_rows(table: RowsTable, pad_to: tuple[int, ...] | None = None) -> FloatArray:
-    """Seconds of every number of rows up to the last measured one; no rows take no time.
+    """Seconds of every number of rows up to the last measured one; 0 rows take no time.
 
     With `pad_to`, rows are first raised to the next of these sizes; beyond the largest they are not padded.
     """
@@ -350,7 +350,7 @@ class _Decode:
     values: FloatArray  # (batch, interval)
     slopes: FloatArray
     kv: FloatArray  # (interval,)
-    interval: IntArray  # of every whole number of KV tokens: means fall into the interval of their whole part
+    interval: IntArray  # interval of each whole number of KV tokens; a mean is in that of its whole part
 
     @classmethod
     def of(cls, table: GridTable) -> _Decode:
@@ -372,7 +372,7 @@ def _axes(table: MixedTable | None) -> FloatArray:
 
 
 def _by_batch(table: UnequalTable) -> FloatArray:
-    """(C, batch + 1, G, P) excess at every batch, linear in between; edges hold."""
+    """(C, batch + 1, G, P) excess at every batch, linear in between and constant beyond the edges."""
     batches = np.arange(int(table.batch[-1]) + 1)
     right = np.clip(np.searchsorted(table.batch, batches), 1, len(table.batch) - 1)
     low, high = table.batch[right - 1], table.batch[right]
@@ -384,7 +384,7 @@ def _by_batch(table: UnequalTable) -> FloatArray:
 def _scalar_values(
     model: ModelSpec, hardware: HardwareSpec, runtime: Runtime, factors: dict[str, float], padded_kv: bool
 ) -> dict[str, float]:
-    """The numbers that `core.price` names. A cost of the runtime is one of them by its name."""
+    """The scalars of `core.price` by name. Costs of the runtime keep their names."""
     return {
         **dict(runtime.costs()),
         **factors,
@@ -395,7 +395,7 @@ def _scalar_values(
         "head_values": model.vocab_size * model.d_model,
         "layer_values": model.layer_values,
         "layer_bytes": model.layer_bytes,
-        "kv_values": 2 * model.d_model * model.kv_width,  # of one layer's K and V projections
+        "kv_values": 2 * model.d_model * model.kv_width,  # K and V projections of one layer
         "kv_weight_bytes": 2 * model.matrix_bytes(model.kv_width, model.d_model),
         "kv_bytes": model.kv_bytes_per_token_layer,
         "value_bytes": model.weight_bytes_per_value,
@@ -407,20 +407,20 @@ def _scalar_values(
 
 
 def _layer_rate(model: ModelSpec, hardware: HardwareSpec) -> float:
-    """Operations per second that no product of a layer can beat."""
+    """Operations per second that no matrix product of a layer can exceed."""
     products = None if model.quantization is None else model.quantization.products
     rates = {FP8: hardware.fp8_flops_per_s, INT8: hardware.int8_flops_per_s, FP4: hardware.fp4_flops_per_s}
     return float(rates.get(products or "") or hardware.flops_per_s)
 
 
 def _kv_rate(model: ModelSpec, hardware: HardwareSpec) -> float:
-    """The same of attention: kernels may multiply K and V as they are kept."""
+    """Operations per second that no attention can exceed: kernels may multiply K and V as they are stored."""
     of_fp8 = hardware.fp8_flops_per_s if model.kv_bytes_per_value == 1 else None
     return float(of_fp8 or hardware.flops_per_s)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]]) -> FloatArray:
-    """Arrays of the same number of dimensions in one, with zeros where one of them is smaller."""
+    """Stack arrays with the same number of dimensions, smaller ones padded with zeros."""
     shape = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True))
     found = np.zeros((len(arrays), *shape))
     for i, array in enumerate(arrays):

@@ -1,4 +1,4 @@
-"""The costs of a model on a card: tables, memory, loads and provenance; and the memory of the card left for KV."""
+"""The costs of a model on a card: tables, memory, loads and provenance. Also the card's memory left for KV."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Profile:
 
     `load_slowdown` multiplies device time while weights stream into the card. `mixed_factor` multiplies a layer's
     time when an iteration holds both prefill and decode; `unequal_kv_factor` multiplies decode attention for batches
-    of unequal KV lengths; both are None where no source gives them. `time_factor` multiplies whole iterations.
-    `padded_kv`: decode attention reads every context of a batch as far as the longest one goes, behind a mask, and so
-    takes what equal lengths of that size take.
-    Raises UserError where a table is damaged.
+    of unequal KV lengths; both are None if no source gives them. `time_factor` multiplies whole iterations.
+    `padded_kv`: decode attention reads every context of a batch as far as the longest one, behind a mask, and so takes
+    as long as for equal lengths of that size.
+    Raises UserError if a table is damaged.
     """
 
     model: ModelSpec
@@ -48,21 +48,21 @@ class Profile:
     layer_class: tuple[int, ...]  # (n_layers,) index into layer_tables
     head: RowsTable  # final norm, LM head and sampling
     embedding: RowsTable  # lookup, once an iteration
-    check: RowsTable | None  # an exit check through the head, with what is attached there; None: the head's own time
+    check: RowsTable | None  # an exit check through the head, with all that belongs to it; None: the head's time
     activation_reserve_bytes: int
     load_bytes_per_s: float  # pinned host memory to the card
     load_slowdown: float = 1.0
     mixed_factor: float | None = None
     unequal_kv_factor: float | None = None
     time_factor: float = 1.0
-    check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None: not known
+    check_classifier: RowsTable | None = None  # a check by a classifier, without the head; None if not known
     padded_kv: bool = False
-    anchors: Anchors | None = None  # how fast the device was when this was measured; None: not known
-    time_band: TimeBand | None = None  # how far whole iterations may be off; None: not known
-    disk_bytes_per_s: float | None = None  # of weights that are read from files; None: not known
-    link_bytes_per_s: float | None = None  # host memory to the card, where loads come from files; None: as loads
-    resident_layers: int | None = None  # those above come from host memory in each iteration; None: all stay
-    check_predictor: RowsTable | None = None  # a check by a predictor of a few words; None: not known (`predictor`)
+    anchors: Anchors | None = None  # how fast the device was when this was measured; None if not known
+    time_band: TimeBand | None = None  # how far whole iterations may be off; None if not known
+    disk_bytes_per_s: float | None = None  # rate of reading weights from files; None if not known
+    link_bytes_per_s: float | None = None  # host memory to the card, if loads come from files; None: load_bytes_per_s
+    resident_layers: int | None = None  # layers above come from host memory in each iteration; None: all stay
+    check_predictor: RowsTable | None = None  # a check by a predictor of a few words; None if not known (`predictor`)
     times_within: float | None = None  # relative error of all times if time to measure was short; None: it was not
     _pricing: Pricing = field(init=False, repr=False)
     operating: OperatingPoints = field(init=False, repr=False)
@@ -85,7 +85,7 @@ class Profile:
         object.__setattr__(self, "operating", OperatingPoints(pricing))
 
     def __reduce__(self) -> tuple[type[Profile], tuple[object, ...]]:
-        """Processes of a sweep get the tables; lookups are made anew there, to the same bits."""
+        """Pickle the tables alone. Processes of a sweep make the lookups anew, with the same bits."""
         return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     @property
@@ -94,7 +94,7 @@ class Profile:
 
     @property
     def prices_spread(self) -> bool:
-        """A price depends on the shortest and the longest context of a batch, where they are known."""
+        """Whether prices depend on the shortest and the longest context of a batch."""
         return self.padded_kv or any(tables.unequal_kv is not None for tables in self.layer_tables)
 
     @property
@@ -109,15 +109,15 @@ class Profile:
         return found
 
     def kv_bytes_per_token(self, layers: int) -> int:
-        """K and V of one token in `layers` layers."""
+        """Bytes of K and V of one token in `layers` layers."""
         return layers * self.model.kv_bytes_per_token_layer
 
     def load_time_s(self, n_bytes: int) -> float:
-        """Seconds to load weights from host memory, the channel otherwise free."""
+        """Seconds to load weights from host memory over a free link."""
         return self.runtime.load_fixed_s + n_bytes / self.load_bytes_per_s
 
     def with_load_rate(self, bytes_per_s: float) -> Profile:
-        """The same with another rate of loads, which take their share of the card's bandwidth in proportion."""
+        """The profile with another rate of loads. Their share of the card's memory bandwidth changes in proportion."""
         share = (1.0 - 1.0 / self.load_slowdown) * bytes_per_s / self.load_bytes_per_s
         if not share < 1.0:
             allowed = f"less than the memory of {self.hardware.name} can take in beside serving"
@@ -126,14 +126,14 @@ class Profile:
         return replace(self, load_bytes_per_s=bytes_per_s, load_slowdown=1.0 / (1.0 - share), provenance=known)
 
     def with_disk_rate(self, bytes_per_s: float) -> Profile:
-        """The same with another rate of reading files."""
+        """The profile with another rate of reading files."""
         return replace(self, disk_bytes_per_s=bytes_per_s, provenance=self.provenance.without(["disk_bytes_per_s"]))
 
     def from_files(self) -> Profile:
-        """The same with loads that read files, as of models that are discarded when they leave the card.
+        """The profile with loads that read files, for models that are discarded when they leave the card.
 
-        A file is read while what was read is copied, so that the slower of the two counts. UserError where the rate of
-        reading is not known.
+        A file is read and copied to the card at the same time, so the slower rate counts. Raises UserError if the rate
+        of reading is not known.
         """
         if self.disk_bytes_per_s is None:
             allowed = f"1: at which rate {self.name} is read from files is not known"
@@ -142,13 +142,13 @@ class Profile:
         return replace(slower, link_bytes_per_s=self.load_bytes_per_s, provenance=self.provenance)
 
     def with_resident(self, layers: int) -> Profile:
-        """The same where only so many layers stay on the card: the prices of `Placement.resident_layers`."""
+        """The profile with only so many layers on the card: prices of `Placement.resident_layers`."""
         return replace(self, resident_layers=layers)
 
     def _late_layers(self) -> dict[str, float]:
-        """How many layers are always there, and seconds that one which is not takes of the link and of the memory."""
+        """The number of resident layers, and the seconds that a late layer takes on the link and in memory."""
         link_bytes_per_s = self.load_bytes_per_s if self.link_bytes_per_s is None else self.link_bytes_per_s
-        share = 1.0 - 1.0 / self.load_slowdown  # of the card's bandwidth, at the rate of loads
+        share = 1.0 - 1.0 / self.load_slowdown  # share of the card's bandwidth that loads take
         return {
             "resident_layers": self.model.n_layers if self.resident_layers is None else self.resident_layers,
             "late_s_per_layer": self.model.layer_bytes / link_bytes_per_s,
@@ -156,7 +156,7 @@ class Profile:
         }
 
     def check_table(self, confidence: Confidence) -> RowsTable:
-        """The table of an exit check's cost under this measure. UserError where it was not measured."""
+        """The table of an exit check's cost under this measure. Raises UserError if it was not measured."""
         if confidence.by_head:
             return self.head if self.check is None else self.check
         if MEASURES[confidence].proposes:
@@ -175,12 +175,12 @@ class Profile:
         return self.check_classifier
 
     def checking(self, confidence: Confidence) -> Profile:
-        """The same where checks on the hidden state are this measure's. UserError where their cost is not known."""
+        """The profile with checks by this measure. Raises UserError if their cost is not known."""
         table = self.check_table(confidence)
         return replace(self, check_classifier=table) if MEASURES[confidence].proposes else self
 
     def iteration_time_s(self, c: Composition) -> NDArray[np.float64]:
-        """(K,) seconds. The same to the last bit whether an iteration is priced alone or as one of K.
+        """(K,) seconds. An iteration has the same price to the last bit alone or as one of K.
 
         Raises ValueError when bounds do not ascend within the model or a prefill depth is not one of them, UserError
         when a classifier checks and its cost is not known.
@@ -199,30 +199,30 @@ class Profile:
     def decodes_time_s(
         self, layers: int, batch: NDArray[np.int64], kv_tokens: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """(K,) `iteration_time_s` of so many decodes, all to that depth, and nothing else."""
+        """(K,) `iteration_time_s` of iterations with nothing but decodes, all to one depth."""
         return self._pricing.decodes(layers, batch, kv_tokens, TIME)[:, TIME]
 
     def decodes_floor_s(
         self, layers: int, batch: NDArray[np.int64], kv_tokens: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """(K,) its floor."""
+        """(K,) `iteration_floor_s` of iterations with nothing but decodes, all to one depth."""
         return self._pricing.decodes(layers, batch, kv_tokens, FLOOR)[:, FLOOR]
 
     def iteration_floor_s(self, c: Composition) -> NDArray[np.float64]:
-        """(K,) seconds that no kernel on this card can beat; over `iteration_time_s` it is the utilisation."""
+        """(K,) roofline floors in seconds. Floor divided by `iteration_time_s` is the utilisation."""
         return self._pricing.floor_s(c)
 
     def outside_grid(self, c: Composition) -> NDArray[np.bool_]:
-        """(K,) true where a table had to be extrapolated."""
+        """(K,) whether a table had to be extrapolated."""
         return self._pricing.outside_grid(c)
 
     def with_runtime(self, runtime: Runtime) -> Profile:
-        """The profile under other host costs. What is assumed of the new ones is in their `sources`."""
+        """The profile with other host costs. Their `sources` say what is assumed."""
         known = (f"runtime.{f.name}" for f in fields(Runtime))
         return replace(self, runtime=runtime, provenance=self.provenance.without(known))
 
     def scaled(self, time_factor: float) -> Profile:
-        """Iterations take `time_factor` times as long; loads do not change. For studies of profile error."""
+        """The profile with times of iterations scaled, to study profile errors. Loads do not change."""
         return replace(self, time_factor=self.time_factor * time_factor)
 
     def _check_classifier(self, c: Composition) -> None:
@@ -261,7 +261,7 @@ class Profile:
         return self.check, self.check_classifier, self.check_predictor
 
     def _lookup_cells(self) -> int:
-        """Numbers of the arrays that `price_tables` makes of the tables: every row, batch and KV length has a place."""
+        """Size of the arrays that `price_tables` makes: every number of rows, batch and KV length has an entry."""
         rows = [self.head, self.embedding, *(t for t in self._checks if t is not None)]
         rows += [table for tables in self.layer_tables for table in (tables.dense, tables.kv_projection)]
         cells = (4 + 3 * len(self.layer_tables)) * max(int(table.rows[-1]) for table in rows)

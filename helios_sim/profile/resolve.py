@@ -1,7 +1,7 @@
-"""The profile of any model on any device, without a step to build it.
+"""Finds or makes the profile of any model on any device.
 
-In this order: a profile in the folder, measured or made before; kernels that were measured on the card, which come with
-the package; the card's data sheet. The profile's provenance says which, and so does the report.
+Sources, in this order: a profile in the folder, measured or made before; kernels that were measured on the card, which
+come with the package; the card's data sheet. The profile's provenance and the report say which it was.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from helios_sim.untrusted import is_there
 if TYPE_CHECKING:
     from helios_sim.profile.shapes import Shape
 
-VLLM = "vllm"  # whose kernels are summed unless something else is asked for
-TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # among a provenance's details, where a profile was made for this run
+VLLM = "vllm"  # engine with the kernels that are used by default
+TIMES_FROM, SHAPE_FROM = "times_from", "shape"  # keys of a provenance's details, if a profile was made for this run
 
 
 def find_profile(
     model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN, kernels: str = VLLM
 ) -> Profile:
-    """`model` and `hardware` are names, or paths of files, and `precision` is asked for, as a study's settings have it.
+    """Find or make a profile. `model` and `hardware` are names or paths of files, as in a study's settings.
 
-    `kernels`: whose are summed where they were measured on the card; else vLLM's. UserError where one of them is not
-    known, or the cards cannot split the model or compute in that precision.
+    `kernels` names the engine with the kernels to use if they were measured on the card; else vLLM's are used. Raises
+    UserError if a name is not known, or the cards cannot split the model or compute in that precision.
     """
     kept = kept_profile(model, hardware, folder, precision) if kernels == VLLM else None
     if kept is not None:
@@ -45,7 +45,7 @@ def find_profile(
     command = f"models=[{model}] hardware={hardware}{precision.settings}"
     command += "" if kernels == VLLM else f" server.kernels={kernels}"
     measured = kept_profile(model, hardware, folder)
-    if measured is not None and catalogue_name(group_of(hardware)[1]) is None:  # of a device that nothing else knows
+    if measured is not None and catalogue_name(group_of(hardware)[1]) is None:  # known by its profile alone
         return in_precision(load_profile(measured.name, folder), precision)
     from helios_sim.profile.shapes import shape_of  # readers of configs, which a kept profile has no need of
 
@@ -59,7 +59,7 @@ def profile_of(shape: Shape, hardware: str) -> Profile:
 
 
 def in_precision(profile: Profile, precision: Precision) -> Profile:
-    """The profile as it is, where it is in this precision. UserError where it is not: a measured one has no other."""
+    """Return the profile if it is in this precision. Raises UserError if not: a measured profile has only its own."""
     if precision.applied(profile.model) != profile.model:
         key, value = precision.first
         has = f"the precision of the profile {profile.name}, which has no other"
@@ -70,9 +70,9 @@ def in_precision(profile: Profile, precision: Precision) -> Profile:
 def kept_profile(
     model: str, hardware: str, folder: Path = PROFILES_FOLDER, precision: Precision = PLAIN
 ) -> Path | None:
-    """The folder of the profile that is kept for them, also under another of the model's names; None: one is made.
+    """The folder of a kept profile, also under another of the model's names; None if one has to be made.
 
-    Kept ones are in bf16, so that one is made where the settings ask for something else.
+    Kept profiles are in bf16, so one is made if the settings ask for another precision.
     """
     if not precision.is_bf16:
         return None
@@ -92,7 +92,7 @@ def _names(model: str, hardware: str) -> Iterator[str]:
 
 @lru_cache(maxsize=32)
 def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
-    """From measured kernels where the card has them, else from its data sheet."""
+    """Make a profile from measured kernels if the card has them, else from its data sheet."""
     source = None if device.key is None else KERNELS[kernels].get(device.key, SHIPPED_SOURCES.get(device.key))
     if source is None:
         profile = device_roofline(shape.model, device, None, FITTED, command, shape.windows)
@@ -121,7 +121,7 @@ def _built(shape: Shape, device: Device, command: str, kernels: str) -> Profile:
 
 
 def files_of(model: str, hardware: str) -> list[Path]:
-    """The files that say what the model and the hardware are; none for names of the catalogue."""
+    """The files that define the model and the hardware; none for names of the catalogue."""
     from helios_sim.profile.shapes import config_of
 
     found = (config_of(model) if model else None, card_file(group_of(hardware)[1]))

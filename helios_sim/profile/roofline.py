@@ -1,4 +1,4 @@
-"""A profile from a card's data sheet alone: bytes, operations and assumed efficiencies of the operations of a layer."""
+"""Makes a profile from a card's data sheet: bytes, operations, and shares of the peak that kernels reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helios_sim.provenance import Assumption, Provenance, ProvenanceClass
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """rows x k times k x n."""
+    """A matrix product, rows x k times k x n."""
 
     n: int
     k: int
@@ -31,13 +31,13 @@ class Gemm:
         return value_bytes * (self.n * self.k + rows * (self.n + self.k))
 
     def operations(self, rows: Any) -> Any:
-        """Of so many rows, or of each number of rows in an array."""
+        """Operations of so many rows, or of each number of rows in an array."""
         return 2 * rows * self.n * self.k
 
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """Small kernels: how many launches on the device, and values read and written for each row."""
+    """Small kernels: launches on the device, and values read and written for each row."""
 
     kernels: int
     values_per_row: int
@@ -55,7 +55,7 @@ def layer_gemms(model: ModelSpec) -> tuple[Gemm, ...]:
 
 
 def kv_gemm(model: ModelSpec) -> Gemm:
-    """K and V alone, for tokens that left above and are still needed below."""
+    """The K and V projections alone, for tokens that left at an earlier exit."""
     return Gemm(2 * model.kv_width, model.d_model)
 
 
@@ -131,7 +131,7 @@ FITTED_BANDS = {None: (0.83, 1.21), FP8: (0.79, 1.23), INT8: (0.73, 1.41), WEIGH
 
 
 def fitted_band(model: ModelSpec, card: HardwareSpec) -> TimeBand:
-    """What to expect of times over those by the fitted shares, for the model's precision on this card."""
+    """The expected ratio of real times to times by the fitted shares, for the model's precision on this card."""
     low, high = FITTED_BANDS[products_on(model, card)]
     return TimeBand(low, high, "90 % of the kernels of cards left out of the fit lie within: experiments/kernels")
 
@@ -139,10 +139,10 @@ def fitted_band(model: ModelSpec, card: HardwareSpec) -> TimeBand:
 def quantized_s(
     products: str, gemm: Gemm, rows: FloatArray, weights: int, card: HardwareSpec, efficiency: Efficiency
 ) -> FloatArray:
-    """(K,) seconds of a product whose `weights` are so many bytes, for K counts of rows.
+    """(K,) seconds of a product with `weights` of so many bytes, for K numbers of rows.
 
-    Weights alone are made bf16 while nothing is multiplied: such products take their bytes and their operations one
-    after the other, as measured ones do, and no less than the operations of a product in bf16.
+    Weight-only formats are converted to bf16 before they are multiplied: such products take the times of their bytes
+    and of their operations one after the other, as measured ones do, and no less than a product in bf16.
     """
     bytes_per_s, operations = card.hbm_bytes_per_s * efficiency.bandwidth, 2.0 * rows * gemm.n * gemm.k
     if products == WEIGHTS:
@@ -167,7 +167,7 @@ def roofline_profile(
     efficiency: Efficiency | None = None,
     load_bytes_per_s: float | None = None,
 ) -> Profile:
-    """`device_roofline` on one card; loads as fast as the catalogue says where nothing else is said."""
+    """`device_roofline` on one card, with the catalogue's rate of loads by default."""
     if load_bytes_per_s is None:
         load_bytes_per_s = LOAD_BYTES_PER_S[hardware.name]
     device = Device(hardware, PCIE_LINK, load_bytes_per_s)

@@ -1,4 +1,4 @@
-"""Named sets of host costs: two plain ones, and what engines take by version.
+"""Named sets of host costs: two generic ones, and those of engines by version.
 
 An engine's set has the batch sizes of its captured graphs, from its sources, and the host's time of an iteration: of
 those versions for which end-to-end measurements of others were at hand it is fitted to one half of these
@@ -61,7 +61,7 @@ PRESETS = {
 }
 
 _EVERY_8 = (1, 2, 4, *range(8, 257, 8))
-HOST_TIME = "the engine's host time"  # as an input of a study, where it is fitted
+HOST_TIME = "the engine's host time"  # its name among the inputs of a study, if it is fitted
 FIT = "python experiments/fidelity_silicon/fit.py"
 _FIT = "to one half of {n} rows of {what}, drawn by a hash of their ids (experiments/fidelity_silicon)"
 _NEAREST = "to rows of {of}, the nearest version of which measurements were at hand (experiments/fidelity_silicon)"
@@ -109,7 +109,7 @@ PRESETS |= {
 
 
 def preset(name: str) -> Runtime:
-    """Raises UserError for an unknown name."""
+    """The host costs of a preset. Raises UserError for an unknown name."""
     if name not in PRESETS:
         allowed = f"one of {', '.join(PRESETS)}, or profile for the costs that came with it"
         raise UserError("runtime.preset", name, allowed, "choose one of these")

@@ -1,8 +1,7 @@
-"""The shape of a model by what a user calls it: a name of the catalogue, a config.json or its folder, a GGUF file.
+"""Finds the shape of a model: by a name of the catalogue, a config.json or its folder, or a GGUF file.
 
-A config is read by its own keys, without transformers, and a GGUF file by its header alone. What it asks for and the
-cost model does not know is refused by name: experts, other attention than softmax over K and V, layers that differ in
-size.
+A config is read without transformers, and of a GGUF file only the header. Features that the cost model does not know
+are refused by name: experts, attention other than softmax over K and V, layers that differ in size.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from helios_sim.untrusted import Fields, is_there, read_json, shortened
 _FIX = "give the config.json of a dense decoder-only model"
 _UNQUANTIZED = "give the config of the unquantized model, with server.quantization where that is near enough"
 _MOST = {"layers": 1024, "width": 1 << 17, "heads": 4096, "ff": 1 << 20, "words": 1 << 22, "tokens": 1 << 22}
-_LEAST_CONTEXT = 16  # tokens: below, no prompt was measured
+_LEAST_CONTEXT = 16  # tokens; no shorter prompt was measured
 _QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # files beside a config.json
 _GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of the names of classes
 _GENERATES = re.compile(f"({'|'.join(_GENERATE)})$")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
-_FOUR_TIMES = ("gpt2", "falcon")  # families whose MLP is four times as wide as the model where a config does not say
+_FOUR_TIMES = ("gpt2", "falcon")  # families with an MLP four times as wide as the model by default
 _LOOKS_BACK = {"full_attention": False, "sliding_attention": True}  # kinds of layers: whether within a window
 
 _TIED = "tie_word_embeddings"
@@ -45,16 +44,16 @@ _OTHER_ATTENTION = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's sizes; `windows` says for each layer how many tokens it looks back (0: all), () for no windows."""
+    """A model's sizes. `windows` is the attention window of each layer (0 for none), () if no layer has one."""
 
     model: ModelSpec
     source: str
     windows: tuple[int, ...] = ()
-    not_read: str = ""  # what its file holds and nothing is made of, in a sentence; "": nothing
+    not_read: str = ""  # a sentence on keys that are not used; "" if there are none
 
 
 def config_of(name: str) -> Path | None:
-    """The file that the name of a model means, if it is a path of a config.json, its folder or a GGUF file; or None."""
+    """The file that a model's name means, if it is the path of a config.json, its folder or a GGUF file; else None."""
     path = Path(name).expanduser()
     if path.name.endswith((".json", ".gguf")):
         return path
@@ -62,7 +61,7 @@ def config_of(name: str) -> Path | None:
 
 
 def shape_of(name: str, key: str = "models") -> Shape:
-    """The shape of the model that a setting names. UserError where it is not known or cannot be read."""
+    """The shape of the model that a setting names. Raises UserError if it is not known or cannot be read."""
     path = config_of(name) if name else None
     if path is not None:
         return _of_gguf(path) if path.name.endswith(".gguf") else _of_config(path)
@@ -105,7 +104,7 @@ def _of_config(path: Path) -> Shape:
 def _of_values(
     path: Path, values: Mapping[str, Any], form: WeightFormat | None, kv_bytes: int, source: str
 ) -> Shape:
-    """The shape by the keys of a config.json, wherever they are from."""
+    """The shape from the keys of a config.json."""
     kind = str(values.get("model_type"))
     if not values.get("model_type"):
         allowed = "a name, as transformers writes it into config.json: this is another file, or incomplete"
@@ -156,7 +155,7 @@ def _of_values(
 
 
 def _not_read(path: Path, kind: str, fields: Fields) -> str:
-    """A sentence about the keys that nothing is made of, first those that hold something; "" where there are none."""
+    """A sentence on keys that are not used, those with a value first; "" if there are none."""
     left: dict[str, Any] = {}
     classes = fields.values.get("architectures")
     own = kind.removesuffix("_text").replace("_", "")
@@ -175,7 +174,7 @@ def _scaled_context(fields: Fields, kind: str, context: int) -> int:
     """Tokens that a model takes with its scaled RoPE, as vLLM reckons them."""
     name = next((name for name in ("rope_scaling", "rope_parameters") if fields.has(name)), None)
     how = None if name is None else fields.value(name)
-    if name is None or not isinstance(how, Mapping) or kind.startswith("gemma3"):  # whose context is scaled already
+    if name is None or not isinstance(how, Mapping) or kind.startswith("gemma3"):  # the context is scaled already
         return context
     inner = fields.inner(name)
     scaling = str(inner.value("rope_type", inner.value("type", "default")))
@@ -191,9 +190,9 @@ def _scaled_context(fields: Fields, kind: str, context: int) -> int:
 def _format(
     path: Path, whole: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[WeightFormat | None, int, dict[str, Any]]:
-    """How the weights are kept, None for bf16, bytes of a value of K and V, and what is not read of all that.
+    """The format of the weights (None for bf16), bytes of a value of K and V, and keys of these that are not used.
 
-    `values`: those of the text model within the `whole`. UserError for what is not priced.
+    `values` are the keys of the text model within the `whole` config. Raises UserError for formats without a price.
     """
     found = {name: part[name] for part in (whole, values) for name in _QUANTIZATIONS if part.get(name)}
     if len({repr(how) for how in found.values()}) > 1:
@@ -206,7 +205,7 @@ def _format(
 
 
 def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, Any], says_nothing: bool) -> None:
-    """Raise UserError for what the cost model does not know. `says_nothing`: of how its weights are kept."""
+    """Raise UserError for features that the cost model does not know. `says_nothing`: no format of weights is given."""
     for name in _QUANTIZED_BY if says_nothing and path.name == "config.json" else ():
         if is_there(path.parent / name):
             allowed = f"a config.json with a quantization_config beside {name}, which is not read"
@@ -236,12 +235,12 @@ def _refuse_others(path: Path, whole: Mapping[str, Any], values: Mapping[str, An
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Whole numbers that families call by different names."""
+    """Whole numbers of a config that have different names in different families."""
 
     fields: Fields
 
     def maybe(self, *names: str, most: str) -> int | None:
-        """None where none is there. UserError where two of them are and differ."""
+        """The number, or None if it is not given. Raises UserError if it is given twice with different values."""
         found = {name: self.fields.alike(name, 1, _MOST[most]) for name in names if self.fields.has(name)}
         if len(set(found.values())) > 1:
             first, second = list(found)[:2]
@@ -267,7 +266,7 @@ def _kv_heads(kind: str, family: Family, fields: Fields, heads: int) -> int:
 
 
 def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
-    """How far each layer looks back, 0 for all; () where none has a window."""
+    """The attention window of each layer, 0 for none; () if no layer has one."""
     kinds: Any = fields.value("layer_types", None)
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers:
@@ -298,5 +297,5 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
 
 
 def _name(path: Path) -> str:
-    """The folder's name, or the file's where it is not config.json."""
+    """The folder's name, or the file's if it is not config.json."""
     return path.absolute().parent.name if path.name == "config.json" else path.stem

@@ -1,4 +1,4 @@
-"""Shapes of models, limits of cards, and what the host adds to the time of a device."""
+"""Shapes of models, limits of cards, and the time that the host adds to the device's."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _OF_A_CARD: _Ranges = {
 
 
 def require_name(key: str, name: str) -> None:
-    """UserError unless the name can be one of a folder and be shown: no separator, no control character."""
+    """Raise UserError unless the name can be a folder's and be shown: no separator, no control character."""
     if not name or name in (".", "..") or len(name) > 200 or re.search(r"[/\\\x00-\x1f\x7f]", name):
         raise UserError(key, name[:80], "1 to 200 characters without / and control characters", "correct the name")
 
 
 def require_within(where: str, part: object, ranges: _Ranges) -> None:
-    """UserError unless each attribute named in `ranges` is None or lies in its range; false for NaN."""
+    """Raise UserError unless each attribute named in `ranges` is None or lies in its range; false for NaN."""
     for key, (low, high) in ranges.items():
         value = getattr(part, key)
         if value is not None and not low <= value <= high:
@@ -63,11 +63,11 @@ class ModelSpec:
     max_context_tokens: int
     learned_positions: bool  # a table of max_context_tokens rows (OPT, GPT-2)
     bias: bool
-    weight_bytes_per_value: int  # 2 for bf16; of weights that are not quantized, and of activations
-    kv_bytes_per_value: int  # 1: fp8
+    weight_bytes_per_value: int  # of activations and weights that are not quantized; 2 for bf16
+    kv_bytes_per_value: int  # 1 for fp8
     chars_per_token: float
-    other_layer_values: int = 0  # of one layer, beyond the formula below (Qwen-2's q, k, v biases, Gemma-3's norms)
-    quantization: WeightFormat | None = None  # of the matrices of layers; None: none is quantized
+    other_layer_values: int = 0  # of a layer, beyond the formula below (Qwen-2's q, k, v biases, Gemma-3's norms)
+    quantization: WeightFormat | None = None  # format of the layers' matrices; None if they are not quantized
 
     def __post_init__(self) -> None:
         require_name("model.name", self.name)
@@ -85,7 +85,7 @@ class ModelSpec:
 
     @property
     def layer_values(self) -> int:
-        """Weights of one layer: attention projections, MLP, two norms, biases where the family has them."""
+        """Weights of one layer: attention projections, MLP, two norms, and biases if the family has them."""
         q_width = self.n_heads * self.head_dim
         norms = 2 * self.d_model * (2 if self.bias else 1)
         biases = (q_width + 2 * self.kv_width + self.d_model + self.d_ff + self.d_model) if self.bias else 0
@@ -118,7 +118,7 @@ class ModelSpec:
 
     @property
     def embedding_values(self) -> int:
-        """Weights outside the layers: embedding, LM head where it is not tied, positions, final norm."""
+        """Weights outside the layers: embedding, LM head if it is not tied, positions, final norm."""
         tables = 1 if self.tied_embeddings else 2
         positions = self.max_context_tokens * self.d_model if self.learned_positions else 0
         return tables * self.vocab_size * self.d_model + positions + self.d_model * (2 if self.bias else 1)
@@ -128,11 +128,11 @@ class ModelSpec:
         return self.weight_bytes_per_value * self.embedding_values + layers * self.layer_bytes
 
     def tokens(self, chars: int) -> int:
-        """Tokens of a text of that many characters, at least one."""
+        """Tokens of a text with so many characters, at least one."""
         return max(1, round(chars / self.chars_per_token))
 
     def tokens_of_many(self, chars: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same of n texts, shape (n,)."""
+        """Tokens of n texts, (n,)."""
         return token_counts(chars, self.chars_per_token)
 
 
@@ -144,13 +144,13 @@ class HardwareSpec:
     hbm_bytes: int
     hbm_bytes_per_s: float
     flops_per_s: float  # dense bf16 tensor cores
-    tdp_w: float | None  # None where the device does not say: energy is then null
-    idle_w: float | None  # None where no source is known: energy is then null
+    tdp_w: float | None  # None if the device does not say; energy is then null
+    idle_w: float | None  # None if no source is known; energy is then null
     source: str
-    fp8_flops_per_s: float | None = None  # dense, sums in float32; None: no units for it
-    int8_flops_per_s: float | None = None  # dense; None: no units for it, or none that vLLM has kernels for
-    fp4_flops_per_s: float | None = None  # dense; None: no units for it
-    # Between which power kernels run, where it was measured; None: between idle power and the limit, by the roofline
+    fp8_flops_per_s: float | None = None  # dense, sums in float32; None if the card has no units for it
+    int8_flops_per_s: float | None = None  # dense; None without units, or without vLLM kernels for them
+    fp4_flops_per_s: float | None = None  # dense; None if the card has no units for it
+    # Least and most power of kernels, if measured; None: between idle power and the limit, by the roofline
     least_busy_w: float | None = None
     most_busy_w: float | None = None
 
@@ -161,9 +161,10 @@ class HardwareSpec:
             raise UserError("hardware.idle_w", self.idle_w, f"at most tdp_w, {self.tdp_w}", "correct one of them")
 
     def busy_w(self, share: float) -> tuple[float, float] | None:
-        """Watts while iterations run that reach this share of the roofline, at least and at most; None: not known.
+        """Least and most watts while iterations run that reach this share of the roofline; None if not known.
 
-        Where no kernel's power was measured, at least idle power and that share of what is above it, at most the limit.
+        If no kernel's power was measured, the least is idle power plus that share of what is above it, and the most is
+        the limit.
         """
         if self.least_busy_w is not None and self.most_busy_w is not None:
             return self.least_busy_w, self.most_busy_w
@@ -178,8 +179,8 @@ class Basis(StrEnum):
     MEASURED = "measured"
     DEFINITION = "by definition"
     ASSUMED = "assumed"
-    FITTED = "fitted"  # to published measurements
-    STATED = "stated"  # by a setting, an engine's defaults or a test
+    FITTED = "fitted"  # fitted to published measurements
+    STATED = "stated"  # stated by a setting, an engine's defaults or a test
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class CostSource:
 
     @classmethod
     def parsed(cls, quantity: str, text: str) -> CostSource:
-        """The source that has this `text`, which is how older profiles store it."""
+        """The source in this `text`, the form of older profiles."""
         basis, colon, why = text.partition(": ")
         if colon and basis in (Basis.MEASURED, Basis.DEFINITION, Basis.ASSUMED, Basis.FITTED):
             return cls(quantity, Basis(basis), why)
@@ -205,25 +206,25 @@ class CostSource:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """The time that the host adds to the device's. Nothing here is zero silently: each value has a source.
+    """The time that the host adds to the device's. Each value has a source, zeros included.
 
-    Between two points at which the host waits for the device, host and device run side by side and the slower
+    Between two points at which the host waits for the device, host and device work side by side and the slower
     one counts. With captured graphs the host launches one graph per group of layers; eager, it launches each layer.
     """
 
     launch_s_per_layer: float  # eager launch of one layer's kernels; 0 with captured graphs
     launch_s_per_graph: float  # one captured graph; 0 when eager
-    sync_s: float  # device to host and back at an exit check that the host must know of
+    sync_s: float  # device to host and back, at an exit check with an answer that the host needs
     host_overhead_s: float  # scheduling, sampling and bookkeeping of one iteration, while the device waits
     graph_batch_sizes: tuple[int, ...] | None  # decode batches are padded up to one of these; None: no padding
     sources: tuple[CostSource, ...] = ()
-    gap_s: float = 0.0  # the device waits so long between two iterations, even if the host prepares ahead
-    host_s_per_request: float = 0.0  # what each request of an iteration adds to `host_overhead_s`
-    prefill_gap_s: float = 0.0  # and so much longer in an iteration with prefill, which no captured graph launches
-    gap_s_per_request: float = 0.0  # and so much longer for each request of the iteration
-    prefill_launch_s_per_layer: float = 0.0  # eager launch of a layer with prefill, where only decodes are captured
-    load_fixed_s: float = 0.0  # a load takes so much more than its bytes: memory mapped, graphs captured
-    regroup_s: float = 0.0  # a batch is split at an exit, and the hidden states of the rest are kept for later
+    gap_s: float = 0.0  # idle time of the device between two iterations, even if the host prepares ahead
+    host_s_per_request: float = 0.0  # added to `host_overhead_s` for each request of an iteration
+    prefill_gap_s: float = 0.0  # added to `gap_s` in an iteration with prefill, which no captured graph launches
+    gap_s_per_request: float = 0.0  # added to `gap_s` for each request of the iteration
+    prefill_launch_s_per_layer: float = 0.0  # eager launch of a layer with prefill, if only decodes are captured
+    load_fixed_s: float = 0.0  # time of a load beyond its bytes: memory is mapped, graphs are captured
+    regroup_s: float = 0.0  # time to split a batch at an exit and keep the hidden states of waiting tokens
 
     def __post_init__(self) -> None:
         require_within("runtime", self, {name: (0.0, 1e6) for name, _ in self.costs()})
@@ -237,7 +238,7 @@ class Runtime:
         return [(f.name, float(getattr(self, f.name))) for f in fields(self) if f.type == "float"]
 
     def changed(self, **costs: float) -> Runtime:
-        """The same with these costs, each with its setting as the source."""
+        """The runtime with these costs, each with its setting as the source."""
         kept = [source for source in self.sources if source.quantity not in costs]
         of_settings = [CostSource(key, Basis.STATED, f"set by runtime.{key}") for key in costs]
         return replace(self, sources=(*kept, *of_settings), **costs)  # type: ignore[arg-type]
@@ -262,7 +263,7 @@ class RuntimeConfig:
     disk_gb_per_s: float | None = None  # weights read from files (server.sleep_level=2); null: the profile's
 
     def costs(self) -> dict[str, float]:
-        """The costs that are set, by name."""
+        """The costs that settings give, by name."""
         others = ("preset", "load_gb_per_s", "disk_gb_per_s")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {name: value for name, value in values.items() if value is not None}
@@ -270,11 +271,11 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, slots=True)
 class TimeBand:
-    """How long iterations really take, over the times of a profile: from `low` to `high`."""
+    """The range of real times of iterations divided by a profile's times."""
 
     low: float
     high: float
-    source: str  # which share of which cases lies within
+    source: str  # which cases the range is from, and which share of them lies within
 
     def __post_init__(self) -> None:
         require_within("time_band", self, {"low": (0.01, 1.0), "high": (1.0, 100.0)})
@@ -282,11 +283,11 @@ class TimeBand:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A step that tells how fast a device is just now, as the calibration timed it: seconds of one layer."""
+    """A step that tells how fast a device is at a time, with its seconds of one layer during calibration."""
 
     rows: int
     layer_s: float
-    kv_tokens: int = 0  # of each decode
+    kv_tokens: int = 0  # KV tokens of each decode
 
     def __post_init__(self) -> None:
         require_within("anchors", self, {"rows": (1, 1 << 20), "layer_s": (0.0, 1e3), "kv_tokens": (0, 1 << 31)})
@@ -294,9 +295,9 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """Times of the two steps while a profile was measured; None: not timed.
+    """Times of the two anchor steps while a profile was measured; None if one was not timed.
 
-    A few decodes wait for memory, a prompt computes: other users of a machine slow down the one more than the other.
+    A few decodes are bound by memory and a prompt by computing; other users of a machine slow them down differently.
     """
 
     decode: Anchor | None = None

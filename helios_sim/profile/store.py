@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 PROFILES_FOLDER = Path(__file__).parents[1] / "data" / "profiles"
 WHOLE_MODEL = -1
 HEADER, TERMS = "profile.json", "terms.parquet"
-MOST_CLASSES, MOST_ROWS = 64, 1_000_000  # of a profile, and of one of its tables
+MOST_CLASSES, MOST_ROWS = 64, 1_000_000  # layer classes of a profile, rows of one table
 # Dense work, prompts' attention and decodes' attention together take at least as long as the longest of the three.
 _LEAST_FACTOR = 1 / 3
 _SCALARS = (
@@ -42,7 +42,7 @@ _TIMES = {"time_s": "number", "iqr_s": "maybe", "samples": "maybe"}
 _ROWS_COLUMNS = {**_TABLE, "rows": "whole", **_TIMES}
 _GRIDS_COLUMNS = {**_TABLE, "first": "whole", "second": "whole", **_TIMES}
 _TERMS_COLUMNS = {**_TABLE, "axis": "whole", "place": "whole", "value": "number"}
-_OF_VALUES = -1  # the axis under which a term's numbers stand
+_OF_VALUES = -1  # the axis number of a term's values
 _REBUILD = "write the profile again, or install the package again if it is a shipped one"
 
 
@@ -52,11 +52,11 @@ def known_profiles(folder: Path = PROFILES_FOLDER) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
-    """`name` is <model>@<hardware> under `folder`, or a path (anything with a slash) to a profile's own folder.
+    """Read a profile. `name` is <model>@<hardware> under `folder`, or a path (with a slash) to its folder.
 
     Raises UserError when there is none, or when a file is damaged.
     """
-    name = str(name)  # a path, perhaps
+    name = str(name)  # it may be a Path
     path = Path(name) if "/" in name else folder / name
     if not is_there(path / HEADER):
         names = ", ".join(known_profiles(folder)) or f"none in {folder}"
@@ -69,7 +69,7 @@ def load_profile(name: str, folder: Path = PROFILES_FOLDER) -> Profile:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Writes the folder `path`, all of its files or none. UserError where it cannot be written."""
+    """Write the folder `path`, all of its files or none. Raises UserError if it cannot be written."""
     rows = [_row_columns(name, index, table) for name, index, table in _rows_tables(profile)]
     grids = [_grid_columns(name, index, table) for name, index, table in _grid_tables(profile)]
     classes = enumerate(profile.layer_tables)
@@ -83,7 +83,7 @@ def write_profile(profile: Profile, path: Path) -> None:
         "layer_class": list(profile.layer_class),
         **{key: getattr(profile, key) for key in _SCALARS},
         "provenance": profile.provenance.to_json(),
-        **({"padded_kv": True} if profile.padded_kv else {}),  # this and what follows were added later
+        **({"padded_kv": True} if profile.padded_kv else {}),  # this key and those below were added later
         **({"windows": windows} if any(windows := [tables.window for tables in profile.layer_tables]) else {}),
         **({} if profile.anchors is None else {"anchors": asdict(profile.anchors)}),
         **({} if profile.time_band is None else {"time_band": asdict(profile.time_band)}),
@@ -94,7 +94,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises UserError for a missing file, another schema version, a missing key or table, or a bad grid or time."""
+    """Read a profile. Raises UserError for a missing or bad file, key, table or value, or another schema version."""
     values = read_json(path / HEADER, _REBUILD)
     if values.get("schema_version") != SCHEMA_VERSION:
         found = values.get("schema_version")
@@ -151,7 +151,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def _used(part: ModelSpec | HardwareSpec | Runtime) -> dict[str, Any]:
-    """Its fields; those with a default only where they differ from it, so that older files stay what they were."""
+    """Fields of a dataclass, without those that have their default, so that older files keep their bytes."""
     values = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
     if isinstance(part, ModelSpec) and part.quantization is not None:
         values["quantization"] = asdict(part.quantization)
@@ -178,7 +178,7 @@ def _runtime(header: Fields) -> Runtime:
 
 
 def _disk_rate(header: Fields, provenance: Provenance) -> float | None:
-    """The rate of reading files. Older files have it among the provenance's details alone."""
+    """Return the rate of reading files. Older profiles have it in the provenance's details."""
     if header.has("disk_bytes_per_s"):
         return header.number("disk_bytes_per_s", 0, 1e300)
     loads = provenance.details.get("loads")
@@ -187,7 +187,7 @@ def _disk_rate(header: Fields, provenance: Provenance) -> float | None:
 
 
 def _times_within(header: Fields, provenance: Provenance) -> float | None:
-    """Return the relative error of all times. Older files have it among the provenance's details alone."""
+    """Return the relative error of all times. Older profiles have it in the provenance's details."""
     if header.has("times_within"):
         return header.number("times_within", 0, 1e3)
     short = provenance.details.get("short")
@@ -196,7 +196,7 @@ def _times_within(header: Fields, provenance: Provenance) -> float | None:
 
 
 def _anchors(header: Fields, provenance: Provenance) -> Anchors | None:
-    """The anchors. Older files have them among the provenance's details, and the oldest have none that can be used."""
+    """Return the anchors. Older profiles have them in the provenance's details, the oldest have none."""
     old = provenance.details.get("pace")
     found = header.inner("anchors", old if isinstance(old, Mapping) else {})
     known = {name: found.inner(name).filled(Anchor) for name in ("decode", "prompt") if found.has(name)}
@@ -247,7 +247,7 @@ def _parquet(parts: list[pa.Table]) -> bytes | None:
 
 
 class _Tables:
-    """The tables of one Parquet file, by name and layer class, each taken once."""
+    """The tables of one Parquet file, by name and layer class. Each is taken once."""
 
     def __init__(self, path: Path, columns: Mapping[str, str], layer_class: Sequence[int]) -> None:
         self._path, self._columns = path, read_parquet(path, columns, _REBUILD, MOST_ROWS)
@@ -261,7 +261,7 @@ class _Tables:
         return (name, layer_class) in self._left
 
     def refuse_rest(self) -> None:
-        """UserError where the file has a table that was not taken."""
+        """Raise UserError if the file has a table that was not taken."""
         if self._left:
             name, layer_class = sorted(self._left)[0]
             raise UserError(f"{self._path}: table", name, f"none of that name for class {layer_class}", _REBUILD)
@@ -297,7 +297,7 @@ class _Tables:
         return UnequalTable(_whole(chunk), _whole(batch), _whole(longest), share, values)
 
     def _rows(self, name: str, layer_class: int) -> dict[str, Any]:
-        """The columns of one table."""
+        """The columns of a table by rows."""
         at = np.flatnonzero((self._columns["table"] == name) & (self._columns["layer_class"] == layer_class))
         if len(at) == 0:
             raise UserError(f"{self._path}: table", name, f"a profile has it for class {layer_class}", _REBUILD)
@@ -305,7 +305,7 @@ class _Tables:
         return {column: values[at] for column, values in self._columns.items()}
 
     def _term(self, name: str, layer_class: int) -> list[Any]:
-        """Four axes, then the numbers on their product."""
+        """The columns of a term: four axes, then the values on their product."""
         of = self._rows(name, layer_class)
         if not np.isin(of["axis"], (_OF_VALUES, 0, 1, 2, 3)).all():
             allowed = f"from 0 to 3, or {_OF_VALUES} for the numbers"

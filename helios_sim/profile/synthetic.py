@@ -1,4 +1,4 @@
-"""Profiles with a cost known in closed form, for oracles in tests."""
+"""Profiles with costs known in closed form, for oracles in tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flat_profile(
     chars_per_token: float = 1.0,
     load_bytes_per_s: float = 25e9,
 ) -> Profile:
-    """Every iteration takes exactly `iteration_s`, whatever it holds: a server of constant service time.
+    """A profile on which every iteration takes exactly `iteration_s`: a server of constant service time.
 
     The model is tiny (head size 1), so that memory binds only where a test wants it to.
     """

@@ -1,9 +1,9 @@
 """Measured or derived times of one layer and of the head, as plain tables.
 
-Two of a layer's tables are optional. A kernel that serves prompts and decodes at once runs the decodes in another way
-than one for decodes alone (its grid follows the longest chunk, and no sequence is split), so its time is not the sum of
-the two. And a batch of unequal lengths takes longer than one of equal lengths with the same sum: what is left at the
-end does not fill the device.
+Two of a layer's tables are optional. A kernel for prompts and decodes together runs decodes differently from one for
+decodes alone (its grid follows the longest chunk, and no sequence is split), so its time is not the sum of the two. And
+a batch of unequal lengths takes longer than one of equal lengths with the same sum, since its last sequences do not
+fill the device.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from helios_sim.profile.composition import IntArray
 
 FloatArray = NDArray[np.float64]
 MOST_TOKENS = 1 << 22  # rows, batches and lengths of a grid
-MOST_S = 1e5  # of one table's entry
+MOST_S = 1e5  # largest entry of a table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsTable:
-    """Seconds by number of rows (tokens that go through together). No rows cost nothing.
+    """Seconds by number of rows (tokens that are processed together). 0 rows take no time.
 
-    `iqr_s` and `samples` stand beside measured figures and are None where the source does not give them.
+    `iqr_s` and `samples` belong to measured figures; None if the source does not give them.
     """
 
     rows: IntArray  # (G,) ascending, G >= 2, from 1
@@ -34,7 +34,7 @@ class RowsTable:
     samples: IntArray | None = None  # (G,)
 
     def check(self, name: str) -> None:
-        """Raises UserError unless the grid ascends and every time is finite and not negative."""
+        """Raise UserError unless the grid ascends and every time is finite and not negative."""
         check_axis(f"{name}.rows", self.rows, start=1)
         check_times(f"{name}.time_s", self.time_s, self.rows.shape)
 
@@ -54,7 +54,7 @@ class GridTable:
     samples: IntArray | None = None  # (G, H)
 
     def check(self, name: str) -> None:
-        """Raises UserError unless both axes ascend and every time is finite and not negative."""
+        """Raise UserError unless both axes ascend and every time is finite and not negative."""
         check_axis(f"{name}.first", self.first, start=1)
         check_axis(f"{name}.second", self.second, start=0)
         check_times(f"{name}.time_s", self.time_s, (len(self.first), len(self.second)))
@@ -67,11 +67,11 @@ class MixedTable:
     chunk: IntArray  # (C,) ascending, C >= 2: new tokens of the chunk
     context: IntArray  # (X,) ascending, X >= 2: tokens before the chunk
     batch: IntArray  # (B,) ascending, B >= 2: decodes
-    kv: IntArray  # (V,) ascending, V >= 2: their mean KV tokens, the new token included
+    kv: IntArray  # (V,) ascending, V >= 2: mean KV tokens of the decodes, the new token included
     time_s: FloatArray  # (C, X, B, V)
 
     def check(self, name: str) -> None:
-        """Raises UserError unless all axes ascend and every time is finite and not negative."""
+        """Raise UserError unless all axes ascend and every time is finite and not negative."""
         axes = (("chunk", self.chunk, 1), ("context", self.context, 0), ("batch", self.batch, 1), ("kv", self.kv, 1))
         for axis, values, start in axes:
             check_axis(f"{name}.{axis}", values, start)
@@ -80,20 +80,20 @@ class MixedTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnequalTable:
-    """The share by which decode attention takes longer than that of a batch with equal lengths and the same mean.
+    """The share by which decode attention takes longer than in a batch with equal lengths and the same mean.
 
-    A batch of least, mean and greatest length L, M and G is looked up as the measured one of two lengths with the
-    same three: `longest` is G, and the share of the long ones is (M - L) / (G - L).
+    A batch with shortest, mean and longest length L, M and G is looked up as a measured batch of two lengths with the
+    same L, M and G: `longest` is G, and the share of the long ones is (M - L) / (G - L).
     """
 
-    chunk: IntArray  # (C,) ascending from 0, which stands for decodes alone: tokens of the longest chunk beside them
+    chunk: IntArray  # (C,) ascending from 0 (decodes alone): tokens of the longest chunk beside the decodes
     batch: IntArray  # (B,) ascending, B >= 2
     longest: IntArray  # (G,) ascending, G >= 2: KV tokens
     share: FloatArray  # (P,) ascending from 0 to 1
     excess: FloatArray  # (C, B, G, P), may be negative where measurements scatter, above -1
 
     def check(self, name: str) -> None:
-        """Raises UserError unless all axes ascend and every excess is finite and above -1."""
+        """Raise UserError unless all axes ascend and every excess is finite and above -1."""
         for axis, values, start in (("batch", self.batch, 1), ("longest", self.longest, 1)):
             check_axis(f"{name}.{axis}", values, start)
         if self.chunk.ndim != 1 or not len(self.chunk) or self.chunk[0] != 0 or np.any(np.diff(self.chunk) <= 0):
@@ -104,7 +104,7 @@ class UnequalTable:
         check_times(f"{name}.excess", self.excess + 1.0, shape)
 
     def part(self, fraction: float) -> UnequalTable:
-        """The table with `fraction` of the excess (0: none of it)."""
+        """The table with `fraction` of the excess."""
         return replace(self, excess=self.excess * fraction)
 
 
@@ -112,13 +112,13 @@ class UnequalTable:
 class LayerTables:
     """Device times of one layer of one class (all layers of a class cost the same)."""
 
-    dense: RowsTable  # projections, MLP, norms, rope, residuals: everything but attention
+    dense: RowsTable  # everything but attention: projections, MLP, norms, rope, residuals
     kv_projection: RowsTable  # K and V of this layer only, written to the cache
     decode_attention: GridTable
     prefill_attention: GridTable
-    mixed_attention: MixedTable | None = None  # decodes beside a chunk; None: as decodes alone
-    unequal_kv: UnequalTable | None = None  # None: KV lengths enter by their mean
-    window: int = 0  # tokens that it looks back over, which bounds what it must read; 0: all
+    mixed_attention: MixedTable | None = None  # decodes beside a chunk; None: priced as decodes alone
+    unequal_kv: UnequalTable | None = None  # None: only the mean of KV lengths counts
+    window: int = 0  # attention window in tokens, which bounds what must be read; 0 for none
 
     def check(self, name: str) -> None:
         if not 0 <= self.window <= MOST_TOKENS:
@@ -134,7 +134,7 @@ class LayerTables:
 
 
 def check_axis(key: str, axis: IntArray, start: int) -> None:
-    """Raises UserError unless the axis has two or more ascending whole numbers, `start` or more at the beginning."""
+    """Raise UserError unless the axis has two or more ascending whole numbers, `start` or more at the beginning."""
     if axis.ndim != 1 or len(axis) < 2:
         raise UserError(key, axis.shape, "a grid has two points or more", "measure or derive more points")
     if axis[0] < start or np.any(np.diff(axis) <= 0) or axis[-1] > MOST_TOKENS:
@@ -143,7 +143,7 @@ def check_axis(key: str, axis: IntArray, start: int) -> None:
 
 
 def check_times(key: str, time_s: FloatArray, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless times have the grid's shape and are finite and not negative."""
+    """Raise UserError unless times have the grid's shape and are finite and not negative."""
     if time_s.shape != shape:
         raise UserError(key, time_s.shape, f"one time per grid point, shape {shape}", "rebuild the profile")
     good = (time_s >= 0) & (time_s <= MOST_S)  # false for NaN

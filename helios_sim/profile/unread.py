@@ -1,4 +1,4 @@
-"""What a config.json says and nothing is made of: which keys do not matter, and a sentence about the others."""
+"""Keys of a config.json that are not used: those that do not matter, and a sentence on the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Keys of a config.json, or patterns of them, of which no size, no weight and no time of a layer follows.
+# Keys of a config.json, or patterns of them, that do not affect the size, weights or time of a layer.
 OF_NO_MATTER = re.compile(
     r"_name_or_path|_commit_hash|_from_.*|_attn_implementation.*|_flash_attn.*|_sliding_window_pattern|_vocab_size"
     r"|architectures|.*_token_ids?|.*dropout|.*_pdrop|layerdrop|.*_eps|.*epsilon|init_std|initializer_.*|.*rope.*"
@@ -26,7 +26,7 @@ OF_NO_MATTER = re.compile(
     r"|(length|diversity)_penalty|exponential_decay_length_penalty|early_stopping|min_length|forced_.*"
     r"|remove_invalid_values|renormalize_logits|attention_softmax_in_fp32|scale_attention_softmax_in_fp32|residual_in_fp32|norm_type|use_norm_bias|multi_query"
 )
-# Keys that are null, false, 0 or empty where a config does not say them, in every family: said so, they change nothing.
+# Keys that are null, false, 0 or empty by default in every family, so that stating this changes nothing.
 OFF_BY_DEFAULT = re.compile(
     r"mlp_bias|attention_(in|out)?_?bias|lm_head_bias|qk_layernorm|use_qk_norm|use_qkv_bias|use_cross_attention"
     r"|cross_attention_.*|bias|torchscript|tf_.*|use_bfloat16|output_.*|moe_.*|num_(local_|shared_)?experts.*|n_(routed|shared)_experts"
@@ -50,7 +50,7 @@ _OF_LAYERS = ("full_attention", "sliding_attention")
 
 
 def rest_of_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of its rotation and is not known, by path; a kind of scaling that is not known too."""
+    """Unknown keys of a config's rotary embedding, by path, and an unknown kind of scaling."""
     found: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         how = values.get(name)
@@ -67,7 +67,7 @@ def rest_of_rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rest_of_outer(whole: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config of several models says beside its text model and is not known to be of the others."""
+    """Unknown keys beside the text model in a config of several models."""
     return {
         name: value for name, value in whole.items()
         if value is not None and name not in inner and not _OF_OTHERS.fullmatch(name)
@@ -76,7 +76,7 @@ def rest_of_outer(whole: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[st
 
 
 def told_of_rest(path: Path, left: Mapping[str, Any]) -> str:
-    """A sentence about what a file says and nothing is made of; "" where there is nothing."""
+    """A sentence on keys of a file that are not used; "" if there are none."""
     shown = ", ".join(f"{name} ({str(value)[:40]})" for name, value in list(left.items())[:12])
     more = f" and {len(left) - 12} more" if len(left) > 12 else ""
     return f"{path}: not read: {shown}{more}" if left else ""

@@ -136,7 +136,7 @@ class Advice:
     valid_by_seed: tuple[float | None, ...]  # of each seed alone; None: below the planned load
     at_least: bool  # the largest load that was tried was no limit yet
     against_load: tuple[Tried, ...]
-    band: TimeBand | None = None  # how far the times of the profile may be off; None: not known, or not asked for
+    band: TimeBand | None = None  # how far the times of the profile may be off; None if not known, or not asked for
     at_ends: tuple[tuple[float, int | None], ...] = ()  # (time factor, replicas needed) at both ends of the band
 
     @property

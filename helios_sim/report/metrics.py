@@ -231,7 +231,7 @@ class Power:
 class Cards:
     """All replicas on cards of one kind together."""
 
-    power: Power | None  # of one card; None: not known
+    power: Power | None  # of one card; None if not known
     replicas: float  # on average, where they come and go
     busy_ns: int
     floor_ns: int

@@ -264,7 +264,7 @@ class ComparedRow:
     simulated: float | None
     paced: float | None = None  # simulated at the pace that the device had meanwhile, where that is known
     runs: tuple[float, ...] = ()  # each measurement, where there are several
-    band: tuple[float, float] | None = None  # 95 % interval of the difference; None: not known
+    band: tuple[float, float] | None = None  # 95 % interval of the difference; None if not known
 
     @property
     def name(self) -> str:
@@ -475,7 +475,7 @@ class ExperimentResult(Sourced):
     def requests(self) -> Any:
         """The same as a data frame of pandas or, where only that is installed, of polars.
 
-        UserError where neither is.
+        Raises UserError if neither is.
         """
         import pyarrow as pa
 

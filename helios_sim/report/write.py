@@ -46,7 +46,7 @@ def write_result(
     """Write summary.json, requests.parquet, decisions.parquet, provenance.json, figures/*.png and report.html.
 
     Returns what `summary.json` holds. Data come first and the page last, so that an interruption leaves whole files.
-    `style` is that of the figures, page or paper; None: there are none, and no page. Raises UserError when the folder
+    `style` is that of the figures, page or paper; None if there are none, and no page. Raises UserError when the folder
     cannot be written to.
     """
     ratios = comparisons(result) if ratios is None else ratios

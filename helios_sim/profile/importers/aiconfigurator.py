@@ -263,7 +263,7 @@ def device_profile(
 ) -> Profile:
     """The profile of `model` on a device whose card is measured in `source`, or is like that one.
 
-    `windows`: for each layer how far a token looks back, 0 for all. UserError where a group cannot split the model.
+    `windows`: for each layer how far a token looks back, 0 for all. Raises UserError if a group cannot split the model.
     """
     times = LayerTimes(model, device, source)
     kinds = tuple(dict.fromkeys(windows)) or (0,)

@@ -169,7 +169,7 @@ def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalT
 def repetitions_of(path: Path, grid: AttentionGrid, stated: int | None) -> int:
     """How many timed repetitions the file sums over: the stated number, checked against attention.csv.
 
-    Raises UserError where the two contradict each other, or where nothing tells.
+    Raises UserError if the two contradict each other, or where nothing tells.
     """
     columns = read_columns(path, _COLUMNS)
     alone = whole(path, "pc", columns["pc"]) == 0

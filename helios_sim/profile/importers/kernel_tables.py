@@ -83,7 +83,7 @@ class KernelSource:
     shipped: bool = False  # its tables are in the package
     integers: bool = False  # they have products with integer weights
     engine: str = "vLLM"
-    power: Power | None = None  # of its chip; None: not known
+    power: Power | None = None  # of its chip; None if not known
 
     def path(self, kind: str, name: str) -> Path:
         if self.shipped:

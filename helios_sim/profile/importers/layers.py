@@ -76,7 +76,7 @@ class Terms:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The contents of `meta.yaml`, {} if there is none. UserError where it cannot be read."""
+    """The contents of `meta.yaml`, {} if there is none. Raises UserError if it cannot be read."""
     path = folder / "meta.yaml"
     if not path.is_file():
         return {}
@@ -98,7 +98,7 @@ def layer_profile(
     link: Link | None = None,
     terms: Terms | None = None,
 ) -> Profile:
-    """The profile of a model on `tensor_parallel` cards that work as one. UserError where a table is missing or bad."""
+    """The profile of a model on `tensor_parallel` cards as one. Raises UserError if a table is missing or bad."""
     terms, link = terms or Terms(), link or card.link
     folders = (folder / f"tp{tensor_parallel}", folder)
     refuse_other_tables(folders, KNOWN, OTHERS)

@@ -59,7 +59,7 @@ def refuse_other_tables(folders: Sequence[Path], known: Collection[str], reasons
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """The names in a table's header. UserError where it cannot be read."""
+    """The names in a table's header. Raises UserError if it cannot be read."""
     header = read_text(path, MOST_BYTES, _FIX).split(b"\n", 1)[0].decode().strip()
     return tuple(name.strip().strip('"') for name in header.split(","))
 
@@ -69,8 +69,8 @@ def read_columns(
 ) -> dict[str, NDArray[Any]]:
     """The named columns: numbers as float64, NaN where a cell is empty, words as objects.
 
-    UserError for a column or a value that is not there. With `may_differ`, also where the rows differ in a column that
-    is neither read nor one of these.
+    Raises UserError for a missing column or value, and if rows differ in a column that is neither read nor listed in
+    `may_differ`.
     """
     import pyarrow as pa
     from pyarrow import csv
@@ -111,7 +111,7 @@ def _refuse_unread(path: Path, table: pa.Table, read: Collection[str]) -> None:
 
 
 def whole(path: Path, name: str, values: FloatArray, least: int = 0) -> IntArray:
-    """A column's whole numbers, from `least`. UserError where a cell is none."""
+    """A column's whole numbers, from `least`. Raises UserError if a cell is none."""
     good = (values >= least) & (values <= MOST_TOKENS) & (values == np.floor(values))  # false for NaN
     if not good.all():
         allowed = f"a whole number from {least} to {MOST_TOKENS}"
@@ -120,7 +120,7 @@ def whole(path: Path, name: str, values: FloatArray, least: int = 0) -> IntArray
 
 
 def times(path: Path, name: str, values: FloatArray, unit_s: float) -> FloatArray:
-    """A column's times in seconds. UserError where one is missing, negative or not finite."""
+    """A column's times in seconds. Raises UserError if one is missing, negative or not finite."""
     good = (values >= 0) & (values * unit_s <= MOST_S)  # false for NaN
     if not good.all():
         allowed = f"a time of 0 or more, at most {MOST_S:g} s"

@@ -76,7 +76,7 @@ def vidur_profile(
     folder: Path, model: ModelSpec, hardware: str, card: Card, runtime: Runtime, tensor_parallel: int = 1,
     link: Link | None = None,
 ) -> Profile:  # fmt: skip
-    """The profile of a model on `tensor_parallel` cards that work as one. UserError where a table does not fit it."""
+    """The profile of a model on `tensor_parallel` cards as one device. Raises UserError if a table does not fit it."""
     link = link or card.link
     refuse_other_tables([folder], ("mlp", "attention"), {})
     rows, layer_s, ops = _layer(need_table([folder], "mlp"), model, tensor_parallel)
@@ -126,7 +126,7 @@ def vidur_profile(
 def _of_constants(folder: Path, model: ModelSpec, card: Card, hardware: str) -> str:
     """A sentence about columns that say something of all rows and are not read; "" where there are none.
 
-    UserError where they say that the rows are of another card, of another precision, or of another MLP.
+    Raises UserError if they say that the rows are of another card, of another precision, or of another MLP.
     """
     said = []
     for table in ("mlp", "attention"):
@@ -227,7 +227,7 @@ def _check_shape(path: Path, columns: dict[str, NDArray[Any]], shape: dict[str, 
 
 
 def _check_operations(path: Path, known: Iterable[str]) -> bool:
-    """True if all of the known operations are there; UserError for another one: its time would be left out."""
+    """True if all of the known operations are there; raises UserError for another one: its time would be left out."""
     header = read_text(path, MOST_BYTES, "correct the file").split(b"\n", 1)[0].decode()
     found = [name.strip().strip('"') for name in header.split(",")]
     known = tuple(known)
