@@ -1,4 +1,4 @@
-"""Figures of an arm that totals hide: by task, by replica, by what an order of the line prefers, and under faults."""
+"""Figures of an arm that totals hide: by task, by replica, by priority or prompt length, and under faults."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from helios_sim.request import NS_PER_S
 from helios_sim.serving.stats import RunStats
 from helios_sim.workload.faults import Struck
 
-PriorityOf = Callable[[Records], NDArray[np.int64]]  # of each of these requests, (n,)
+PriorityOf = Callable[[Records], NDArray[np.int64]]  # maps requests to their priorities, (n,)
 
 _SUMS = ("output_chars", "output_tokens", "layers_run", "early_tokens", "agreed_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskFigures:
-    """The completed requests of one task, all replicates together."""
+    """Figures of the completed requests of one task, over all replicates."""
 
     requests: int
     bits_per_char: float | None
@@ -38,7 +38,7 @@ class TaskFigures:
 
 
 def by_task(replicates: Sequence[Records], tasks: Sequence[str]) -> dict[str, TaskFigures]:
-    """Figures by task name, in the order of `tasks`, without tasks that have no completed request."""
+    """Figures by task name, in the order of `tasks`. Tasks without a completed request are left out."""
     found = {}
     for number, name in enumerate(tasks):
         of_task = partial(_of_task, number)
@@ -73,7 +73,7 @@ def _e2e_ns(records: Records, chosen: Chosen) -> Series:
 
 
 def _weighted(bits: Sequence[tuple[float | None, int]]) -> float | None:
-    """Bits per character over all replicates; None where a replicate that served the task has none."""
+    """Bits per character over all replicates; None if they are unknown in one that served the task."""
     known = [(value, chars) for value, chars in bits if chars]
     total = sum(chars for _, chars in known)
     if not total or any(value is None for value, _ in known):
@@ -83,10 +83,10 @@ def _weighted(bits: Sequence[tuple[float | None, int]]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFigures:
-    """One replica in one run. Means and shares are over the run's span; None where nothing was completed."""
+    """Figures of one replica in one run. Means and shares are over the run's span; None if nothing was completed."""
 
     replica: int
-    kind: str  # "" where all replicas are alike
+    kind: str  # "" if all replicas are alike
     card: str
     models: tuple[str, ...]
     requests_completed: int
@@ -102,7 +102,7 @@ class ReplicaFigures:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure of the replicas of one kind: the mean, the smallest and the largest."""
+    """Mean, smallest and largest value of a figure over the replicas of one kind."""
 
     mean: float
     low: float
@@ -111,7 +111,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class KindFigures:
-    """All replicas of one kind in one run."""
+    """Figures of all replicas of one kind in one run."""
 
     kind: str
     replicas: int
@@ -137,7 +137,8 @@ def replica_figures(
 ) -> ReplicaFigures:
     """Figures of one replica of a run.
 
-    `records` are of the run, `stats` of the replica. `presence_ns`: requests in the replica, integrated over time.
+    `records` are those of the run, `stats` those of the replica. `presence_ns` is the integral of requests in the
+    replica over time.
     """
     span_ns = records.span_ns()
 
@@ -164,7 +165,7 @@ def replica_figures(
 
 
 def by_kind(replicas: Sequence[ReplicaFigures]) -> list[KindFigures]:
-    """The replicas of each kind together, in the order of their first replicas."""
+    """Figures for each kind of replica, in the order of their first replicas."""
     found = []
     for name in dict.fromkeys(it.kind for it in replicas):
         own = [it for it in replicas if it.kind == name]
@@ -186,7 +187,7 @@ def by_kind(replicas: Sequence[ReplicaFigures]) -> list[KindFigures]:
 
 
 def _spread(values: Sequence[float | None], weights: Sequence[int] | None = None) -> Spread | None:
-    """The weighted mean and the range; None where no replica has a value."""
+    """The weighted mean and the range; None if no replica has a value."""
     counts = [1] * len(values) if weights is None else weights
     known = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
     if not known:
@@ -197,7 +198,7 @@ def _spread(values: Sequence[float | None], weights: Sequence[int] | None = None
 
 @dataclass(frozen=True, slots=True)
 class WaitFigures:
-    """Time in the queue of one group of requests, all replicates together; of those that were ever scheduled."""
+    """Queue time of the scheduled requests of one group, over all replicates."""
 
     group: str
     requests: int
@@ -207,11 +208,11 @@ class WaitFigures:
     queue_s_max: float | None
 
 
-Group = tuple[str, Sequence[Chosen]]  # its name and, for each replicate, which requests belong to it
+Group = tuple[str, Sequence[Chosen]]  # its name, and its requests in each replicate
 
 
 def waits(replicates: Sequence[Records], groups: Sequence[Group]) -> tuple[WaitFigures, ...]:
-    """Queue times of each group that has requests."""
+    """Queue times of each group with requests."""
     found = []
     for name, members in groups:
         own = list(zip(replicates, members, strict=True))
@@ -238,7 +239,7 @@ def _waited_ns(own: Sequence[tuple[Records, Chosen]]) -> Series:
 
 
 def by_priority(replicates: Sequence[Records], priorities: Sequence[PriorityOf]) -> list[Group]:
-    """A group for each priority, the one that is served first first; `priorities` of each replicate's requests."""
+    """A group for each priority, in the order of service. `priorities` are those of each replicate's requests."""
     known: set[int] = set()
     for records, priority_of in zip(replicates, priorities, strict=True):
         known.update(*(np.unique(priority_of(part)).tolist() for part in records.parts()))
@@ -250,7 +251,7 @@ def _has_priority(value: int, priority_of: PriorityOf, records: Records) -> Bool
 
 
 def by_prompt_length(replicates: Sequence[Records]) -> list[Group]:
-    """The quarters of the requests by the tokens of their prompts, shortest first; equal lengths stay together."""
+    """Quarters of the requests by prompt length, shortest first. Equal lengths stay together."""
     lengths = series_of_all(replicates, lambda part: part.prompt_tokens)
     ends = [max(-(-len(lengths) * quarter // 4) - 1, 0) for quarter in range(5)]
     groups: list[Group] = []
@@ -268,11 +269,11 @@ def _has_length(first: int, last: int, records: Records) -> BoolColumn:
 
 @dataclass(frozen=True, slots=True)
 class FaultFigures:
-    """What struck one arm, all replicates together."""
+    """Faults of one arm, over all replicates."""
 
-    hits: Mapping[str, int]  # faults by kind that found something to strike
-    missed: int  # faults that found nothing
-    without: Metrics | None  # of the same arm under the same requests without faults; None: it was not run
+    hits: Mapping[str, int]  # faults that struck something, by kind
+    missed: int  # faults that struck nothing
+    without: Metrics | None  # metrics of the same arm and requests without faults; None if not run
 
 
 def fault_figures(replicates: Sequence[Sequence[Struck]], without: Metrics | None) -> FaultFigures:

@@ -1,4 +1,4 @@
-"""Results of a capacity plan: fleets that were tried, the smallest that keep the SLOs, which one is advised; tables."""
+"""Results of a capacity plan: the fleets tried, the smallest that keep the SLOs, the advice, and their tables."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 ATTAINMENT = "slo_attainment"
 TIMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
-# Of each plan in summary.json, with its interval where it has one
+# Metrics of each plan in summary.json, with an interval if there is one
 TOLD = (
     ATTAINMENT, *(f"{name}_{statistic}" for name in TIMES for statistic in STATISTICS), "agreement", "bits_per_char",
     "busy_fraction", "kv_utilisation_mean", "throughput_tokens_per_s", "usd_per_hour", "usd_per_million_tokens",
     "gco2e_per_million_tokens", "prefix_cache_hit_rate",
 )  # fmt: skip
-ON = "replicas_on_mean"  # of fleets that are autoscaled
+ON = "replicas_on_mean"  # for autoscaled fleets
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """A bound that a metric must keep: at least, where more of it is better, else at most."""
+    """A bound on a metric: the least value if more is better, else the most."""
 
     metric: str
     bound: float
 
     def kept(self, metrics: Metrics) -> bool:
         value = metrics.get(self.metric)
-        if value is None:  # answers of one token have no time per further token
+        if value is None:  # answers of one token have no TPOT
             return self.metric.startswith("tpot_s") and bool(metrics.get("requests_completed"))
         assert isinstance(value, int | float)
         return value >= self.bound if DEFINITIONS[self.metric].better is Better.HIGHER else value <= self.bound
@@ -52,7 +52,7 @@ class Requirement:
 
 
 def all_kept(requirements: Sequence[Requirement], metrics: Metrics) -> bool:
-    """Whether all are kept and no more than MOST_LOST of the requests were dropped, since these have no times."""
+    """Whether all bounds are kept and at most MOST_LOST of the requests were dropped, since these have no times."""
     counts = [metrics.get(f"requests_{status}") for status in ("completed", "dropped", "unfinished")]
     done, *lost = (float(count) if isinstance(count, int | float) else 0.0 for count in counts)
     if not done or sum(lost) > MOST_LOST * (done + sum(lost)):
@@ -61,7 +61,7 @@ def all_kept(requirements: Sequence[Requirement], metrics: Metrics) -> bool:
 
 
 def rule(requirements: Sequence[Requirement], slo: Slo) -> str:
-    """When a fleet is enough, in words."""
+    """The condition for a fleet to be enough, in words."""
     if [it.metric for it in requirements] != [ATTAINMENT]:
         return " and ".join(it.in_words() for it in requirements)
     bounds = [f"{label} at most {fmt.seconds(bound)}" for name, label in TIMES.items() if (bound := getattr(slo, name))]
@@ -70,11 +70,11 @@ def rule(requirements: Sequence[Requirement], slo: Slo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A fleet that served a load: figures in the mean over the seeds, and whether it kept the SLOs."""
+    """A fleet that served a load: mean figures over the seeds, and whether it kept the SLOs."""
 
-    load: float  # times the workload's own arrivals
+    load: float  # in multiples of the workload's own arrival rate
     requests_per_s: float
-    card: str  # of a replica, with the number of its cards if it has several
+    card: str  # card of a replica, with the number of its cards if it has several
     arm: str
     replicas: int
     metrics: Metrics
@@ -82,7 +82,7 @@ class Tried:
     kept: bool
     kept_by_seed: tuple[bool, ...]
     error: str | None = None  # why a run failed; then there are no figures
-    time_factor: float = 1.0  # iterations take so many times as long as the profile says
+    time_factor: float = 1.0  # factor on the profile's times of iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class FleetPlan:
     cards_per_replica: int
     arm: str
     replicas: int | None  # None: not found
-    by_seed: tuple[int | None, ...] = ()  # the same of each seed alone
-    at: Tried | None = None  # with so many replicas; where none were found, with the most that were tried
-    why_not: str | None = None  # why it cannot run, or what is missed with as many as may be tried
-    scaled: bool = False  # replicas come and go, at most so many
-    of: str | None = None  # the arm of the same with all replicas always on, where it is planned too
+    by_seed: tuple[int | None, ...] = ()  # the replicas for each seed alone
+    at: Tried | None = None  # the fleet with so many replicas, or if none is enough with the most that were tried
+    why_not: str | None = None  # why it cannot run, or which bound the largest fleet misses
+    scaled: bool = False  # autoscaled, with at most so many replicas
+    of: str | None = None  # the same arm with all replicas always on, if it is planned too
 
     @property
     def cards(self) -> int | None:
@@ -107,7 +107,7 @@ class FleetPlan:
 
     @property
     def cards_on(self) -> float | None:
-        """Cards that are on, on average: all where none come and go."""
+        """Mean number of cards that are on; all cards without autoscaling."""
         on = self.at.metrics.get(ON) if self.scaled and self.at is not None else None
         if self.cards is None or not isinstance(on, int | float):
             return self.cards
@@ -115,7 +115,7 @@ class FleetPlan:
 
     @property
     def fleet(self) -> str:
-        """3 x h100-80gb; 2 x 4xh100-80gb (8 cards); up to 5 x l40s (2.4 on average)."""
+        """The fleet as text: 3 x h100-80gb; 2 x 4xh100-80gb (8 cards); up to 5 x l40s (2.4 on average)."""
         several = f"{self.cards} cards" if self.cards_per_replica > 1 else ""
         on = f"{fmt.number(self.cards_on)} on average" if self.scaled and self.cards_on is not None else ""
         beside = ", ".join(filter(None, (several, on)))
@@ -133,28 +133,28 @@ class Advice:
 
     plan: FleetPlan
     valid_up_to_rps: float
-    valid_by_seed: tuple[float | None, ...]  # of each seed alone; None: below the planned load
-    at_least: bool  # the largest load that was tried was no limit yet
+    valid_by_seed: tuple[float | None, ...]  # for each seed alone; None if below the planned load
+    at_least: bool  # the fleet served even the largest load that was tried
     against_load: tuple[Tried, ...]
     band: TimeBand | None = None  # how far the times of the profile may be off; None if not known, or not asked for
     at_ends: tuple[tuple[float, int | None], ...] = ()  # (time factor, replicas needed) at both ends of the band
 
     @property
     def survives(self) -> bool | None:
-        """Whether as many are needed at both ends of the band; None where that was not run."""
+        """Whether the same number is needed at both ends of the band; None if that was not run."""
         return all(number == self.plan.replicas for _, number in self.at_ends) if self.at_ends else None
 
 
 @dataclass(frozen=True, slots=True)
 class CapacityResult(Sourced):
-    """One capacity plan: everything that its table, figures and page are made of."""
+    """The result of a capacity plan, from which its table, figures and page are made."""
 
     experiment: str
     title: str
     question: str
     conditions: str
     verdict: tuple[str, ...]
-    rule: str  # when a fleet is enough
+    rule: str  # condition for a fleet to be enough
     slo: Slo
     requirements: tuple[Requirement, ...]
     plans: tuple[FleetPlan, ...]  # by load, card and arm
@@ -192,7 +192,7 @@ class CapacityResult(Sourced):
 
 
 def joules_per_million_tokens(metrics: Metrics) -> Band | float | None:
-    """Energy of all cards over millions of output tokens; None where the power of a card is not known."""
+    """Joules of all cards per million output tokens; None if the power of a card is not known."""
     per_char, chars, tokens = (
         metrics.get(name) for name in ("energy_j_per_char", "throughput_chars_per_s", "throughput_tokens_per_s")
     )
@@ -203,12 +203,12 @@ def joules_per_million_tokens(metrics: Metrics) -> Band | float | None:
 
 
 def load_in_words(load: float, requests_per_s: float) -> str:
-    """5.53 requests/s (1x): what is offered, and times the workload's own arrivals."""
+    """The load as text, such as "5.53 requests/s (1x)": the offered rate, and its multiple of the workload's."""
     return f"{fmt.number(requests_per_s)} requests/s ({load:g}x)"
 
 
 def range_in_words(values: Sequence[float | int | None], beyond: str) -> str:
-    """9 to 10; `beyond` where there is none among them."""
+    """A range as text, such as "9 to 10", with `beyond` in place of None."""
     known = [value for value in values if value is not None]
     if not known:
         return beyond
@@ -219,7 +219,7 @@ def range_in_words(values: Sequence[float | int | None], beyond: str) -> str:
 
 
 def print_capacity(result: CapacityResult, file: TextIO | None = None) -> None:
-    """A table for each load, and what its columns are."""
+    """Print a table for each load, and an explanation of its columns."""
     for load in result.loads:
         plan_table(result, load).show(file)
     dollars = " USD: by cost.usd_per_card_hour." if result.priced else ""
@@ -269,7 +269,7 @@ def _cells(plan: FleetPlan, priced: bool, scaled: bool) -> list[str]:
 
 
 def on_text(plan: FleetPlan) -> str:
-    """Cards that are on, on average: 2.41 [2.30, 2.52]; all of them where none come and go."""
+    """Mean cards on as text, such as "2.41 [2.30, 2.52]"; all cards without autoscaling."""
     on, at = plan.cards_on, plan.at
     if on is None or not plan.scaled or at is None:
         return fmt.NOTHING if on is None else fmt.number(on)
@@ -280,7 +280,7 @@ def on_text(plan: FleetPlan) -> str:
 
 
 def energy_text(energy: Band | float | None) -> str:
-    """Megajoules: 0.22-0.31."""
+    """Energy in megajoules as text, such as "0.22-0.31"."""
     if energy is None:
         return fmt.NOTHING
     ends = (energy.low, energy.high) if isinstance(energy, Band) else (energy,)
@@ -288,7 +288,7 @@ def energy_text(energy: Band | float | None) -> str:
 
 
 def attainment_text(tried: Tried) -> str:
-    """99.1 [98.7, 99.4], in per cent."""
+    """Attainment in per cent as text, such as "99.1 [98.7, 99.4]"."""
     value, interval = tried.metrics.get(ATTAINMENT), tried.intervals.get(ATTAINMENT)
     if not isinstance(value, int | float):
         return fmt.NOTHING
@@ -298,7 +298,7 @@ def attainment_text(tried: Tried) -> str:
 
 
 def per_cent(share: float) -> str:
-    """One digit after the point; 100 for all of them, 100.0 for nearly all."""
+    """A share in per cent with one decimal; "100" for all, "100.0" for nearly all."""
     return "100" if share == 1 else f"{share * 100:.1f}"
 
 

@@ -15,11 +15,11 @@ from helios_sim.report.records import Records
 from helios_sim.report.result import ArmResult, ExperimentResult
 from helios_sim.request import NS_PER_S, Status
 
-MOST_LOST = 0.01  # of an arm's requests not completed, up to which it is compared with others
+MOST_LOST = 0.01  # largest share of requests not completed with which an arm is compared with others
 NEAR_SATURATION = 0.95  # completed over offered rate, or busy share, from which latency depends on the run's length
-SLOWER = 1.1  # times as long as at first, from which a run that serves less than comes is saturated
-FAR_BEHIND = 0.5  # completed over offered rate, below which it is in any case
-WAITING = 0.05  # of its time in the system that a request waits on average, from which a busy server is called full
+SLOWER = 1.1  # slow-down from which a run that serves less than arrives counts as saturated
+FAR_BEHIND = 0.5  # completed over offered rate below which a run always counts as saturated
+WAITING = 0.05  # mean share of its time that a request waits, from which a busy server is called full
 
 
 def cautions(result: ExperimentResult) -> list[str]:
@@ -56,7 +56,7 @@ def of_inputs(result: Sourced) -> list[str]:
 
 
 def reservations(result: ExperimentResult) -> list[str]:
-    """What the answer hangs on, in a few words each: losses, saturation, published inputs, a single seed."""
+    """Reservations about the answer in a few words each: losses, saturation, published inputs, a single seed."""
     found = [text.rstrip(".") for text in losses(result)]
     offered = result.workload.offered_requests_per_s
     saturated = [arm.name for arm in result.arms.values() if _saturation(arm, offered) is not None]
@@ -81,7 +81,7 @@ def _published(result: Sourced) -> list[str]:
 
 
 def _stated(result: Sourced) -> list[str]:
-    """Names of exits of which only what the settings state is known."""
+    """Names of exits that are known by the settings' statements alone."""
     return [name for name, source in result.inputs.items() if source.command == STATED]
 
 
@@ -163,9 +163,9 @@ def _of_arm(arm: ArmResult, offered_per_s: float | None) -> list[str]:
 
 
 def kept_up_to_rps(result: ExperimentResult, arms: Iterable[str]) -> float | None:
-    """Requests/s up to which all of these arms were seen to keep up: those that arrived, or the least that was served.
+    """Requests/s up to which all of these arms kept up: the arrival rate, or the lowest rate that was served.
 
-    None where arrivals wait for answers, or are those of a trace.
+    None if arrivals wait for answers, or are those of a trace.
     """
     offered = result.workload.offered_requests_per_s
     if offered is None:
@@ -175,13 +175,13 @@ def kept_up_to_rps(result: ExperimentResult, arms: Iterable[str]) -> float | Non
 
 
 def _waits(arm: ArmResult) -> bool:
-    """Whether requests wait: a server of few requests is busy too as long as one of them runs."""
+    """Whether requests wait. A server with few requests is also busy while one of them runs."""
     queue_s, e2e_s = arm.metrics.get("queue_s_mean"), arm.metrics.get("e2e_s_mean")
     return isinstance(queue_s, float) and isinstance(e2e_s, float) and queue_s >= WAITING * e2e_s
 
 
 def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, float] | None:
-    """Requests/s that the arm served and that it took in, first seed, where it could not keep up; else None."""
+    """Served and offered requests/s of the first seed if the arm could not keep up; else None."""
     records = arm.replicates[0].records
     served = served_per_s(records)
     taken_per_s = None if offered_per_s is None else offered_per_s * records.n_completed / max(len(records), 1)
@@ -193,7 +193,7 @@ def _saturation(arm: ArmResult, offered_per_s: float | None) -> tuple[float, flo
 def slows_down(records: Records) -> bool:
     """Whether a token takes longer, waiting included, in the last third of the arrivals than in the first.
 
-    A short run serves less than comes because a long request came last; one that cannot keep up slows down.
+    A short run may serve less than arrives only because a long request came last. One that cannot keep up slows down.
     """
     pace_s, arrival_ns = records.series(_pace_ns), records.series(lambda part: part.arrival_ns[part.completed])
     n, third = len(pace_s), len(pace_s) // 3
@@ -209,10 +209,10 @@ def _pace_ns(records: Records) -> NDArray[np.float64]:
 
 
 def served_per_s(records: Records) -> float | None:
-    """Completed requests over the time from the first arrival to the last completion, less a usual request's own time.
+    """Completed requests per second from the first arrival to the last completion, less the time of a typical request.
 
-    A short run ends with requests that came last and take their time, which is no sign of saturation. None without a
-    completed request, or where all came and went at once.
+    That time is subtracted since a short run ends with requests that came last, which is no sign of saturation. None
+    without a completed request, or if all came and went at once.
     """
     span_ns = records.span_ns()
     if span_ns is None:

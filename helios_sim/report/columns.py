@@ -1,4 +1,4 @@
-"""Kinds of columns of records: numbers, numbers of which some are missing, and texts of which few differ."""
+"""Kinds of columns of records: numbers, numbers with missing values, and texts with few distinct values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BoolColumn = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    """Whole numbers, shape (n,), of which some are missing: `values` hold only where `present` is true."""
+    """Whole numbers (n,) with missing values: `values` are valid where `present` is true."""
 
     values: NDArray[np.int64]
     present: BoolColumn
@@ -44,19 +44,19 @@ class Labels:
         return Labels(self.codes[rows], self.names)
 
     def equals(self, name: str | None) -> BoolColumn:
-        """(n,) true where the text is `name`."""
+        """(n,) whether the text is `name`."""
         if name not in self.names:
             return np.zeros(len(self.codes), np.bool_)
         return np.asarray(self.codes == self.names.index(name))
 
     def counts(self, rows: BoolColumn | slice = slice(None)) -> dict[str | None, int]:
-        """How often each text occurs among `rows`; texts that do not occur are left out."""
+        """The number of times that each text occurs among `rows`, without texts that do not occur."""
         found = np.bincount(self.codes[rows], minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
 
 def copied(columns: Sequence[Any]) -> list[Any]:
-    """The same columns, of any kinds and of one length, on disk if they are too long for memory."""
+    """Copies of columns of one length, on disk if they are too long for memory."""
     if len(columns[0]) < on_disk.WORTH_A_FILE:
         return list(columns)
     arrays = iter(on_disk.copies([array for column in columns for array in _arrays(column)]))
@@ -70,14 +70,14 @@ def _arrays(column: Any) -> list[NDArray[Any]]:
 
 
 def _over(column: Any, arrays: Sequence[NDArray[Any]]) -> Any:
-    """A column like this one, over these arrays."""
+    """A column of the same kind with these arrays."""
     if isinstance(column, Maybe):
         return Maybe(arrays[0], arrays[1])
     return Labels(arrays[0], column.names) if isinstance(column, Labels) else arrays[0]
 
 
 def numbers_and_none(values: Sequence[int | None]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The numbers, 0 for None, and where they are no None."""
+    """The numbers, 0 for None, and where they are present."""
     if None not in values:
         return np.array(values, np.int64), np.ones(len(values), np.bool_)
     present = np.array([value is not None for value in values], np.bool_)
@@ -85,7 +85,7 @@ def numbers_and_none(values: Sequence[int | None]) -> tuple[NDArray[np.int64], N
 
 
 def narrow(values: NDArray[np.int64], kind: type[np.signedinteger[Any]]) -> NDArray[Any]:
-    """Whole numbers of this width. OverflowError where one does not fit."""
+    """Whole numbers of this width. Raises OverflowError if one does not fit."""
     limits = np.iinfo(kind)
     if len(values) and not (limits.min <= values.min() and values.max() <= limits.max):
         raise OverflowError(f"a number from {values.min()} to {values.max()} does not fit {limits.bits} bits")

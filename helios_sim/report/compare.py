@@ -43,13 +43,13 @@ _QUOTIENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """arm / baseline; `low` and `high` bound it at the 95 % level where the method gives bounds."""
+    """A ratio arm / baseline, with bounds at the 95 % level if the method gives them."""
 
     ratio: float | None
     low: float | None
     high: float | None
     method: Method
-    n: int  # paired requests or seeds behind it
+    n: int  # number of paired requests or seeds
 
 
 def compare(
@@ -75,7 +75,7 @@ def compare(
 
 
 def intervals_of(runs: Sequence[Run], names: Collection[str] | None = None) -> dict[str, Interval]:
-    """The interval of each metric that is defined in every run: of its mean over the runs, or within the only one.
+    """The interval of each metric that is defined in every run: for its mean over the runs, or within a single run.
 
     `names`: only of these metrics; None: of all.
     """
@@ -93,7 +93,7 @@ def intervals_of(runs: Sequence[Run], names: Collection[str] | None = None) -> d
 
 
 def attainment_of(records: Records, slo: Slo) -> Interval:
-    """The interval, within one run, of the share of requests that meet every SLO, of completed and dropped ones."""
+    """The interval within one run of the share of completed and dropped requests that meet every SLO."""
 
     def met(part: Records) -> IntArray:
         counted = part.completed | part.has_status(Status.DROPPED)
@@ -110,7 +110,7 @@ def attainment_of(records: Records, slo: Slo) -> Interval:
 
 
 def interval_of(name: str, values: Sequence[MetricValue]) -> Interval:
-    """The interval of the mean of a metric over seeds, from its values alone; of one seed only for what is exact."""
+    """The interval of a metric's mean over seeds, from its values; with one seed only for exact metrics."""
     n = len(values)
     bands = [value for value in values if isinstance(value, Band)]
     if bands:
@@ -152,10 +152,10 @@ def _of_requests(name: str, shared: Sequence[tuple[_Requests, _Requests]], level
 
 
 def _of_system(name: str, ours: Sequence[MetricValue], theirs: Sequence[MetricValue], level: float) -> Ratio | None:
-    """Ratio from whole-run figures; None where it is undefined."""
+    """The ratio of whole-run figures; None if it is undefined."""
     our_bands, their_bands = ([v for v in values if isinstance(v, Band)] for values in (ours, theirs))
     if len(our_bands) == len(ours) and len(their_bands) == len(theirs):
-        # The same power model for both arms at either end: the ends are compared with each other.
+        # Ends of bands are compared with each other: each end is one power model for both arms.
         low = _mean_ratio([v.low for v in our_bands], [v.low for v in their_bands])
         high = _mean_ratio([v.high for v in our_bands], [v.high for v in their_bands])
         if low is None or high is None:
@@ -168,7 +168,7 @@ def _of_system(name: str, ours: Sequence[MetricValue], theirs: Sequence[MetricVa
 
 
 def _over_seeds(name: str, ours: Sequence[float], theirs: Sequence[float], level: float) -> Ratio | None:
-    """The ratio of the means over seeds; None where it is undefined."""
+    """The ratio of the means over seeds; None if it is undefined."""
     value, n = _mean_ratio(ours, theirs), len(ours)
     if value is None:
         return None
@@ -181,7 +181,7 @@ def _over_seeds(name: str, ours: Sequence[float], theirs: Sequence[float], level
 def _ratio(
     name: str, value: float, low: FloatArray, high: FloatArray, method: Method, n: int, theirs: Sequence[float]
 ) -> Ratio:
-    """With its bounds, if there are any; no share is above 1, and so its ratio not above 1 over the baseline's."""
+    """Make a ratio with its bounds, if there are any. That of shares is at most 1 over the baseline's share."""
     found = _interval(low, high, method, n)
     if found.low is None or found.high is None:
         return Ratio(value, None, None, found.method, n)
@@ -199,31 +199,31 @@ Rows = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class _Requests:
-    """Completed requests in their order; a column is made when it is asked for, since runs may be long."""
+    """Completed requests in order. Columns are made when they are asked for, since runs may be long."""
 
     records: Records
-    other: Records | None  # only those that it completed too
-    rows: Rows | None  # which they are; None: the records are on disk, and so it is found out again and again
+    other: Records | None  # if given, only requests that it completed too
+    rows: Rows | None  # rows of the requests; None if records are on disk, where they are found for each part
     n: int
-    latest: dict[str, Percentiles] = field(default_factory=dict)  # of one time, asked for in a row
+    latest: dict[str, Percentiles] = field(default_factory=dict)  # percentiles of the time that was asked for last
 
     @classmethod
     def of(cls, records: Records, other: Records | None = None) -> _Requests:
-        """The completed ones of `records`, or those that `other` completed too."""
+        """The completed requests of `records`, or those that `other` completed too."""
         rows = None if records.on_disk else next(_shared(records, other))[1]
         n = sum(int(np.count_nonzero(each)) for _, each in _shared(records, other)) if rows is None else int(rows.sum())
         return cls(records, other, rows, n)
 
     def parts(self) -> Iterator[tuple[Records, Rows]]:
-        """Records, and which of them are meant."""
+        """Yield parts of the records, and the rows of each that belong to the requests."""
         return _shared(self.records, self.other) if self.rows is None else iter([(self.records, self.rows)])
 
     def times(self, name: str) -> Iterator[tuple[FloatArray | IntArray, Rows]]:
-        """The time of each request, and where it is defined, part by part."""
+        """Yield the time of each request, and where it is defined, part by part."""
         return (_time_ns(name, part, rows) for part, rows in self.parts())
 
     def ranked(self, name: str) -> Percentiles | None:
-        """A time where it is defined; None: nowhere."""
+        """Percentiles of the defined values of a time; None if there are none."""
         if name not in self.latest:
             self.latest.clear()
             if self.rows is None and self.n > on_disk.SPAN_ROWS:
@@ -240,7 +240,7 @@ class _Requests:
         return self.latest[name]
 
     def mean(self, name: str) -> _Statistic | None:
-        """Of a time where it is defined."""
+        """The mean of the defined values of a time."""
         if self.rows is not None:
             values, counted = next(self.times(name))
             return _of_sums(Series(lambda: [values]), Series(lambda: [counted]))
@@ -250,12 +250,12 @@ class _Requests:
         )
 
     def counts(self, name: str) -> Series:
-        """Whole numbers; of bits that are not known 0: then no figure is."""
+        """Whole numbers; 0 for unknown bits, with which no figure is made."""
         return Series(lambda: (_count(name, part, rows) for part, rows in self.parts()))
 
 
 def _shared(records: Records, other: Records | None) -> Iterator[tuple[Records, Rows]]:
-    """Records part by part, and which of them were completed, by `other` too."""
+    """Yield parts of the records, and the requests of each that were completed, also by `other`."""
     if other is None:
         yield from ((part, part.completed) for part in records.parts())
     elif records.on_disk and _same_rows(records, other):
@@ -276,7 +276,7 @@ def _same_rows(records: Records, other: Records) -> bool:
 
 
 def _time_ns(name: str, r: Records, rows: Rows) -> tuple[FloatArray | IntArray, Rows]:
-    """(n,) the time of each request, and where it is defined."""
+    """(n,) the time of each request, and whether it is defined."""
     if name == "tpot_s":
         gaps = (r.output_tokens - 1)[rows]
         decode_ns = (r.last_token_ns.values - r.first_token_ns.values)[rows]
@@ -293,7 +293,7 @@ def _count(name: str, r: Records, rows: Rows) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class _Statistic:
-    """A figure of requests, and the same without each stretch of them, shape (stretches,); None: too few for that."""
+    """A figure of requests, and the figures without each stretch of them, (stretches,), None if there are too few."""
 
     whole: FloatArray
     without: FloatArray | None
@@ -312,7 +312,7 @@ def _within_run(name: str, requests: _Requests) -> Interval | None:
 
 
 def _statistic(name: str, requests: _Requests) -> _Statistic | None:
-    """Of requests alone: times in ns, bits in millionths. None for other metrics, and where it is not defined."""
+    """The statistic for a metric of requests: times in ns, bits in millionths. None for others, and if undefined."""
     if name in _QUOTIENTS:
         above, below = _QUOTIENTS[name]
         return _of_sums(requests.counts(above), requests.counts(below))
@@ -326,7 +326,7 @@ def _statistic(name: str, requests: _Requests) -> _Statistic | None:
 
 
 def _of_sums(above: Series, below: Series) -> _Statistic | None:
-    """The sum of one column over that of another, both of shape (n,)."""
+    """The sum of one column divided by that of another, both (n,)."""
     over = below.total()
     if not over:
         return None

@@ -90,7 +90,7 @@ def in_words(value: Cause | object) -> str:
     name = "".join(f" {c.lower()}" if c.isupper() else c for c in type(value).__name__).strip()
     named = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
     for young in ("checkpoints", "near"):
-        if named.get(young, "") is None:  # as it is mostly
+        if named.get(young, "") is None:  # the usual case
             del named[young]
     settings = ", ".join(f"{name} {each}" for name, each in named.items())
     return f"{name} ({settings})".replace("_", " ") if settings else name

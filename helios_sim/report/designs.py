@@ -1,4 +1,4 @@
-"""Results of a sweep: its designs, which of them no other beats, and their table."""
+"""Results of a sweep: its designs, the Pareto front, and their table."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ Shown = float | int | str | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """One design, or an arm at the study's own settings (a reference) with its name in place of parameters."""
+    """One design, or a reference: an arm at the study's own settings, with its name in place of parameters."""
 
     name: str  # "#12", or the arm's
     parameters: Mapping[str, Shown]  # empty for a reference
-    metrics: Metrics | None  # means over the seeds; None: failed
+    metrics: Metrics | None  # means over the seeds; None if it failed
     error: str | None = None  # why it failed
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of the objectives and the shown metrics
 
 
 @dataclass(frozen=True, slots=True)
 class DesignsResult(Sourced):
-    """One sweep: everything that its table, figures and page are made of."""
+    """The result of a sweep, from which its table, figures and page are made."""
 
     experiment: str
     title: str
     question: str
     conditions: str
     verdict: tuple[str, ...]
-    arm: str  # that was varied
+    arm: str  # the arm that was varied
     parameters: tuple[str, ...]
     objectives: tuple[str, ...]  # metrics
     shown_metrics: tuple[str, ...]  # columns beside the objectives
@@ -59,7 +59,7 @@ class DesignsResult(Sourced):
 
     @property
     def front(self) -> tuple[Design, ...]:
-        """Designs that no other beats, the best in the first objective first."""
+        """The Pareto front: designs that no other beats, ordered by the first objective."""
         merits = merits_of(self.designs, self.objectives)
         chosen = np.flatnonzero(on_front(merits))
         order = chosen[np.argsort(merits[chosen, 0], kind="stable")]
@@ -67,7 +67,7 @@ class DesignsResult(Sourced):
 
     @property
     def distinct_front(self) -> tuple[tuple[Design, int], ...]:
-        """The front; designs that come to the same in every objective are one entry, with how many they are."""
+        """The front, with designs that are equal in every objective as one entry, and their number."""
         costs = map(tuple, merits_of(self.front, self.objectives).tolist())
         alike: dict[tuple[float, ...], list[Design]] = {}
         for design, found in zip(self.front, costs, strict=True):
@@ -80,14 +80,14 @@ class DesignsResult(Sourced):
 
 
 def plain_value(name: str, value: MetricValue) -> float | None:
-    """A metric as one number; a band counts with its less favourable end."""
+    """A metric as one number: of a band the less favourable end."""
     if isinstance(value, Band):
         return value.low if DEFINITIONS[name].better is Better.HIGHER else value.high
     return None if value is None else float(value)
 
 
 def cost(name: str, value: MetricValue) -> float:
-    """The metric as a number to minimise; infinite where it is undefined."""
+    """The metric as a number to minimise; infinite if it is undefined."""
     number = plain_value(name, value)
     if number is None:
         return float("inf")
@@ -95,13 +95,13 @@ def cost(name: str, value: MetricValue) -> float:
 
 
 def merits_of(designs: Sequence[Design], objectives: Sequence[str]) -> NDArray[np.float64]:
-    """(designs, objectives) costs; infinite for what failed or is undefined."""
+    """Costs, (designs, objectives); infinite if a design failed or a metric is undefined."""
     rows = [[cost(name, None if d.metrics is None else d.metrics[name]) for name in objectives] for d in designs]
     return np.array(rows, dtype=np.float64).reshape(len(designs), len(objectives))
 
 
 def on_front(costs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(n,) true where no other row costs at most as much in every column and less in one. Equals share the front."""
+    """(n,) whether no other row is at most as costly in every column and cheaper in one. Equals share the front."""
     defined = np.flatnonzero(np.isfinite(costs).all(axis=1))
     known = costs[defined]
     beaten = [((known <= row).all(axis=1) & (known < row).any(axis=1)).any() for row in known]
@@ -140,7 +140,7 @@ def designs_table(result: DesignsResult) -> pyarrow.Table:
 
 
 def metric_columns(rows: Sequence[Metrics | None]) -> dict[str, pyarrow.Array]:
-    """A column for each metric, two for one that is a band."""
+    """A column for each metric, two for a band."""
     import pyarrow as pa
 
     columns = {}

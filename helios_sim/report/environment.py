@@ -1,4 +1,4 @@
-"""The templates of self-contained pages, and what all of them use. Compiling takes 0.03 s, so its result is kept."""
+"""The templates of self-contained pages. Compiling them takes 0.03 s, so the result is kept on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DIGEST_BYTES = 32
 class _Kept(BytecodeCache):
     """Compiled templates on disk, with a digest: damaged byte code could crash the interpreter.
 
-    A folder that cannot be written is done without.
+    If the folder cannot be written, they are not kept.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What faults did to each arm, and what it loses to them against itself without any."""
+"""Effects of faults on each arm, against the same arm without faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from helios_sim.report.metrics import MetricValue
 from helios_sim.report.result import ExperimentResult
 
 COUNTED = ("availability", "requests_retried", "requests_lost", "wasted_tokens")
-BESIDE = ("goodput_requests_per_s", "throughput_tokens_per_s", "ttft_s_p95", "e2e_s_p99")  # with faults and without
+BESIDE = ("goodput_requests_per_s", "throughput_tokens_per_s", "ttft_s_p95", "e2e_s_p99")
 
 
 def fault_sentences(result: ExperimentResult) -> list[str]:
@@ -42,7 +42,7 @@ def shown_beside(result: ExperimentResult) -> list[str]:
 
 
 def fault_rows(result: ExperimentResult) -> list[dict[str, Any]]:
-    """A row for each arm that was to meet faults: cells of COUNTED, then of BESIDE with, without and the change."""
+    """A row for each arm with faults planned: cells of COUNTED, then BESIDE with faults, without, and the change."""
     rows: list[dict[str, Any]] = []
     for arm in result.arms.values():
         if arm.faults is None:

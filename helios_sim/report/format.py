@@ -9,23 +9,23 @@ from helios_sim.report.intervals import Interval, Method
 from helios_sim.report.metrics import DEFINITIONS, Band, Better, MetricValue
 
 NOTHING = "–"
-NO_INTERVAL = f"[{NOTHING}]"  # marks an estimate that has none, or one that says nothing
-VAST = 10.0  # times the figure, beyond which on both sides the ends of its interval say nothing of it
+NO_INTERVAL = f"[{NOTHING}]"  # marks an estimate without an interval, or with a meaningless one
+VAST = 10.0  # an interval from below 1 / VAST to above VAST times the figure is meaningless
 _SMALL_S = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-# Control characters, lone surrogates, and signs that turn the direction of what follows or cannot be seen.
+# Control characters, lone surrogates, and characters that change the text's direction or are invisible.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def visible(text: str) -> str:
-    """The text as a page or a terminal may show it: characters that act, or cannot be seen, by their code."""
+    """The text for a page or terminal, with control and invisible characters shown by their code."""
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def markdown(text: str) -> str:
-    """The text in one line of Markdown: nothing in it is mark-up, a cell's end, a link or HTML."""
+    """The text in one line of Markdown, with mark-up, table cells, links and HTML escaped."""
     plain = " ".join(visible(text).split())
     return re.sub(r"([\\`*<|]|(?<=\])\(|^[#>+-](?=\s))", r"\\\1", plain)
 
@@ -39,7 +39,7 @@ def code_span(text: str) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """About `digits` significant digits, thousands grouped, no exponent from 1e-6 to 1e15."""
+    """The number with about `digits` significant digits, thousands grouped, no exponent from 1e-6 to 1e15."""
     if value == 0:
         return "0"
     if isinstance(value, int) or (abs(value) >= 10**digits and float(value).is_integer()):
@@ -83,7 +83,7 @@ def in_unit(value: float, unit: str) -> str:
 
 
 def compared(value: float | None, form: str = "") -> str:
-    """A figure beside a similar one: one digit more than elsewhere, or in the given form."""
+    """A figure that is shown beside a similar one: with one more digit than usual, or in the given form."""
     if value is None:
         return NOTHING
     if form:
@@ -97,19 +97,19 @@ def between(band: tuple[float, float] | None) -> str:
 
 
 def gate_value(value: float | None, bound: str) -> str:
-    """The value of a gate: in percent where its bound is, with one digit more than elsewhere."""
+    """The value of a gate: in percent if its bound is, with one more digit than usual."""
     if value is None:
         return NOTHING
     return format(value, "+.2%") if "%" in bound else number(value, 4)
 
 
 def gate_interval(low: float | None, high: float | None, bound: str) -> str:
-    """Its interval, [–] without one."""
+    """The interval of a gate's value; [–] without one."""
     return NO_INTERVAL if low is None or high is None else f"[{gate_value(low, bound)}, {gate_value(high, bound)}]"
 
 
 def metric(name: str, value: MetricValue) -> str:
-    """A metric's value as the tables show it; a dash where it is undefined."""
+    """A metric's value as the tables show it; a dash if it is undefined."""
     if value is None:
         return NOTHING
     unit = DEFINITIONS[name].unit if name in DEFINITIONS else ""
@@ -119,10 +119,10 @@ def metric(name: str, value: MetricValue) -> str:
 
 
 def interval(name: str, value: MetricValue, found: Interval | None) -> str:
-    """[94.1 %, 96.3 %]; nothing for what is exact, a band or undefined.
+    """The interval as text, such as "[94.1 %, 96.3 %]"; "" for exact and undefined values and bands.
 
-    [–] for an estimate without an interval, and for a time whose interval says nothing: percentiles where requests
-    thin out move by factors of thousands when a stretch of them is left out.
+    "[–]" for an estimate without an interval, and for a time with a meaningless one: a percentile of few requests may
+    move by factors of thousands when a stretch of them is left out.
     """
     if value is None or isinstance(value, Band) or (found is not None and found.method in (Method.EXACT, Method.BAND)):
         return ""
@@ -138,12 +138,12 @@ def _says_nothing(value: float, low: float, high: float) -> bool:
 
 
 def metric_with_interval(name: str, value: MetricValue, found: Interval | None) -> str:
-    """96.1 % [95.2, 97.0]: the value and its interval in the same unit."""
+    """The value and its interval in the same unit, such as "96.1 % [95.2, 97.0]"."""
     return " ".join(filter(None, (metric(name, value), interval(name, value, found))))
 
 
 def _bare(name: str, bound: float, value: float) -> str:
-    """A bound in the unit that the value is shown in, without the unit."""
+    """A bound in the unit of the value, without the unit."""
     unit = DEFINITIONS[name].unit if name in DEFINITIONS else ""
     if unit == "share":
         return f"{bound * 100:.1f}"
@@ -156,7 +156,7 @@ def _bare(name: str, bound: float, value: float) -> str:
 
 
 def ratio(value: Ratio | None) -> str:
-    """1.48× [1.45, 1.51], a band, 1.48× [–] without an interval, or a dash."""
+    """The ratio as text: "1.48× [1.45, 1.51]", a band, "1.48× [–]" without an interval, or a dash."""
     if value is None:
         return NOTHING
     if value.method is Method.BAND and value.low is not None and value.high is not None:
@@ -171,11 +171,11 @@ def ratio(value: Ratio | None) -> str:
 
 
 def label(name: str) -> str:
-    """What the report calls a metric."""
+    """The metric's name in reports."""
     return DEFINITIONS[name].label if name in DEFINITIONS else name
 
 
 def direction(name: str) -> str:
-    """Which direction of a metric is better, in words; an empty text where neither is."""
+    """The better direction of a metric in words; "" if neither is better."""
     better = DEFINITIONS[name].better if name in DEFINITIONS else Better.NEITHER
     return {Better.HIGHER: "more is better", Better.LOWER: "less is better", Better.NEITHER: ""}[better]

@@ -1,10 +1,10 @@
-"""The one definition of an interval: how far a figure moves when one group of what it was computed from is left out.
+"""The one definition of an interval: how far a figure moves when one group of its data is left out (jackknife).
 
-A figure of several seeds is left without each seed in turn, since a seed draws arrivals, texts and exits anew: what
-varies between seeds is in the interval, and so is what varies between requests of a seed. Arms share their seeds, so a
-ratio is left without a seed in both arms at once. A figure of one seed is left without each of STRETCHES consecutive
-stretches of its requests; neighbours wait in the same queues, and stretches hold such neighbours together. Such an
-interval says how well one run knows its own figure, and nothing of other seeds.
+With several seeds, each seed is left out in turn. A seed draws arrivals, texts and exits anew, so the interval covers
+the variation between seeds and between the requests of a seed. Arms share their seeds, so for a ratio a seed is left
+out in both arms at once. With one seed, each of STRETCHES consecutive stretches of its requests is left out in turn:
+neighbours wait in the same queues, and stretches keep neighbours together. Such an interval covers the variation along
+one run, not between seeds.
 
 The bounds are those of Student's t with one degree of freedom less than there are groups (the delete-a-group jackknife:
 Quenouille 1956, Miller 1974), on the logarithm of a figure that cannot be negative and on the logit of a share, so that
@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 LEVEL = 0.95
-STRETCHES = 10  # of one run; Schmeiser 1982: from 10 to 30 batches, more gain little and follow each other closer
+STRETCHES = 10  # of one run; Schmeiser 1982: 10 to 30 batches, since more gain little and correlate more
 
 
 class Method(StrEnum):
-    """What an interval is made of, or why there is none."""
+    """The method of an interval, or the reason for having none."""
 
-    OVER_SEEDS = "over_seeds"  # holds what varies between seeds
-    WITHIN_RUN = "within_run"  # one seed: holds what varies along this run, not what other seeds would do
-    BAND = "band"  # the figure at either end of a band that is known; no sampling error in it
+    OVER_SEEDS = "over_seeds"  # covers the variation between seeds
+    WITHIN_RUN = "within_run"  # one seed: covers the variation along the run, not between seeds
+    BAND = "band"  # the figure at both ends of a known band, without sampling error
     EXACT = "exact"  # a count, or bytes, of one run
     NONE = "none"  # an estimate without an interval
 
@@ -44,7 +44,7 @@ class Interval:
     low: float | None
     high: float | None
     method: Method
-    n: int  # seeds or requests behind it
+    n: int  # number of seeds or requests
 
 
 def ratio_bounds(ours: FloatArray, theirs: FloatArray, level: float = LEVEL) -> tuple[FloatArray, FloatArray]:
@@ -76,8 +76,8 @@ def _of_quotient(
 
 
 def student(degrees: int, level: float) -> float:
-    """Student's t that so many degrees of freedom stay within at this level, on both sides."""
-    if (degrees, level) == (STRETCHES - 1, LEVEL):  # of every run: SciPy takes 0.15 s to import
+    """The two-sided quantile of Student's t with so many degrees of freedom, at this level."""
+    if (degrees, level) == (STRETCHES - 1, LEVEL):  # needed for every run, and importing SciPy takes 0.15 s
         return 2.262157162798205
     from scipy.special import stdtrit
 
@@ -115,14 +115,14 @@ def bounds(
             half = student(groups - 1, level) * _standard_error(found, in_order)
             low[rows], high[rows] = back(middle - half), back(middle + half)
     known = np.isfinite(whole) & np.isfinite(without).all(axis=-1) & np.isfinite(high)
-    # what is rounded on the way there and back must not leave the figure outside
+    # rounding of the transform must not leave the figure outside its interval
     return np.where(known, np.minimum(low, whole), np.nan), np.where(known, np.maximum(high, whole), np.nan)
 
 
 def _standard_error(without: FloatArray, in_order: bool) -> FloatArray:
     groups = without.shape[-1]
     off = without - without.mean(axis=-1, keepdims=True)
-    off[np.ptp(without, axis=-1) <= 1e-12 * np.abs(without).max(axis=-1)] = 0.0  # rounding alone
+    off[np.ptp(without, axis=-1) <= 1e-12 * np.abs(without).max(axis=-1)] = 0.0  # differences by rounding alone
     squares = (off**2).sum(axis=-1)
     variance = squares * (groups - 1) / groups
     if in_order and groups > 2:
@@ -134,14 +134,14 @@ def _standard_error(without: FloatArray, in_order: bool) -> FloatArray:
 
 
 def left_out(sums: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Totals over groups, shape (...), and without each group, shape (..., groups), of sums by group (..., groups)."""
+    """Totals (...) of sums by group (..., groups), and totals without each group (..., groups)."""
     sums = np.asarray(sums, np.float64)
     total = sums.sum(axis=-1)
     return total, total[..., None] - sums
 
 
 def stretches(n: int) -> NDArray[np.int64]:
-    """(groups + 1,) where each stretch of n requests in their order begins, and the end; fewer groups for few."""
+    """(groups + 1,) the begin of each stretch of n requests in order, and the end; fewer stretches for few requests."""
     return np.linspace(0, n, min(STRETCHES, n // 2) + 1).astype(np.int64)
 
 

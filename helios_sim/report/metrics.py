@@ -31,7 +31,7 @@ class Better(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What a metric is called and means."""
+    """The name, unit and meaning of a metric."""
 
     name: str
     label: str
@@ -162,15 +162,15 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 OF_PREFIXES = ("prefix_cache_hit_rate", "prefix_cache_queries", "prefix_cache_hits", "prefill_tokens_saved")
-OF_DRAFTS = (  # with self-speculation, or with a model that drafts
+OF_DRAFTS = (  # with self-speculation or a drafter
     "accepted_per_pass", "draft_acceptance", "drafting_fraction", "verifying_fraction",
 )  # fmt: skip
-OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # where batches are split at exits
+OF_SPLITS = ("split_fraction", "held_per_token", "held_wait_s")  # if batches are split at exits
 OF_CASCADES = ("escalations", "escalated_fraction", "replaced_tokens")
-OF_LATE_LAYERS = ("late_layers_per_iteration", "late_time_fraction")  # where layers stay in host memory
-OF_RELEASES = ("released_fraction", "released_earlier_s")  # where answers leave while the model goes on
-OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # with a price alone
-# Exact in one run (counts, bytes and a price), where other metrics are estimates of what the system does.
+OF_LATE_LAYERS = ("late_layers_per_iteration", "late_time_fraction")  # if layers stay in host memory
+OF_RELEASES = ("released_fraction", "released_earlier_s")  # if answers are released while the model goes on
+OF_COST = ("usd_per_hour", "usd_per_million_tokens", "gco2e_per_million_tokens")  # only with a price
+# Exact in one run (counts, bytes and a price). All other metrics are estimates.
 COUNTS = (
     "batch_capacity", "switches", "loads", "hbm_peak_bytes", "preemptions", "requests_completed", "requests_dropped",
     "requests_unfinished", "requests_retried", "requests_lost", "wasted_tokens", "usd_per_hour", "escalations",
@@ -212,7 +212,7 @@ Metrics = Mapping[str, MetricValue]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Prices of a run: of all cards for an hour, and of a kWh in grams of CO2e; None: not counted."""
+    """Prices of a run: USD per hour for all cards, and grams of CO2e per kWh; None if not counted."""
 
     usd_per_hour: float | None = None
     gco2e_per_kwh: float | None = None
@@ -220,7 +220,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """Power of one card: idle, its board's limit, and between which two its kernels run where that was measured."""
+    """Power of one card: idle, its board's limit, and the range of its kernels if that was measured."""
 
     idle_w: float
     tdp_w: float
@@ -229,13 +229,13 @@ class Power:
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """All replicas on cards of one kind together."""
+    """Totals of all replicas on cards of one kind."""
 
     power: Power | None  # of one card; None if not known
-    replicas: float  # on average, where they come and go
+    replicas: float  # the mean number with autoscaling
     busy_ns: int
     floor_ns: int
-    beside: bool = False  # of replicas that are counted with their other cards: these draft for them
+    beside: bool = False  # these cards draft for replicas that are counted with their other cards
 
 
 _QUANTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
@@ -257,12 +257,11 @@ def compute_metrics(
     scaled: Scaled | None = None,
     answered: Answered | None = None,
 ) -> dict[str, MetricValue]:
-    """All metrics of one run; what is undefined is None, as those of `faults` are where none were to strike, and those
-    of cascades where the router, which `answered`, is none.
+    """All metrics of one run. Undefined ones are None, such as those of faults without `faults`, or of cascades if
+    `answered` has none.
 
-    `stats` is merged over the replicas. `power` is of the card where there is one replica; `cards` are given where
-    there are several, all of one kind where they are `scaled`. `transitions` are each replica's, in ns; None: those of
-    `stats`, of all replicas.
+    `stats` is merged over the replicas. `power` is that of the card of a single replica; several replicas have `cards`,
+    of one kind if they are `scaled`. `transitions` are in ns for each replica; None: those of `stats` for all replicas.
     """
     cards = [Cards(power, 1, stats.busy_ns, stats.floor_ns)] if cards is None else cards
     replicas: float = sum(of_kind.replicas for of_kind in cards if not of_kind.beside)
@@ -331,7 +330,7 @@ def compute_metrics(
 
 
 def _of_prefixes(stats: RunStats) -> dict[str, MetricValue]:
-    """Null without prefix caching."""
+    """Metrics of prefix caching; None without it."""
     if not stats.prefix_caching:
         return dict.fromkeys(OF_PREFIXES)
     queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
@@ -339,7 +338,7 @@ def _of_prefixes(stats: RunStats) -> dict[str, MetricValue]:
 
 
 def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
-    """Null where nothing was drafted."""
+    """Metrics of drafts; None if nothing was drafted."""
     of = (
         _over(stats.accepted_drafts, stats.verifications),
         _over(stats.accepted_drafts, stats.drafted_tokens),
@@ -350,7 +349,7 @@ def _of_drafts(stats: RunStats) -> dict[str, MetricValue]:
 
 
 def _of_splits(stats: RunStats) -> dict[str, MetricValue]:
-    """Null where no batch was split."""
+    """Metrics of split batches; None if no batch was split."""
     tokens = sum(sum(depths.values()) for depths in stats.tokens_by_depth.values())
     of = (
         _over(stats.splits, stats.decode_iterations) if stats.splits else None,
@@ -361,7 +360,7 @@ def _of_splits(stats: RunStats) -> dict[str, MetricValue]:
 
 
 def _of_cascades(answered: Answered | None, requests: int) -> dict[str, MetricValue]:
-    """Null without a cascade."""
+    """Metrics of a cascade; None without one."""
     if answered is None or not answered.cascades:
         return dict.fromkeys(OF_CASCADES)
     of = answered.escalations, _over(answered.escalated, requests), answered.replaced_tokens
@@ -369,14 +368,14 @@ def _of_cascades(answered: Answered | None, requests: int) -> dict[str, MetricVa
 
 
 def _of_releases(stats: RunStats) -> dict[str, MetricValue]:
-    """Of all output tokens. Null where none was released."""
+    """Metrics of released answers over all output tokens; None if none was released."""
     tokens = sum(sum(depths.values()) for depths in stats.tokens_by_depth.values())
     of = (_over(stats.released_tokens, tokens), _over(stats.released_ns / 1e9, tokens))
     return dict(zip(OF_RELEASES, of if stats.released_tokens else (None, None), strict=True))
 
 
 def _of_late_layers(stats: RunStats) -> dict[str, MetricValue]:
-    """Null where no layer came from host memory."""
+    """Metrics of late layers; None if no layer came from host memory."""
     of = (_over(stats.late_layers, stats.iterations), _over(stats.late_ns, stats.busy_ns))
     return dict(zip(OF_LATE_LAYERS, of if stats.late_layers else (None, None), strict=True))
 
@@ -405,7 +404,7 @@ def summarise(name: str, times_ns: Series) -> dict[str, MetricValue]:
 
 
 def meets(records: Records, slo: Slo) -> NDArray[np.bool_]:
-    """Which of the completed requests meet every SLO; a request of one token meets any TPOT."""
+    """Whether each completed request meets every SLO. A request of one token meets any TPOT."""
     good = np.ones(int(records.completed.sum()), dtype=np.bool_)
     if slo.ttft_s is not None:
         good &= records.ttft_ns() <= slo.ttft_s * NS_PER_S
@@ -418,7 +417,7 @@ def meets(records: Records, slo: Slo) -> NDArray[np.bool_]:
 
 
 def energy_band_j(cards: Sequence[Cards], span_s: float) -> Band | None:
-    """Joules over the span, None where the power of a card is not known; see `ENERGY_NOTE`."""
+    """Joules over the span; None if the power of a card is not known. See `ENERGY_NOTE`."""
     low = high = 0.0
     for it in cards:
         if it.power is None:
@@ -436,7 +435,7 @@ def energy_band_j(cards: Sequence[Cards], span_s: float) -> Band | None:
 
 
 def energy_metrics(energy_j: Band | float | None, n_done: int, chars: int) -> dict[str, MetricValue]:
-    """The joules of a run over the characters and the number of its completed requests; None where undefined."""
+    """The joules of a run per character and per completed request; None if undefined."""
     return {"energy_j_per_char": _spread(energy_j, chars), "energy_wh_per_request": _spread(energy_j, n_done * 3600)}
 
 
@@ -452,12 +451,12 @@ def _cost_metrics(
 
 
 def gco2e_per_million(energy_j: Band | float | None, gco2e_per_kwh: float | None, tokens: int) -> Band | float | None:
-    """Grams of CO2e for each million output tokens; None where undefined."""
+    """Grams of CO2e per million output tokens; None if undefined."""
     return None if not gco2e_per_kwh else _spread(energy_j, 3.6e6 * tokens / (gco2e_per_kwh * 1e6))
 
 
 def mean_metrics(runs: Sequence[Metrics]) -> dict[str, MetricValue]:
-    """Means over replicates; of one run, itself. None where any replicate has none."""
+    """Means over replicates. None if a replicate has no value."""
     if len(runs) == 1:
         return dict(runs[0])
     return {name: _mean([run[name] for run in runs]) for name in runs[0]}
@@ -528,8 +527,7 @@ def _near(records: Records, done: NDArray[np.bool_], moments_ns: Sequence[int]) 
 
 
 def _capacity(n_done: int, tokens: int, stats: RunStats) -> int | None:
-    """Requests of mean length, of those with so many tokens in all, that fit into the pool: whole blocks each, rounded
-    down."""
+    """The number of requests of mean length that fit into the pool, each in whole blocks, rounded down."""
     if not n_done or stats.batch_capacity_blocks == 0:
         return None
     return int(stats.batch_capacity_blocks // np.ceil(tokens / n_done / stats.block_tokens))

@@ -1,4 +1,4 @@
-"""The self-contained HTML page of a study or a sweep, and what all pages share. The templates give its layout."""
+"""The self-contained HTML page of a study or a sweep, and parts of all pages. The templates give the layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from helios_sim.report.capacity import CapacityResult
 
-MOST_ON_PAGE = 200  # designs of a front; all are in the Parquet file
+MOST_ON_PAGE = 200  # designs of a front on a page; all are in the Parquet file
 MOST_CARDS = 4
 
 
@@ -50,7 +50,7 @@ class KeyNumber:
 
 
 def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Drawing]) -> str:
-    """The page of a study as text: no network, figures and the script that lets them answer inline."""
+    """The page of a study as text. Figures and their script are inline, so it needs no network."""
     warnings = cautions(result)
     assumptions = result.all_assumptions
     timelines = {drawing.of_arm: drawing.name for drawing in drawings if drawing.zooms}
@@ -100,7 +100,7 @@ def render(result: ExperimentResult, ratios: Comparisons, drawings: Sequence[Dra
 
 
 def _faults(result: ExperimentResult) -> dict[str, Any]:
-    """What faults did to each arm, and what it loses to them."""
+    """The section on faults: their effects on each arm, and the losses."""
     return {
         "sentences": fault_sentences(result),
         "counted": [fmt.label(name) for name in COUNTED],
@@ -110,7 +110,7 @@ def _faults(result: ExperimentResult) -> dict[str, Any]:
 
 
 def _waits(result: ExperimentResult) -> dict[str, Any]:
-    """How long each group waits, where the order of the line prefers some requests."""
+    """The section on queue times of groups, if the order of the line prefers some requests."""
     sentences, rows = [], []
     for arm in result.arms.values():
         known = [(it.queue_s_p99, it) for it in arm.waits if it.queue_s_p99 is not None]
@@ -185,8 +185,8 @@ def render_parts(
     drawings: Sequence[Drawing],
     **values: object,
 ) -> str:
-    """A template with what both kinds of pages show; `parts` are (heading, whether there is anything) by anchor."""
-    from helios_sim.report.environment import page_environment  # Jinja, which only a page needs
+    """Render a template with the parts of all pages; `parts` are (heading, whether it has content) by anchor."""
+    from helios_sim.report.environment import page_environment  # imports Jinja, which only a page needs
 
     return page_environment().get_template(template).render(
         result=result,
@@ -235,7 +235,7 @@ def _cards(result: ExperimentResult, ratios: Comparisons) -> list[KeyNumber]:
     if not cards:
         name = headline_metrics(result)[0]
         hint = f", {direction}" if (direction := fmt.direction(name)) else ""
-        for arm in sorted(ratios, key=lambda arm: arm != result.subject):  # the subject first, whatever is left out
+        for arm in sorted(ratios, key=lambda arm: arm != result.subject):  # the subject first
             value = ratios[arm].get(name)
             if value is not None and value.ratio is not None:
                 note = _beside(value.low, value.high, f"against {result.baseline_of(arm)}")
@@ -301,7 +301,7 @@ def _all_metrics(result: ExperimentResult, ratios: Comparisons) -> list[dict[str
 
 
 def _task_rows(result: ExperimentResult) -> list[dict[str, Any]]:
-    """One row for each task, one cell for each arm; none with a single task, which the arms' table shows."""
+    """A row for each task with a cell for each arm; none with a single task, which the table of arms shows."""
     figures = {arm: result.by_task(arm) for arm in result.arms}
     tasks = [task for task in result.workload.tasks if any(task in of_arm for of_arm in figures.values())]
     return [
@@ -312,7 +312,7 @@ def _task_rows(result: ExperimentResult) -> list[dict[str, Any]]:
 
 
 def _task_cell(figures: TaskFigures | None) -> dict[str, Any]:
-    """Bits per character where known, else the mean time of a request; below it the depth and the models."""
+    """Bits per character if known, else the mean time of a request; below it the depth and the models."""
     if figures is None:
         return {"value": fmt.NOTHING, "notes": []}
     bits = figures.bits_per_char
@@ -374,7 +374,7 @@ def _bounds(low: float | None, high: float | None) -> str:
 
 
 def _decision_log(arm: ArmResult, timeline: str | None) -> dict[str, Any] | None:
-    """The decisions of an arm for the page, beside the figure of its timeline; None where there is only the first."""
+    """The decisions of an arm for the page, beside the figure of its timeline; None if there is only the first."""
     if len(arm.decisions) < 2:
         return None
     rows = decision_rows(arm)
@@ -392,7 +392,7 @@ def _decision_log(arm: ArmResult, timeline: str | None) -> dict[str, Any] | None
 
 
 def _instead(found: Instead | None) -> dict[str, str] | None:
-    """The next best option in words, and what both gave until the next decision."""
+    """The next best option in words, and the results of both until the next decision."""
     if found is None:
         return None
     return {

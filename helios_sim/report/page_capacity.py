@@ -55,11 +55,11 @@ def render_capacity(result: CapacityResult, drawings: Sequence[Drawing]) -> str:
     )  # fmt: skip
 
 
-_BESIDE = ("kv_utilisation_mean",)  # columns of a plan beside what decides
+_BESIDE = ("kv_utilisation_mean",)  # columns of a plan beside the bounded metrics
 
 
 def _plan_cards(result: CapacityResult) -> list[KeyNumber]:
-    """The advised fleet of each load, and how far it goes."""
+    """The advised fleet for each load, and the largest load that it serves."""
     found = []
     for advice in result.advice[:MOST_CARDS]:
         plan = advice.plan

@@ -1,7 +1,7 @@
-"""A percentile, and the same without each stretch of the requests, from values that are sorted once.
+"""Percentiles, with and without each stretch of the requests, from values that are sorted once.
 
-`numpy.percentile` would be asked ten times for each figure, and for short runs that is most of a report's time. Values
-that do not fit into memory are not sorted, but sifted.
+Calling `numpy.percentile` for each stretch of each figure would take most of a short run's report. Values that do not
+fit into memory are not sorted but sifted (`sieve`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from helios_sim.report.intervals import FloatArray, stretches
 from helios_sim.report.sieve import Block, Sieve
 
-FEWEST_BEYOND = 3  # requests beyond a percentile, from which its interval within a run covers about what it says
+FEWEST_BEYOND = 3  # requests beyond a percentile, from which its interval within a run has about the stated coverage
 
 Values = NDArray[np.float64] | NDArray[np.int64]
 IntArray = NDArray[np.intp]
@@ -23,22 +23,21 @@ IntArray = NDArray[np.intp]
 
 class Percentiles(Protocol):
     def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
-        """The q-th percentile as `numpy.percentile` defines it.
+        """The q-th percentile as `numpy.percentile` defines it, and the percentiles without each stretch, (stretches,).
 
-        And (stretches,) the same without the values in each stretch of all, NaN where none is left; None: too few of
-        them for that.
+        The latter are NaN if no value is left, and None if there are too few values.
         """
         ...
 
 
 class Ranked:
-    """Values in ascending order, for several percentiles of them; those that are `counted`, at least one."""
+    """Values that are sorted once for several percentiles. At least one must be `counted`."""
 
     def __init__(self, values: Values, counted: NDArray[np.bool_]) -> None:
         places = np.flatnonzero(counted)
         self._by_rank = places[np.argsort(values[places], kind="stable")]
         self._ranked, self._ends = values[self._by_rank], stretches(len(values))
-        self._below: list[IntArray] | None = None  # of each value in a stretch, how many others are below it
+        self._below: list[IntArray] | None = None  # for each value in a stretch, the number of other values below it
 
     def percentile_and_without(self, q: int) -> tuple[FloatArray, FloatArray | None]:
         ranked, n, ends = self._ranked, len(self._ranked), self._ends
@@ -53,10 +52,10 @@ class Ranked:
 
 
 class Sifted:
-    """The same of values that are made in blocks; `quantiles` are all that will be asked for."""
+    """Percentiles of values that are made in blocks. `quantiles` are all that will be asked for."""
 
     def __init__(self, blocks: Callable[[], Iterable[Block]], n: int, quantiles: Sequence[int]) -> None:
-        """`n`: how many there are, counted or not: some for each stretch."""
+        """`n` is the number of values, counted or not, with at least one in each stretch."""
         sieve = Sieve(blocks, stretches(n).tolist())
         self.counted = total = int(sieve.counted.sum())
         without = [*enumerate((sieve.counted.sum() - sieve.counted).tolist())]
@@ -74,7 +73,7 @@ class Sifted:
 
 
 def interpolated(sieve: Sieve, wanted: Sequence[tuple[int | None, int, float]]) -> list[float]:
-    """Percentiles as `numpy.percentile` defines them: without which group, of how many values, which one."""
+    """Percentiles as `numpy.percentile` defines them, each given by the group left out, the number of values, and q."""
     places = [_place(left, q) for _, left, q in wanted]
     groups = [group for group, _, _ in wanted]
     values = sieve.at([(group, rank) for group, (ranks, _) in zip(groups, places, strict=True) for rank in ranks])
@@ -87,7 +86,7 @@ def _too_few_beyond(n: int, q: int) -> bool:
 
 
 def _percentile(ranked: Values, left_below: IntArray, q: int) -> float:
-    """Of the values without some, which leave at least one: how many that stay are below each of those, ascending."""
+    """A percentile without some values: for each value left out, ascending, how many kept ones are below it."""
     places, share = _place(len(ranked) - len(left_below), q)
     ranks = np.array(places)
     low, high = ranked[ranks + left_below.searchsorted(ranks, "right")]
@@ -95,7 +94,7 @@ def _percentile(ranked: Values, left_below: IntArray, q: int) -> float:
 
 
 def _place(n: int, q: float) -> tuple[tuple[int, int], float]:
-    """Between which two ranks of n values the q-th percentile lies, and how far towards the second."""
+    """The two ranks of n values between which the q-th percentile lies, and its distance from the first."""
     at = (n - 1) * (q / 100)
     return (int(at), min(int(at) + 1, n - 1)), at - int(at)
 

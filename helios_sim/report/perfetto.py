@@ -1,9 +1,9 @@
 """A run as a trace for Perfetto (ui.perfetto.dev): iterations, requests, decisions and counters on one time axis.
 
-Each arm is a group of tracks. It holds, for each replica: a track with decisions as
-instants, one with a slice for every iteration, counters, and a group with a track for every slot that requests take one
-after the other. Several replicas have a group each. Arms are no processes of the format: the page of Perfetto sorts
-processes by their number of slices, and what is in them by name. Format: TrackEvents of
+Each arm is a group of tracks. For each replica it has a track with decisions as instants, one with a slice for every
+iteration, counters, and a group with a track for every slot that requests take one after the other. With several
+replicas each has its own group. Arms are not processes of the format, since Perfetto sorts processes by their number of
+slices, and their tracks by name. Format: TrackEvents of
 https://perfetto.dev/docs/reference/synthetic-track-event, written by the `perfetto` package.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 from helios_sim.errors import UserError
 from helios_sim.report.format import visible
 
-SEQUENCE = 1  # of the packets, all of which one writer writes
-ROOT = 0  # the track that has all others
+SEQUENCE = 1  # sequence id of all packets, since there is one writer
+ROOT = 0  # the parent of all tracks
 # A field of an iteration -> the name of its counter and the unit.
 COUNTERS = {
     "running": ("requests running", "requests"), "waiting": ("requests waiting", "requests"),
@@ -33,7 +33,7 @@ POWER = "power at least"
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What one replica ran from `start_ns` to `end_ns`, and its state then."""
+    """An iteration of one replica from `start_ns` to `end_ns`, and its state."""
 
     replica: int
     start_ns: int
@@ -45,7 +45,7 @@ class Iteration:
     waiting: int
     kv_blocks: int
     model: str
-    layers: int  # loaded
+    layers: int  # loaded layers
     utilisation: float  # roofline floor over its time
 
 
@@ -84,12 +84,12 @@ class TracedArm:
     iterations: Sequence[Iteration]
     requests: Sequence[Served]
     instants: Sequence[Instant]
-    # Watts that a replica draws idle, and while it runs at a utilisation of 0 and of 1; none where they are not known.
+    # Watts of a replica: idle, and running at a utilisation of 0 and of 1; None if they are not known.
     power_w: Mapping[int, tuple[float, float, float]]
 
 
 def require_perfetto() -> None:
-    """UserError where the `perfetto` package is not installed."""
+    """Raise UserError if the `perfetto` package is not installed."""
     if find_spec("perfetto") is None:
         allowed = "a trace needs the package perfetto, which is not installed"
         raise UserError("trace", True, allowed, "pip install 'helios-llm-sim[trace]'")
@@ -170,7 +170,7 @@ def _write_request(writer: _Writer, track: int, request: Served) -> None:
 def in_lanes(requests: Sequence[Served]) -> Iterator[tuple[int, Served]]:
     """Each request with the lowest lane that is free from when it is scheduled until it leaves."""
     free: list[int] = []
-    taken: list[tuple[int, int]] = []  # until when, and the lane
+    taken: list[tuple[int, int]] = []  # end of its request, and the lane
     lanes = count()
     for request in sorted(requests, key=lambda it: (it.scheduled_ns, it.request_id)):
         while taken and taken[0][0] <= request.scheduled_ns:
@@ -181,7 +181,7 @@ def in_lanes(requests: Sequence[Served]) -> Iterator[tuple[int, Served]]:
 
 
 class _Writer:
-    """Writes tracks and events, each with what the format asks for."""
+    """Writes tracks and events in Perfetto's format."""
 
     def __init__(self, builder: Any, protos: Any) -> None:
         self._builder, self._types, self._orders = builder, protos.TrackEvent, protos.TrackDescriptor

@@ -1,7 +1,7 @@
 """Records of requests as columns: collected while they leave, read by metrics, written as a table.
 
-Those of a long run lie on disk (`on_disk`). Whoever goes over all requests takes `parts`, of which there is only one
-where they fit into memory, or what is made of parts: `sums`, `counts`, `series`.
+Records of a long run are on disk (`on_disk`). Code that goes over all requests takes `parts`, of which there is one if
+the records fit into memory, or uses `sums`, `counts` and `series`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from helios_sim.request import NS_PER_S, RecordBlock, RequestRecord, Status
 if TYPE_CHECKING:
     import pyarrow
 
-# Whole numbers and how wide they are kept; what does not fit raises an OverflowError.
+# Whole numbers and their widths; a number that does not fit raises OverflowError.
 INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
     "request_id": np.int32,
     "replica": np.int32,
@@ -54,8 +54,8 @@ INTEGERS: dict[str, type[np.signedinteger[Any]]] = {
 }
 MOMENTS = ("scheduled_ns", "first_token_ns", "last_token_ns")
 LABELS = ("model", "status", "drop_reason")
-DERIVED = ("queue_s", "ttft_s", "tpot_s", "e2e_s", "task_name")  # of a table, from its other columns
-BLOCK_ROWS = on_disk.SPAN_ROWS  # of a table that is written in parts
+DERIVED = ("queue_s", "ttft_s", "tpot_s", "e2e_s", "task_name")  # columns of a table that follow from others
+BLOCK_ROWS = on_disk.SPAN_ROWS  # rows of a table that are written at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,14 @@ class Records:
 
     @classmethod
     def of(cls, records: Iterable[RequestRecord]) -> Records:
-        """Columns of these records, sorted by request id so that arms can be paired row by row."""
+        """Make columns from records, sorted by request id so that arms can be paired row by row."""
         log = RecordLog()
         for record in records:
             log.add(record)
         return log.records()
 
     def __setstate__(self, columns: Sequence[Any]) -> None:
-        """Those of a long run come from another process through memory, and are put on disk again."""
+        """Unpickle. Records of a long run come from another process through memory, and are put on disk again."""
         for f, column in zip(fields(self), copied(columns), strict=True):
             object.__setattr__(self, f.name, column)
 
@@ -105,7 +105,7 @@ class Records:
         return Records(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def parts(self) -> Iterator[Records]:
-        """All of them in order, with few enough in memory at once."""
+        """All records in order, in parts that fit into memory."""
         if not self.on_disk:
             yield self
             return
@@ -114,11 +114,11 @@ class Records:
 
     @property
     def on_disk(self) -> bool:
-        """Whether they are too many for memory."""
+        """Whether there are too many records for memory."""
         return on_disk.is_on_disk(self.request_id)
 
     def sums(self, columns: Sequence[str], chosen: Chosen | None = None) -> list[int]:
-        """The sum of each of these columns of whole numbers over the completed requests, those that are chosen."""
+        """The sum of each of these columns of whole numbers over the chosen completed requests."""
         found = [0] * len(columns)
         for part in self.parts():
             rows = part.done(chosen)
@@ -131,7 +131,7 @@ class Records:
         return self.counts("status").get(Status.COMPLETED, 0)
 
     def counts(self, label: str, chosen: Chosen | None = None) -> dict[str | None, int]:
-        """How often each text of a column occurs among the chosen requests, without those that do not."""
+        """The number of times that each text of a column occurs among the chosen requests."""
         found: Counter[str | None] = Counter()
         for part in self.parts():
             labels: Labels = getattr(part, label)
@@ -139,7 +139,7 @@ class Records:
         return dict(found)
 
     def series(self, of: Callable[[Records], NDArray[Any]]) -> Series:
-        """What `of` makes of each part, one after the other."""
+        """The results of `of` for all parts, one after the other."""
         return series_of_all([self], of)
 
     def has_status(self, status: Status) -> BoolColumn:
@@ -150,7 +150,7 @@ class Records:
         return self.has_status(Status.COMPLETED)
 
     def done(self, chosen: Chosen | None = None) -> BoolColumn:
-        """Which of the chosen requests were completed."""
+        """Whether each request is chosen and was completed."""
         return self.completed if chosen is None else self.completed & chosen(self)
 
     def queue_ns(self) -> TimeColumn:
@@ -166,7 +166,7 @@ class Records:
         return (self.last_token_ns.values - self.arrival_ns)[self.completed]
 
     def tpot_ns(self) -> tuple[NDArray[np.float64], BoolColumn]:
-        """Time per output token, (E2E - TTFT) / (n - 1), of completed requests, and where it is defined (n > 1)."""
+        """Time per output token, (E2E - TTFT) / (n - 1), of completed requests, and whether it is defined (n > 1)."""
         gaps = (self.output_tokens - 1)[self.completed]
         decode_ns = (self.last_token_ns.values - self.first_token_ns.values)[self.completed]
         return decode_ns / np.maximum(gaps, 1), gaps > 0
@@ -177,8 +177,7 @@ class Records:
         return times_ns[defined]
 
     def bits_per_char(self, chosen: Chosen | None = None) -> float | None:
-        """Bits per character of the completed requests, those that are chosen; None without any, or where any has no
-        bits."""
+        """Bits per character of the chosen completed requests; None without any, or if the bits of one are unknown."""
         chars = microbits = 0
         for part in self.parts():
             rows = part.done(chosen)
@@ -212,9 +211,10 @@ class Records:
                 yield part.part(slice(first, first + BLOCK_ROWS)).to_table(arm, seed, tasks, cached)
 
     def to_table(self, arm: str, seed: int, tasks: Sequence[str] = (), cached: bool = False) -> pyarrow.Table:
-        """The columns with their RequestRecord names and `bits`, nulls where a time did not happen or bits are not
-        known, plus `arm` and `seed`; then what follows from them (`DERIVED`), in seconds, of completed requests, and
-        the task's name where `tasks` has one for each number, and `cached_tokens` where they are asked for."""
+        """The columns under the names of RequestRecord, `bits`, `arm` and `seed`, with null for missing times and bits.
+
+        Derived columns follow (`DERIVED`): times of completed requests in seconds, and the task's name if `tasks` has
+        names; then `cached_tokens` if they are asked for."""
         import pyarrow as pa
 
         n, done = len(self), self.completed
@@ -243,12 +243,12 @@ class Records:
 
 
 def series_of_all(runs: Sequence[Records], of: Callable[[Records], NDArray[Any]]) -> Series:
-    """What `of` makes of the requests of at least one run, one run after the other."""
+    """The results of `of` for the requests of one or more runs, one run after the other."""
     return Series(lambda: (of(part) for records in runs for part in records.parts()))
 
 
 Chosen = Callable[[Records], BoolColumn]
-"""Tells of some requests which are meant, true or false for each of them, (n,). Where it is None, all are."""
+"""Chooses requests: maps records to a boolean for each, (n,). None chooses all."""
 
 
 def _texts(labels: Labels) -> pyarrow.Array:
@@ -266,9 +266,9 @@ BLOCK_RECORDS = 4096
 _MAYBE = (*MOMENTS, "microbits", "cached_tokens")
 _NAMES = (*INTEGERS, *_MAYBE, *LABELS)
 _KINDS = INTEGERS | dict.fromkeys(_MAYBE, np.int64) | dict.fromkeys(LABELS, np.int16)
-ROW_BYTES = sum(np.dtype(kind).itemsize for kind in _KINDS.values()) + len(_MAYBE)  # of all columns of a request
+ROW_BYTES = sum(np.dtype(kind).itemsize for kind in _KINDS.values()) + len(_MAYBE)  # bytes of all columns of a request
 _row = attrgetter(*_NAMES)
-_PRESENT, _NO_ID = "present ", -1  # on disk: before the name of a column that may lack numbers; no record yet
+_PRESENT, _NO_ID = "present ", -1  # on disk: prefix of columns that say what is present; id of an empty row
 
 
 class RecordLog:
@@ -280,17 +280,17 @@ class RecordLog:
     """
 
     def __init__(self, requests: int | None = None) -> None:
-        """`requests`: how many there will be, with ids from 0; None: that is not known."""
+        """`requests` is the number of requests, with ids from 0; None if it is not known."""
         self._waiting: list[RequestRecord] = []
         columns = None if requests is None or requests < on_disk.WORTH_A_FILE else _on_disk(requests)
-        self._on_disk, self._at_home = columns is not None, 0  # how many rows may be in memory all the same
+        self._on_disk, self._at_home = columns is not None, 0  # rows that may still be in memory
         self._columns: dict[str, NDArray[Any]] = columns or {name: np.zeros(0, _KINDS[name]) for name in _NAMES}
         self._present: dict[str, NDArray[np.bool_]] = {
             name: self._columns.pop(_PRESENT + name, np.zeros(0, np.bool_)) for name in _MAYBE
         }
-        self._missing = {*_MAYBE}  # of which no number has come yet: they have no columns
+        self._missing = {*_MAYBE}  # columns that have no number yet, and so do not exist
         self._codes: dict[str, dict[str | None, int]] = {name: {} for name in LABELS}
-        self._rows = 0  # of the columns that are filled
+        self._rows = 0  # filled rows
 
     def add(self, record: RequestRecord) -> None:
         self._waiting.append(record)
@@ -298,7 +298,7 @@ class RecordLog:
             self._flush()
 
     def add_block(self, block: RecordBlock) -> None:
-        """Records after all that were added so far. OverflowError where a number does not fit its column."""
+        """Append records. Raises OverflowError if a number does not fit its column."""
         self._flush()
         rows = self._rows_of(block.numbers["request_id"])
         for name, values in block.numbers.items():
@@ -314,7 +314,7 @@ class RecordLog:
             self._columns[name][rows] = code_of[codes]
 
     def records(self) -> Records:
-        """All added records in order of request id. They take over the memory of the log, which ends it."""
+        """All added records in order of request id. They take over the log's memory, so the log ends."""
         self._flush()
         ids = self._columns["request_id"]
         if not self._on_disk:
@@ -324,7 +324,7 @@ class RecordLog:
             on_disk.expect_reading(ids)
             order = slice(None) if self._rows == len(ids) else np.flatnonzero(ids != _NO_ID)
         found: dict[str, Any] = {}
-        for name in _NAMES:  # one after the other, so that only one column exists twice at any time
+        for name in _NAMES:  # one by one, so that only one column exists twice at any time
             if name in self._missing:
                 none = np.broadcast_to(np.int64(0), self._rows), np.broadcast_to(np.bool_(False), self._rows)
                 found[name] = Maybe(*none)
@@ -350,12 +350,12 @@ class RecordLog:
                 self._put_maybe(name, rows, *numbers_and_none(values))
                 continue
             else:
-                column = np.array(values, _KINDS[name])  # raises where one does not fit
+                column = np.array(values, _KINDS[name])  # raises OverflowError if one does not fit
             self._columns[name][rows] = column
         self._waiting.clear()
 
     def _rows_of(self, ids: NDArray[np.int64]) -> slice | NDArray[np.int64]:
-        """Where the next records go, those with these ids."""
+        """The rows for the next records, which have these ids."""
         self._rows += len(ids)
         if not self._on_disk:
             self._make_room(self._rows)
@@ -387,7 +387,7 @@ class RecordLog:
 
 
 def _on_disk(requests: int) -> dict[str, NDArray[Any]] | None:
-    """All columns, in which no request has a record yet; None where there is no room for them."""
+    """Empty columns on disk for all requests; None if there is no room for them."""
     try:
         columns = on_disk.zeros(_KINDS | {_PRESENT + name: np.bool_ for name in _MAYBE}, requests)
     except OSError as error:

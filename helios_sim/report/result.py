@@ -1,4 +1,4 @@
-"""The result of a finished study, and of its comparison with a measured run: all that tables and pages are made of."""
+"""The result of a finished study, or of its comparison with a measured run, from which tables and pages are made."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """What became of requests in a window of time."""
+    """Outcomes of requests in a window of time."""
 
     completed: int
-    e2e_s_mean: float | None  # of those
-    unfinished: int  # had come and were not done at its end
+    e2e_s_mean: float | None  # of the completed requests
+    unfinished: int  # requests that had arrived and were not done at its end
 
 
 @dataclass(frozen=True, slots=True)
 class Instead:
-    """A decision beside the next best option, over the time until the next decision."""
+    """A decision compared with the next best option, over the time until the next decision."""
 
-    option: Placement  # the other
+    option: Placement  # the next best option
     window_s: float
     chosen: Over
     other: Over
@@ -94,25 +94,25 @@ class ExitDepths:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One policy's runs. Timeline, decisions, exit depths and replicas are of the first replicate."""
+    """The runs of one arm. Timeline, decisions, exit depths and replicas are those of the first replicate."""
 
     name: str
     description: str  # one line: what the policy does
-    replicates: tuple[Replicate, ...]  # at least one; those of all arms match by position
+    replicates: tuple[Replicate, ...]  # at least one; replicates of all arms match by position
     timeline: Timeline | None = None  # of the first replica
-    capacity_bytes: int | None = None  # of the card, for the timeline's memory
+    capacity_bytes: int | None = None  # memory of the card, for the timeline
     decisions: Sequence[Decision] = ()
     exit_depths: tuple[ExitDepths, ...] = ()
-    baseline: str | None = None  # the arm under the same conditions that it is compared with; None: the result's
-    timeline_transitions_ns: Sequence[int] | None = None  # of the timeline's replica; None: those of the replicate
+    baseline: str | None = None  # the arm under the same conditions to compare with; None: the result's baseline
+    timeline_transitions_ns: Sequence[int] | None = None  # of the timeline's replica; None: the replicate's
     replicas: tuple[ReplicaFigures, ...] = ()
-    is_bound: bool = False  # knows what will come, as no policy that one could deploy
-    waits: tuple[WaitFigures, ...] = ()  # by what the order of the line prefers; empty in order of arrival
-    faults: FaultFigures | None = None  # None: none were to strike
-    timeline_faults: Sequence[Struck] = ()  # that struck the timeline's replica
-    scaled: Scaled | None = None  # of the first replicate; None: all replicas were always on
-    instead: Mapping[int, Instead] = field(default_factory=dict)  # by place in `decisions`
-    intervals: Mapping[str, Interval] = field(init=False, compare=False)  # of `metrics`, those that are defined
+    is_bound: bool = False  # an oracle that knows the future, and so cannot be deployed
+    waits: tuple[WaitFigures, ...] = ()  # by priority or prompt length; empty with fcfs
+    faults: FaultFigures | None = None  # None without planned faults
+    timeline_faults: Sequence[Struck] = ()  # faults that struck the timeline's replica
+    scaled: Scaled | None = None  # autoscaling of the first replicate; None if all replicas were always on
+    instead: Mapping[int, Instead] = field(default_factory=dict)  # by index in `decisions`
+    intervals: Mapping[str, Interval] = field(init=False, compare=False)  # of the defined `metrics`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intervals", intervals_of([(it.records, it.metrics) for it in self.replicates]))
@@ -125,29 +125,29 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published figure and the same figure of this study."""
+    """A published figure, and the same figure in this study."""
 
     what: str  # "throughput over early-exit OPT-1.3B"
     published: float
-    condition: str  # of the publication
+    condition: str  # under which it was published
     source: str
-    ours: float | None  # None: not computed here, and `remark` says why
-    low: float | None  # our interval
+    ours: float | None  # this study's figure; None if not computed, and `remark` says why
+    low: float | None  # its interval
     high: float | None
     inputs: tuple[tuple[str, ProvenanceClass], ...]  # (input, its class)
-    remark: str  # whether it follows, and if not, why
+    remark: str  # whether the study agrees, and if not, why
     unit: str = "x"
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A bound that an experiment must meet; otherwise the command fails."""
+    """A bound that an experiment must meet. The command fails if it does not."""
 
     name: str
     value: float | None
-    bound: str  # as a person reads it, "<= 0.05"
+    bound: str  # as text, such as "<= 0.05"
     passed: bool
-    low: float | None = None  # its interval
+    low: float | None = None  # interval of the value
     high: float | None = None
 
 
@@ -157,9 +157,9 @@ class ServedWorkload:
 
     statement: str
     requests: int
-    offered_requests_per_s: float | None  # None in a closed loop, when all came at once, or where arms differ
+    offered_requests_per_s: float | None  # None in a closed loop, if all came at once, or if arms differ
     facts: tuple[tuple[str, str], ...] = ()  # (name, value): lengths, mix, drift, source
-    tasks: tuple[str, ...] = ()  # by the number that records have
+    tasks: tuple[str, ...] = ()  # names by the task number in records
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class SweepPoint:
     settings: Mapping[str, float | int | str]
     metrics: Mapping[str, Metrics]  # by arm
     vs_baseline: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
-    intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # by arm, of the shown metrics
+    intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # by arm, for the shown metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class SweepFigure:
-    """A metric of the points against one setting, a line for each arm (and each value of `split_by`)."""
+    """A metric of the points against one setting, with a line for each arm (and each value of `split_by`)."""
 
     title: str
     x: str  # a key of the points' settings
@@ -211,7 +211,7 @@ class LoadFigure:
 
 @dataclass(frozen=True, slots=True)
 class ArmsFigure:
-    """One metric of the arms against another, a point for each arm, at the study's own settings or at a point's."""
+    """One metric of the arms against another, with a point for each arm, at the study's or a sweep point's settings."""
 
     title: str
     x: str
@@ -223,27 +223,27 @@ class ArmsFigure:
 
 @dataclass(frozen=True, slots=True)
 class PhaseFigure:
-    """How much better than the baseline arms are by one metric, at each value of two settings."""
+    """The improvement of arms over the baseline in one metric, at each value of two settings."""
 
     title: str
     x: str  # a key of the points' settings
     x_label: str
     metric: str
-    split_by: str  # another: the rows, or groups of columns where all arms are shown
-    least_agreement: float = 0.0  # an arm that changes more tokens is not the best
+    split_by: str  # the other key: rows, or groups of columns if all arms are shown
+    least_agreement: float = 0.0  # arms with less agreement do not count as best
     arms: tuple[str, ...] | None = None  # None: all
     where: Mapping[str, float | int | str] = field(default_factory=dict)
-    best_only: bool = True  # false: a row for each arm
-    y_label: str = ""  # of the rows
+    best_only: bool = True  # False: a row for each arm
+    y_label: str = ""  # label of the rows
 
 
 @dataclass(frozen=True, slots=True)
 class QualityFigure:
-    """Bits per character over the run, a line for each arm."""
+    """Bits per character over the run, with a line for each arm."""
 
     title: str
     arms: tuple[str, ...] | None = None  # None: all
-    parts: int = 20  # of the requests in their order, one point each
+    parts: int = 20  # parts of the requests in order, with one point each
 
 
 Figure = SweepFigure | LoadFigure | ArmsFigure | QualityFigure | PhaseFigure
@@ -255,15 +255,15 @@ STATISTICS = ("mean", "median", "p90", "p95", "p99")
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """One figure of both runs; None where it is undefined or not in the log."""
+    """One figure of both runs; None if it is undefined or not in the log."""
 
     group: str  # TTFT, TPOT, ITL, E2E, system
     statistic: str
     unit: str
-    measured: float | None  # the mean, where it was measured several times; so is what is simulated
+    measured: float | None  # mean of several measurements, as is the simulated figure
     simulated: float | None
-    paced: float | None = None  # simulated at the pace that the device had meanwhile, where that is known
-    runs: tuple[float, ...] = ()  # each measurement, where there are several
+    paced: float | None = None  # simulated at the device's pace during the run, if that is known
+    runs: tuple[float, ...] = ()  # each measurement, if there are several
     band: tuple[float, float] | None = None  # 95 % interval of the difference; None if not known
 
     @property
@@ -272,17 +272,17 @@ class ComparedRow:
 
     @property
     def difference(self) -> float | None:
-        """Simulated over measured, less 1."""
+        """Simulated / measured - 1."""
         return _less_one(self.simulated, self.measured)
 
     @property
     def paced_difference(self) -> float | None:
-        """The same of the simulation at the device's pace."""
+        """`difference` for the simulation at the device's pace."""
         return _less_one(self.paced, self.measured)
 
     @property
     def noise(self) -> float | None:
-        """How far two measurements of the same figure differ, as a share of their mean.
+        """The typical difference between two measurements of the same figure, as a share of their mean.
 
         The root mean square over all pairs, which is the root of 2 times the standard deviation.
         """
@@ -293,7 +293,7 @@ class ComparedRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestTimes:
-    """TTFT, TPOT or E2E of every request of one part, for each run an ascending array (n,)."""
+    """TTFT, TPOT or E2E of all requests of one part, as an ascending array (n,) for each run."""
 
     part: str
     name: str  # TTFT, TPOT, E2E
@@ -303,7 +303,7 @@ class RequestTimes:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Running or waiting requests over time, of both runs at the same k times, shape (k,) each."""
+    """Running or waiting requests of both runs at the same k times, (k,) each."""
 
     name: str
     time_s: FloatArray
@@ -315,20 +315,20 @@ class Count:
 class LoadError:
     """Relative changes of the derived figures under a slower profile, at one load."""
 
-    load: float  # arrivals over the log's own
+    load: float  # in multiples of the log's arrivals
     changes: tuple[tuple[str, float], ...]  # (figure, relative change)
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """All that was compared."""
+    """A comparison of a simulation with measured runs."""
 
-    # (what, its rows): of a log all requests, then parts of them; of a live server each arm at each load
+    # (name, rows): for a log all requests and parts of them; for a live server each arm at each load
     parts: tuple[tuple[str, tuple[ComparedRow, ...]], ...]
     counts: tuple[Count, ...]
     load_errors: tuple[LoadError, ...]
-    profile_error: float  # that load_errors assume
-    terms: tuple[tuple[str, str], ...]  # named quantities: what and how much
+    profile_error: float  # the error that load_errors assume
+    terms: tuple[tuple[str, str], ...]  # names and values of estimated quantities
     spreads: tuple[RequestTimes, ...] = ()
 
     @property
@@ -337,7 +337,7 @@ class Fidelity:
 
     @property
     def paced(self) -> bool:
-        """Whether the device's pace was measured beside anything."""
+        """Whether the device's pace was measured in any part."""
         return any(row.paced is not None for _, rows in self.parts for row in rows)
 
     @property
@@ -351,7 +351,7 @@ def _less_one(value: float | None, over: float | None) -> float | None:
 
 
 def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | None, ...]) -> tuple[ComparedRow, ...]:
-    """TTFT, TPOT, ITL (of the simulation; a log has no gaps between tokens), E2E, span and throughput."""
+    """Rows for TTFT, TPOT, ITL (simulated only, since a log has no gaps between tokens), E2E, span and throughput."""
     rows = []
     for group, of in (("TTFT", _ttft), ("TPOT", _tpot), ("E2E", _e2e)):
         if group == "E2E":
@@ -369,7 +369,7 @@ def compared_rows(measured: Records, simulated: Records, itl_ms: tuple[float | N
 
 
 def statistics(values_ms: FloatArray) -> tuple[float | None, ...]:
-    """Mean, median, p90, p95, p99; None each without values."""
+    """Mean, median, p90, p95 and p99, each None without values."""
     if not len(values_ms):
         return (None,) * len(STATISTICS)
     return float(values_ms.mean()), *(float(p) for p in np.percentile(values_ms, (50, 90, 95, 99)))
@@ -390,28 +390,28 @@ def _tpot(records: Records) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class AtEnd:
-    """The subject with every iteration `time_factor` times as long as the profile says."""
+    """The subject with every iteration `time_factor` times as long as in the profile."""
 
     time_factor: float
-    ratio: Ratio | None  # over its baseline, likewise; None: the subject is the baseline
+    ratio: Ratio | None  # over the baseline with the same factor; None if the subject is the baseline
     value: MetricValue
 
 
 @dataclass(frozen=True, slots=True)
 class KeptPromise:
-    """What an arm's exits were promised to change at most, and what they changed on prompts that were set apart."""
+    """The promised bound on tokens that an arm's exits change, and the share that they changed."""
 
     arm: str
-    max_disagreement: float  # a share of tokens
-    probability: float  # with which it is promised
-    prompts: int  # of each model, by which it was tested
-    threshold: float | None  # that was chosen; None: no token may leave early
-    held_out: float | None  # share of tokens that differ, of the requests served; None: there was none
+    max_disagreement: float  # promised share of changed tokens
+    probability: float  # probability that the promise holds
+    prompts: int  # prompts of each model by which it was tested
+    threshold: float | None  # the chosen threshold; None: no token may leave early
+    held_out: float | None  # share of changed tokens in the served requests; None if there were none
     held_out_interval: tuple[float, float] | None
 
     @property
     def kept(self) -> bool | None:
-        """False where even the lower end is above the promise; None where the noise leaves it open, or nothing ran."""
+        """False if even the lower end is above the promise; None if noise leaves it open, or nothing ran."""
         if self.held_out is None:
             return None
         if self.held_out <= self.max_disagreement:
@@ -421,14 +421,14 @@ class KeptPromise:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What the subject's answer in the headline metric hangs on, besides the inputs."""
+    """How far the subject's answer in the headline metric can be trusted, besides its inputs."""
 
-    band: TimeBand | None = None  # of times over those of the profiles
+    band: TimeBand | None = None  # real times divided by the profiles'
     at_ends: tuple[AtEnd, ...] = ()
-    survives: bool | None = None  # whether the same is said at both ends; None: nothing is, or it was not run there
-    why_not: str | None = None  # why it was not run there, though it was to be
-    valid_up_to_rps: float | None = None  # arrivals up to which the subject and its baseline kept up here
-    promises: tuple[KeptPromise, ...] = ()  # of arms whose exits keep one (exits.guarantee)
+    survives: bool | None = None  # whether the answer is the same at both ends; None if unknown or not run
+    why_not: str | None = None  # why the ends were not run, if they should have been
+    valid_up_to_rps: float | None = None  # arrival rate up to which the subject and its baseline kept up
+    promises: tuple[KeptPromise, ...] = ()  # promises of arms with exits.guarantee
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,15 +441,15 @@ class ExperimentResult(Sourced):
     conditions: str  # hardware, runtime and load in a sentence
     verdict: tuple[str, ...]  # one or a few sentences; the first is the answer
     baseline: str  # an arm
-    arms: Mapping[str, ArmResult]  # in the order to show
+    arms: Mapping[str, ArmResult]  # in display order
     workload: ServedWorkload
     inputs: Mapping[str, Provenance]  # by name: profiles, exit traces, request traces
     provenance: Mapping[str, Any]  # of the run: command, versions, seeds, configuration
     slo: Slo = field(default_factory=Slo)
     published: tuple[Published, ...] = ()
     gates: tuple[Gate, ...] = ()
-    assumptions: tuple[Assumption, ...] = ()  # besides those of the inputs
-    warnings: tuple[str, ...] = ()  # besides those that the report finds itself
+    assumptions: tuple[Assumption, ...] = ()  # in addition to those of the inputs
+    warnings: tuple[str, ...] = ()  # in addition to those that the report finds
     points: tuple[SweepPoint, ...] = ()
     figures: tuple[Figure, ...] = ()
     headline_metrics: tuple[str, ...] | None = None  # columns of the arms table; None: the usual ones
@@ -473,7 +473,7 @@ class ExperimentResult(Sourced):
             yield from replicate.records.tables(name, replicate.seed, self.workload.tasks, cached)
 
     def requests(self) -> Any:
-        """The same as a data frame of pandas or, where only that is installed, of polars.
+        """The rows of requests.parquet as a data frame of pandas, or of polars if only that is installed.
 
         Raises UserError if neither is.
         """
@@ -489,14 +489,14 @@ class ExperimentResult(Sourced):
 
     @property
     def seeds(self) -> int:
-        """How many seeds each arm ran under."""
+        """The number of seeds of each arm."""
         return len(self.arms[self.baseline].replicates)
 
 
 def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
-    """The columns of the arms table: the experiment's own, else the usual ones; ratios are of the first.
+    """The columns of the table of arms: the experiment's own, else the default ones. Ratios are of the first.
 
-    Costs, the hit rate of prefix caching and what became of drafts and cascades follow where they were asked for.
+    Costs, the hit rate of prefix caching, and metrics of drafts and cascades follow if the study has them.
     """
     names = result.headline_metrics or USUAL_METRICS
     runs = [replicate.metrics for arm in result.arms.values() for replicate in arm.replicates]
@@ -506,12 +506,12 @@ def headline_metrics(result: ExperimentResult) -> tuple[str, ...]:
 
 
 def scope(seeds: int) -> Method:
-    """What intervals of so many seeds hold."""
+    """The scope of intervals with so many seeds."""
     return Method.OVER_SEEDS if seeds > 1 else Method.WITHIN_RUN
 
 
 def scope_in_words(seeds: int) -> str:
-    """What intervals of so many seeds hold, as the reader is told wherever one is shown."""
+    """The scope of intervals with so many seeds, in the words that are shown beside them."""
     return f"over {seeds} seeds" if seeds > 1 else "within this run"
 
 
@@ -520,7 +520,7 @@ LOAD_METRICS = ("throughput_requests_per_s", "ttft_s_p50", "ttft_s_p99", "tpot_s
 
 
 def shown_metrics(headline: Sequence[str] | None, figures: Sequence[Figure]) -> set[str]:
-    """Metrics that have ratios and intervals at every point of a sweep: those in the table and the figures."""
+    """Metrics with ratios and intervals at every point of a sweep: those in the table and the figures."""
     found = {*(headline or USUAL_METRICS), *(f.metric for f in figures if isinstance(f, SweepFigure | PhaseFigure))}
     return found | {*LOAD_METRICS} if any(isinstance(f, LoadFigure) for f in figures) else found
 
@@ -529,7 +529,7 @@ Comparisons = Mapping[str, Mapping[str, Ratio]]  # by arm, then by metric
 
 
 def comparisons(result: ExperimentResult) -> dict[str, dict[str, Ratio]]:
-    """Ratios of every arm to its baseline, without the baselines themselves."""
+    """The ratios of every arm to its baseline, without the baselines themselves."""
     runs = {name: [(r.records, r.metrics) for r in arm.replicates] for name, arm in result.arms.items()}
     return {
         name: compare(runs[name], runs[result.baseline_of(name)])

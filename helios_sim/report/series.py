@@ -1,7 +1,7 @@
-"""Numbers of many requests in their order: means, sums and percentiles, without all of them in memory.
+"""Sums, means and percentiles of numbers of many requests, without all of them in memory.
 
-Where they fit into memory they are an array, and NumPy does it. Where they do not, they are made anew, block by block,
-each time that they are gone over, and the same comes out to the bit: floats are added in NumPy's own order.
+Numbers that fit into memory are an array, and NumPy computes the results. Others are made again block by block in each
+pass. The results are the same to the bit, since floats are added in NumPy's order.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from helios_sim.report.sieve import Sieve
 
 Values = NDArray[Any]
 
-_BUFFER = 8192  # numbers that NumPy adds up at once, halves first, where it makes floats of them
-_FLOATS_AT_ONCE = np.lib.NumpyVersion(np.__version__) >= "2.3.0"  # before, sums of floats went by buffers as well
+_BUFFER = 8192  # numbers that NumPy converts to floats and adds up at once
+_FLOATS_AT_ONCE = np.lib.NumpyVersion(np.__version__) >= "2.3.0"  # older versions added floats by buffers too
 
 
 class Series:
-    """Numbers (n,) in order, none of them negative where percentiles are asked for."""
+    """Numbers (n,) in order. They must not be negative if percentiles are asked for."""
 
     def __init__(self, blocks: Callable[[], Iterable[Values]]) -> None:
-        """`blocks` makes them, from the first to the last, at least one block."""
+        """`blocks` yields the numbers in order, in at least one block."""
         self._blocks = blocks
         self._all, kind = _if_few(blocks())
         self._whole = kind != "f"
@@ -41,7 +41,7 @@ class Series:
         return self._n
 
     def total(self) -> float:
-        """As `numpy.sum`; whole numbers, and how often it is true, as a whole number."""
+        """The sum, as of `numpy.sum`; an int for whole numbers and booleans."""
         if self._all is not None:
             return float(self._all.sum()) if not self._whole else int(self._all.sum())
         if self._whole:
@@ -49,9 +49,9 @@ class Series:
         return self._float_sum()
 
     def by_stretch(self, ends: NDArray[np.int64]) -> NDArray[Any]:
-        """(stretches,) sums of each stretch of them, as `numpy.add.reduceat` adds up, with at least one number in each.
+        """The sum of each stretch, (stretches,), as of `numpy.add.reduceat`. Each stretch has at least one number.
 
-        `ends`: where each stretch begins, and the end of the last.
+        `ends` has the begin of each stretch, and the end of the last.
         """
         if self._all is not None:
             return np.add.reduceat(self._all, ends[:-1], dtype=np.int64 if self._whole else None)
@@ -61,20 +61,20 @@ class Series:
         return np.array([float(ahead.take(1)[0]) + pairwise_sum(ahead, length - 1) for length in lengths])
 
     def mean(self) -> float:
-        """As `numpy.mean`. At least one number."""
+        """The mean, as of `numpy.mean`, of at least one number."""
         if self._all is not None:
             return float(np.mean(self._all))
         return self._float_sum() / len(self)
 
     def percentiles(self, quantiles: Sequence[float]) -> list[float]:
-        """As `numpy.percentile`. At least one number."""
+        """Percentiles, as of `numpy.percentile`, of at least one number."""
         if self._all is not None:
             return [float(value) for value in np.percentile(self._all, list(quantiles))]
         sieve = self._sieve()
         return interpolated(sieve, [(None, len(self), q) for q in quantiles])
 
     def median(self) -> float:
-        """As `numpy.median`. At least one number."""
+        """The median, as of `numpy.median`, of at least one number."""
         if self._all is not None:
             return float(np.median(self._all))
         low, high = self.at([(len(self) - 1) // 2, len(self) // 2])
@@ -87,7 +87,7 @@ class Series:
         return self._sieve().at([(None, rank) for rank in ranks])
 
     def between(self, first: int, end: int) -> Series:
-        """Those from place `first` to before `end`."""
+        """The numbers from index `first` to before `end`."""
         return Series(lambda: _between(self, first, end))
 
     def ascends(self) -> bool:
@@ -101,7 +101,7 @@ class Series:
         return True
 
     def in_order_of(self, keys: Series) -> Series:
-        """Those with the smallest keys first, in this order where keys are equal. All of them will be in memory."""
+        """The numbers sorted by keys, stable for equal keys. All of them will be in memory."""
         values = np.concatenate(list(self))[np.argsort(np.concatenate(list(keys)), kind="stable")]
         return Series(lambda: [values])
 
@@ -121,7 +121,7 @@ def whole_sum(ahead: Ahead, n: int) -> int:
 
 
 def buffered_sum(ahead: Ahead, n: int) -> float:
-    """The sum of the next n numbers as floats, one buffer after the other."""
+    """The sum of the next n numbers as floats, buffer by buffer."""
     total = 0.0
     for left in range(n, 0, -_BUFFER):
         total += float(np.add.reduce(ahead.take(min(left, _BUFFER)), dtype=np.float64))
@@ -129,7 +129,7 @@ def buffered_sum(ahead: Ahead, n: int) -> float:
 
 
 def pairwise_sum(ahead: Ahead, n: int) -> float:
-    """The sum of the next n floats, halves first, as NumPy splits them."""
+    """The pairwise sum of the next n floats, split as NumPy splits them."""
     if n <= _BUFFER:
         return float(np.add.reduce(ahead.take(n)))
     half = n // 2
@@ -138,14 +138,14 @@ def pairwise_sum(ahead: Ahead, n: int) -> float:
 
 
 class Ahead:
-    """Takes numbers from the front, wherever a block ends."""
+    """Takes numbers from the front, across the ends of blocks."""
 
     def __init__(self, blocks: Iterable[Values]) -> None:
         self._blocks = iter(blocks)
         self._front = next(self._blocks)
 
     def take(self, n: int) -> Values:
-        """The next n, which there are."""
+        """The next n numbers. There must be so many."""
         parts, missing = [self._front[:n]], n - len(self._front[:n])
         self._front = self._front[n:]
         while missing:
@@ -157,7 +157,7 @@ class Ahead:
 
 
 def _if_few(blocks: Iterable[Values]) -> tuple[Values | None, str]:
-    """All numbers where they are in one block or few in all, None where there are too many; and of what kind."""
+    """All numbers if they are in one block or few, None if there are too many; and their dtype."""
     found, n = [], 0
     iterator = iter(blocks)
     for block in iterator:

@@ -1,7 +1,7 @@
-"""Numbers by their rank, out of more than fit into memory: exact, and without sorting them all.
+"""Exact numbers by rank, out of more numbers than fit into memory, without sorting them all.
 
-A first pass counts how many fall between neighbouring bounds, which lie close together. Others keep only those between
-bounds where a wanted rank lies, so many at a time.
+A first pass counts the numbers between closely spaced bounds. Further passes keep only the numbers between bounds with
+a wanted rank, a limited number at a time.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[Any]
-Block = tuple[Values, NDArray[np.bool_] | None]  # numbers in order, and which of them count; None: all
+Block = tuple[Values, NDArray[np.bool_] | None]  # numbers in order, and whether each counts; None: all do
 Kept = tuple[Values, NDArray[np.int64], NDArray[np.int64]]
 
-_MOST_KEPT = 1 << 18  # numbers, from which a further pass is made
+_MOST_KEPT = 1 << 18  # most numbers that one pass keeps
 _OCTAVES = 62
 _ONE = int(np.float64(1.0).view(np.int64))
 
 
 class Sieve:
-    """Numbers of at least 0 in consecutive groups, of which each can be left out."""
+    """Numbers of at least 0 in consecutive groups, each of which can be left out."""
 
     def __init__(self, blocks: Callable[[], Iterable[Block]], ends: Sequence[int] | None = None) -> None:
-        """`blocks` makes the numbers from first to last. `ends`: where each group begins, and the end; None: one."""
+        """`blocks` yields the numbers in order. `ends` has the begin of each group, and the end; None: one group."""
         self._blocks, self._ends = blocks, ends
-        self._fine = 12 if ends is None else 9  # bits: so many bounds lie between a number and its double
+        self._fine = 12 if ends is None else 9  # so many bits of bounds lie between a number and its double
         self._counts = np.zeros((1 if ends is None else len(ends) - 1, (_OCTAVES << self._fine) + 1), np.int64)
         for group, values in self._pieces():
             self._counts[group] += np.bincount(self._places(values), minlength=self._counts.shape[1])
         self.counted = self._counts.sum(axis=1)  # numbers in each group
 
     def at(self, wanted: Sequence[tuple[int | None, int]]) -> list[Any]:
-        """The number at each rank, from 0, among all without those of a group; None: with all of them."""
+        """The number at each rank, from 0, among all numbers except those of a group; None: among all."""
         whole, upto = self._counts.sum(axis=0), {}
         for left_out in {left_out for left_out, _ in wanted}:
             upto[left_out] = np.cumsum(whole if left_out is None else whole - self._counts[left_out])
@@ -52,7 +52,7 @@ class Sieve:
         return [found[number] for number in range(len(wanted))]
 
     def _kept(self, places: NDArray[np.int64]) -> dict[int, Kept]:
-        """Of each of these places its numbers ascending, their groups, and how often each is there."""
+        """The numbers of each of these places in ascending order, their groups, and how often each occurs."""
         wanted = np.zeros(self._counts.shape[1], np.bool_)
         wanted[places] = True
         parts = []
@@ -69,7 +69,7 @@ class Sieve:
         }
 
     def _pieces(self) -> Iterator[tuple[int, Values]]:
-        """What counts of each block, a group at a time."""
+        """Yield the counted numbers of each block, group by group."""
         at = group = 0
         for values, counted in self._blocks():
             first, n = 0, len(values)
@@ -83,7 +83,7 @@ class Sieve:
             at += n
 
     def _places(self, values: Values) -> NDArray[np.int64]:
-        """Between which bounds each number lies, by the leading bits of floats above 1. Never falls as numbers rise."""
+        """The place of each number among the bounds, by the leading bits of floats above 1. Rises with the number."""
         bits = (np.clip(values, 0, 2.0**_OCTAVES) + 1.0).view(np.int64)
         bits -= _ONE
         bits >>= 52 - self._fine

@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1  # of summary.json
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Of predictions over measurements, less 1: the mean of their sizes, the 90th percentile of these, and the mean."""
+    """Statistics of prediction / measurement - 1: mean and 90th percentile of absolute values, and the mean."""
 
     rows: int
     mean: float
@@ -33,20 +33,20 @@ class Errors:
 
     @classmethod
     def of(cls, errors: NDArray[np.float64]) -> Errors:
-        """At least one error."""
+        """The statistics of at least one error."""
         size = np.abs(errors)
         return cls(len(errors), float(size.mean()), float(np.quantile(size, 0.9)), float(errors.mean()))
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Rows that belong together. None where none of them is predicted."""
+    """A group of rows. Errors are None if none of them is predicted."""
 
     name: str
     rows: int
     tpot: Errors | None
     ttft: Errors | None
-    others: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # mean errors of TPOT, TTFT of others
+    others: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # other predictors' errors of TPOT, TTFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ class SiliconResult:
     experiment: str
     title: str
     question: str
-    rows: Sequence[Mapping[str, Any]]  # as measured and as predicted, one mapping a row
+    rows: Sequence[Mapping[str, Any]]  # one mapping for each row, measured and predicted
     groups: Sequence[Compared]
     together: Sequence[Compared]  # sums over groups
     gates: tuple[Gate, ...]
     not_predicted: Sequence[tuple[str, str]]  # (row's id, why)
     notes: Sequence[str]
-    others: Sequence[str]  # names of the others' columns
+    others: Sequence[str]  # names of the other predictors' columns
     provenance: Mapping[str, Any]
 
 
@@ -79,7 +79,7 @@ def table_of(result: SiliconResult) -> TextTable:
 
 
 def cells(compared: Compared, others: Sequence[str]) -> list[str]:
-    """A line of the table, percentages with one decimal."""
+    """A row of the table, with percentages to one decimal."""
     tpot, ttft = compared.tpot, compared.ttft
     of_others = [compared.others.get(name) for name in others]
     shown = [

@@ -10,11 +10,11 @@ from helios_sim.report.designs import DesignsResult, design_label, metric_cells,
 from helios_sim.report.result import ComparedRow, Comparisons, ExperimentResult, headline_metrics, scope_in_words
 from helios_sim.report.terminal import TextTable, say
 
-MOST_ROWS = 20  # of a front
+MOST_ROWS = 20  # shown rows of a front
 
 
 def print_table(result: ExperimentResult, ratios: Comparisons, file: TextIO | None = None) -> None:
-    """Arms as rows, the ratio of the first metric to the baseline next to it."""
+    """Print the arms as rows, with the ratio of the first metric to the baseline next to it."""
     arms_table(result, ratios).show(file)
     for mark, name in baseline_marks(result).items():
         say(f"{mark} against {name}", file)
@@ -22,7 +22,7 @@ def print_table(result: ExperimentResult, ratios: Comparisons, file: TextIO | No
 
 
 def intervals_told(seeds: int) -> str:
-    """The line below a table of arms: what its figures are, and where those are that it has no room for."""
+    """The line below a table of arms: what its intervals mean, and where the other metrics are."""
     if seeds > 1:
         return f"Means over {seeds} seeds; their own intervals are in report.html and summary.json."
     return "One seed: intervals hold within this run, not for other seeds; [–]: no interval."
@@ -62,7 +62,7 @@ def _in_two_lines(text: str) -> str:
 
 
 def compared_table(title: str, rows: Sequence[ComparedRow]) -> TextTable:
-    """Measured and simulated figures with their difference; where known also at the device's pace, and noise."""
+    """Measured and simulated figures with their difference; if known also at the device's pace, and the noise."""
     noisy = any(row.noise is not None for row in rows)
     paced = any(row.paced is not None for row in rows)
     banded = any(row.band is not None for row in rows)
@@ -80,7 +80,7 @@ def compared_table(title: str, rows: Sequence[ComparedRow]) -> TextTable:
 
 
 def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow], bool]) -> None:
-    """A table of every part, the terms, the verdict and the warnings; `shown` takes a part's index and a row."""
+    """Print a table of every part, the terms, verdict and warnings. `shown` gets a part's index and a row."""
     assert result.fidelity is not None
     for place, (part, rows) in enumerate(result.fidelity.parts):
         compared_table(part, [row for row in rows if shown(place, row)]).show()
@@ -92,7 +92,7 @@ def print_comparison(result: ExperimentResult, shown: Callable[[int, ComparedRow
 
 
 def print_designs(result: DesignsResult, file: TextIO | None = None) -> None:
-    """The front, best in the first objective first; below it the arms at the study's own settings."""
+    """Print the front, ordered by the first objective, and below it the arms at the study's own settings."""
     front_table(result).show(file)
     say(f"[ ]: 95 % intervals {scope_in_words(result.seeds)}; [–]: no interval.", file)
     left = len(result.distinct_front) - MOST_ROWS
@@ -101,7 +101,7 @@ def print_designs(result: DesignsResult, file: TextIO | None = None) -> None:
 
 
 def front_table(result: DesignsResult) -> TextTable:
-    """Parameters and objectives; designs that come to the same in every objective share a row."""
+    """Parameters and objectives of the front. Designs that are equal in every objective share a row."""
     table = TextTable(result.title)
     table.column("design", number=False)
     for name in result.parameters:

@@ -1,4 +1,4 @@
-"""Texts and tables for a terminal or a file: what acts on a terminal is shown by its code, whatever it came from."""
+"""Texts and tables for a terminal or a file. Control characters are always shown by their code."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _BOLD, _DIM, _END = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 JSON_ASKED: ContextVar[bool] = ContextVar("json_asked", default=False)  # summary.json on a terminal too
-_NARROW = 40  # cells, below which nothing is laid out to fit
-_READABLE = 30  # cells of a column, from which a text is broken into lines of it
+_NARROW = 40  # cells: in narrower terminals nothing is laid out to fit
+_READABLE = 30  # cells: least width of a column in which a text is wrapped
 
 
 def without_json(command: Sequence[str]) -> list[str]:
-    """The command line without `--json`, which is remembered."""
+    """The command line without `--json`; remembers whether it was given."""
     JSON_ASKED.set("--json" in command)
     return [word for word in command if word != "--json"]
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Cells in a line of this terminal; None where it is none, so that its lines are as long as they are."""
+    """Cells in a line of this terminal; None if it is not a terminal, so that lines are not wrapped."""
     if not stream.isatty():
         return None
     with suppress(OSError, ValueError):
@@ -39,7 +39,7 @@ def width_of(stream: TextIO) -> int | None:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a text, here and now, as far as the stream's encoding has its characters; on a terminal whole words."""
+    """Print a text at once, with characters that the stream can encode; on a terminal wrapped at words."""
     stream = sys.stdout if file is None else file
     line, width = _encodable(visible(text), stream), width_of(stream)
     if width is not None and len(line) > width:
@@ -60,12 +60,12 @@ def _encodable(text: str, stream: TextIO) -> str:
 
 @dataclass(slots=True)
 class TextTable:
-    """A table of texts. Headers may have several lines; a row is dim where it stands beside the others."""
+    """A table of texts. Headers may have several lines; secondary rows are dim."""
 
     title: str
     headers: list[str] = field(default_factory=list)
-    numbers: list[bool] = field(default_factory=list)  # columns whose texts end at the right
-    rows: list[tuple[Sequence[str], bool] | None] = field(default_factory=list)  # None: an empty line
+    numbers: list[bool] = field(default_factory=list)  # right-aligned columns
+    rows: list[tuple[Sequence[str], bool] | None] = field(default_factory=list)  # (cells, dim); None: an empty line
 
     def column(self, header: str, number: bool = True) -> None:
         self.headers.append(header)
@@ -75,15 +75,15 @@ class TextTable:
         self.rows.append((cells, dim))
 
     def show(self, file: TextIO | None = None) -> None:
-        """Print the table; bold, dim and folded to the width only on a terminal."""
+        """Print the table. Only on a terminal it is bold, dim and folded to the width."""
         stream = sys.stdout if file is None else file
         for line in self.lines(stream.isatty(), width_of(stream)):
             print(_encodable(line, stream), file=stream)
 
     def lines(self, styled: bool = False, width: int | None = None) -> list[str]:
-        """The table, in a line for each row; where `width` has no room for all columns, the others come below.
+        """The table with a line for each row. Columns that do not fit into `width` come below, after the first one.
 
-        The first column is repeated there. A long text goes on in further lines of its column. No text is ever cut.
+        A long text goes on in further lines of its column. No text is ever cut.
         """
         heads = [[visible(part) for part in header.split("\n")] for header in self.headers]
         rows = [None if row is None else ([_in_a_line(cell) for cell in row[0]], row[1]) for row in self.rows]
@@ -109,7 +109,7 @@ class TextTable:
         return found
 
     def _narrow(self, widths: list[int], width: int | None) -> None:
-        """The widest column of texts gets the room that the others leave, where that is enough to read it."""
+        """Give the widest column of texts the room that the others leave, if that is enough to read it."""
         texts = [place for place, number in enumerate(self.numbers) if place and not number]
         if width is None or not texts:
             return
@@ -128,7 +128,7 @@ class TextTable:
 
 
 def _folded(widths: Sequence[int], width: int | None) -> list[list[int]]:
-    """Columns that stand side by side, as many as fit, each time with the first."""
+    """Groups of columns that fit side by side, each with the first column."""
     found = [[0]] if widths else []
     for place in range(1, len(widths)):
         now = found[-1]
@@ -141,7 +141,7 @@ def _folded(widths: Sequence[int], width: int | None) -> list[list[int]]:
 
 
 def _in_lines(cells: Sequence[str], widths: Sequence[int], places: Sequence[int]) -> list[list[str]]:
-    """The cells of these places, line by line: a cell that is wider than its column goes on below."""
+    """The cells of these columns, line by line. A cell that is wider than its column goes on below."""
     split = [
         textwrap.wrap(cell, widths[place], break_on_hyphens=False) if _width(cell) > widths[place] else [cell]
         for place, cell in enumerate(cells)
@@ -155,7 +155,7 @@ def _in_a_line(text: str) -> str:
 
 
 def _width(text: str) -> int:
-    """Cells of a terminal."""
+    """The width of a text in cells of a terminal."""
     if text.isascii():
         return len(text)
     return sum(0 if combining(sign) else 2 if east_asian_width(sign) in "WF" else 1 for sign in text)

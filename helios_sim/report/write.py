@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from helios_sim.report.figures.style import Drawing
 
 SCHEMA_VERSION = 1  # of summary.json
-# Figures of summary.json that have no interval, by where they stand; every other one says so itself or is a count.
+# Figures of summary.json without an interval, by their place. Every other figure has one, says why not, or is a count.
 WITHOUT = (
     "arms.*.tasks", "arms.*.replicas", "arms.*.waits", "arms.*.faults.without", "fidelity",
     "points.*.metrics but those in points.*.intervals",
@@ -61,12 +61,12 @@ def write_result(
 
 
 def write_requests(result: ExperimentResult, folder: Path) -> None:
-    """requests.parquet: one row for each request, arm and seed, written in blocks of rows."""
+    """Write requests.parquet: one row for each request, arm and seed, in blocks of rows."""
     files.write_parquet_parts(folder / "requests.parquet", result.request_tables())
 
 
 def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, style: str = FOR_PAGE) -> None:
-    """figures/* and report.html."""
+    """Write figures/* and report.html."""
     from helios_sim.report.figures.arms import (
         answer_drawings,
         arms_drawings,
@@ -95,11 +95,11 @@ def write_pictures(result: ExperimentResult, folder: Path, ratios: Comparisons, 
 def _write_page(
     folder: Path, page: Callable[[], str], drawings: Sequence[Drawing], style: str, beside: str | None = None
 ) -> None:
-    """report.html, and every drawing in figures/, but for the one that lies beside the page."""
+    """Write report.html, and every drawing to figures/, except for the one beside the page."""
     from helios_sim.report.figures.style import write_png, write_vectors
 
     folders = {drawing.name: folder if drawing.name == beside else folder / "figures" for drawing in drawings}
-    for drawing in drawings:  # before the page: what was measured for the layout is still known
+    for drawing in drawings:  # before the page, while the measured layout is still known
         write_png(drawing, folders[drawing.name])
     files.write_text(folder / "report.html", page())
     for drawing in drawings:
@@ -147,7 +147,7 @@ def write_capacity(result: CapacityResult, folder: Path, style: str | None = FOR
 
 
 def summarise_capacity(result: CapacityResult) -> dict[str, Any]:
-    """The structure of `summary.json`: the plans and what is advised. All fleets tried are in fleets.parquet."""
+    """The content of `summary.json`: the plans and the advice. All fleets tried are in fleets.parquet."""
     from helios_sim.report.capacity import summarise_plans
 
     return {
@@ -168,13 +168,13 @@ def summarise_capacity(result: CapacityResult) -> dict[str, Any]:
 
 
 def _all_survive(result: CapacityResult) -> bool | None:
-    """Whether every advised fleet is the same at both ends of the profiles' band; None where one was not run there."""
+    """Whether every advised fleet is the same at both ends of the profiles' band; None if one was not run there."""
     found = [advice.survives for advice in result.advice]
     return None if None in found or not found else all(found)
 
 
 def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None) -> dict[str, Any]:
-    """The structure of `summary.json`: JSON values only, undefined is null."""
+    """The content of `summary.json`, as JSON values; undefined ones are null."""
     ratios = comparisons(result) if ratios is None else ratios
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -203,18 +203,18 @@ def summarise_result(result: ExperimentResult, ratios: Comparisons | None = None
 
 
 def _next_best(arm: ArmResult) -> dict[str, Any]:
-    """Decisions beside the option that came next; nothing where none was run."""
+    """Decisions compared with the next best option; empty if none was run."""
     if not arm.instead:
         return {}
     times = {place: arm.decisions[place].time_ns / NS_PER_S for place in arm.instead}
     rows = [{"time_s": times[place], **json_value(found)} for place, found in arm.instead.items()]
-    for row in rows:  # `resident_layers` only where not all of them stay
+    for row in rows:  # `resident_layers` only if not all layers stay
         row["option"] = {name: value for name, value in row["option"].items() if value is not None}
     return {"next_best": rows}
 
 
 def _confidence(result: ExperimentResult) -> dict[str, Any]:
-    """What the verdict hangs on, for programs."""
+    """The reservations about the verdict, for programs."""
     trust = result.trust
     return {
         "inputs": {name: source.provenance_class.value for name, source in result.inputs.items()},
@@ -232,7 +232,7 @@ def _confidence(result: ExperimentResult) -> dict[str, Any]:
 
 
 def summarise_designs(result: DesignsResult) -> dict[str, Any]:
-    """The structure of `summary.json`: the arms at the study's settings and the front. All are in designs.parquet."""
+    """The content of `summary.json`: the arms at the study's settings and the front. All are in designs.parquet."""
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": result.experiment,
@@ -283,7 +283,7 @@ def _arm(arm: ArmResult, ratios: Mapping[str, Ratio]) -> dict[str, Any]:
     return entry
 
 
-# Of these the least and the most over the seeds are beside them.
+# Metrics with the least and the most over the seeds beside them.
 WITHOUT_OF_CAPACITY = (
     "capacity.loads.*.plans.*.replicas", "capacity.loads.*.recommended.replicas",
     "capacity.loads.*.recommended.valid_up_to_rps",
@@ -293,7 +293,7 @@ WITHOUT_OF_DESIGNS = ("metrics that are not in the intervals beside them",)
 
 
 def intervals_told(seeds: int, without: Sequence[str]) -> dict[str, Any]:
-    """What the intervals of a summary are, and which of its figures have none."""
+    """An explanation of a summary's intervals, and of the figures without one."""
     return {
         "level": LEVEL,
         "scope": scope(seeds).value,
@@ -304,7 +304,7 @@ def intervals_told(seeds: int, without: Sequence[str]) -> dict[str, Any]:
 
 
 def _point(point: SweepPoint, with_ratios: set[str]) -> dict[str, Any]:
-    """One setting's metrics without the undefined ones, since there may be hundreds of points."""
+    """One setting's defined metrics; undefined ones are left out, since there may be hundreds of points."""
     return {
         "settings": json_value(point.settings),
         "metrics": {arm: json_value({k: v for k, v in m.items() if v is not None}) for arm, m in point.metrics.items()},

@@ -305,7 +305,7 @@ def _points(spec: ArmsFigure, result: ExperimentResult) -> Sequence[tuple[str, f
 
 
 def _note_hidden(points: Sequence[tuple[str, float, float]], ax: Axes) -> None:
-    """Name below a mark the arms whose marks it covers: those within half a per cent of both axes, drawn before."""
+    """Name below a mark the arms that it covers: earlier marks within half a per cent of both axes."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     width, height = right - left, high - low
 
@@ -402,7 +402,7 @@ def replica_drawings(result: ExperimentResult) -> list[Drawing]:
 
 
 def scaling_drawings(result: ExperimentResult) -> list[Drawing]:
-    """One figure of how many replicas were on, a line for each arm whose replicas come and go."""
+    """A figure of the number of replicas that were on, with a line for each autoscaled arm."""
     styles = arm_styles(list(result.arms), result.baseline)
     scaled = [(arm, arm.scaled) for arm in result.arms.values() if arm.scaled is not None]
     if not scaled:

@@ -116,7 +116,7 @@ def ranked_arms(spec: PhaseFigure, point: SweepPoint, baseline: str) -> list[tup
 
 
 def gains(spec: PhaseFigure, point: SweepPoint, baseline: str) -> Iterator[tuple[str, float, bool]]:
-    """Of each arm of a point: how many times better than the baseline it is, and whether it keeps to the agreement.
+    """For each arm of a point, how many times better than the baseline it is, and whether it keeps the agreement.
 
     Arms for which either is not known are left out.
     """

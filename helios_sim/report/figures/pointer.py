@@ -95,7 +95,7 @@ def _scale(ax: Axes, which: str) -> dict[str, Any]:
 
 
 def _given(ax: Axes, drawing: Drawing) -> Iterator[dict[str, Any]]:
-    """Series whose values the figure gives by itself, since they cannot be read from what is drawn."""
+    """Series with values given by the figure itself, since they cannot be read from what is drawn."""
     for series in drawing.series:
         if series.axes is ax:
             values = [[_short(x), _short(y)] for x, y in zip(series.x.tolist(), series.y.tolist(), strict=True)]

@@ -30,7 +30,7 @@ PROMPTS = tuple(2**power for power in range(5, 15))
 
 
 def price_drawing(profile: Profile) -> Drawing:
-    """Above milliseconds of an iteration, below the floor's share of its price; batches by context on the left."""
+    """A figure of prices: milliseconds of an iteration above, the floor's share of them below; decodes on the left."""
     with look():
         figure, (batch_ms, prompt_ms, batch_share, prompt_share) = new_figure(
             2, 2, 6.2, sharex="col", height_ratios=[3, 2]

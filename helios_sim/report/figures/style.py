@@ -444,7 +444,7 @@ def write_png(drawing: Drawing, folder: Path) -> None:
 
 
 def write_vectors(drawing: Drawing, folder: Path, style: str) -> None:
-    """In the style of papers NAME.svg and NAME.pdf."""
+    """Write NAME.svg and NAME.pdf if the style is that of papers."""
     if style == FOR_PAPER:
         for suffix in VECTORS:
             files.write_bytes(folder / f"{drawing.name}.{suffix}", to_vector(drawing, suffix))
@@ -495,7 +495,7 @@ def _few_ticks(decades: float) -> Locator:
 
 
 def axis_positions(values: Iterable[object]) -> dict[object, float]:
-    """Where the values of a setting are on an axis: numbers at their value, others one after the other."""
+    """The places of a setting's values on an axis: numbers at their value, others one after the other."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         return {value: float(value) for value in distinct}  # type: ignore[arg-type]
