@@ -1,4 +1,4 @@
-"""`python -m helios_sim.serve`: help and version by itself; everything else is loaded when a server is asked for."""
+"""The command `python -m helios_sim.serve`. Help and version load nothing else; a server loads the rest."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from helios_sim.entry import answers, run
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-DEFAULT = "serve"  # the experiment
+DEFAULT = "serve"  # the experiment served if the command names none
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: it was stopped; 1: a mistake in the settings, in one message, or a failure."""
+    """Runs the command. Returns 0 if the server was stopped, 1 after a failure or a mistake in the settings."""
     return run("helios_sim.serve", _run, arguments)
 
 
@@ -47,7 +47,7 @@ def _serve(command: list[str]) -> int:
 
 
 def _without_flags(command: list[str]) -> tuple[bool, list[str]]:
-    """Whether `--cfg job` is among them, and the settings. UserError for another part of them to show."""
+    """Returns whether the command has `--cfg job`, and its settings. UserError for `--cfg` with another word."""
     from helios_sim.errors import UserError
 
     words, shows, rest = [], False, iter(command)

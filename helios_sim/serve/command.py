@@ -1,6 +1,6 @@
-"""One server from settings to exit status: the engine in this process, the front in one of its own, signals between.
+"""One server from settings to exit status: the engine runs in this process, the front in a process of its own.
 
-SIGTERM (or Ctrl-C) drains: no request comes in, open ones are answered. A second one aborts them.
+SIGTERM (or Ctrl-C) drains: new requests are refused, open ones are answered. A second signal aborts open requests.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from helios_sim.serve.service import Service
 from helios_sim.serve.settings import ServeConfig, ServedConfig
 from helios_sim.serve.text import known_folder, open_reader
 
-_JOIN_S = 15.0  # for the front to end once it has been told to
-_MOST_AT_ONCE = 512  # messages in one write
+_JOIN_S = 15.0  # longest wait for the front to end after it was told to
+_MOST_AT_ONCE = 512  # most messages in one write to the pipe
 
 
 def serve(config: ServedConfig) -> int:
-    """Serves until it is stopped. 0: it was; 1: the engine or the front has failed. UserError before that."""
+    """Serves until stopped. Returns 0 then, or 1 if engine or front ended by itself.
+
+    UserError if the settings, the weights or the device cannot serve.
+    """
     settings = config.serve
     keys = keys_of(settings)
     if settings.records is not None:
-        Kept(settings.records)  # refused here, before anything is loaded
+        Kept(settings.records)  # a file that cannot be written is refused here, before anything is loaded
     with listening(settings) as sock, TemporaryDirectory(prefix="helios-serve-") as scratch:
         link = Link()
         service = Service(config.study(), settings, link.emit)
@@ -68,10 +71,10 @@ def serve(config: ServedConfig) -> int:
 
 @contextlib.contextmanager
 def listening(settings: ServeConfig) -> Iterator[socket.socket]:
-    """The socket. UserError where the address is taken, or is none of this machine's."""
+    """Opens the listening socket. UserError if the address is taken or not one of this machine."""
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        # With its protocol named, connections write each token at once: asyncio leaves Nagle's algorithm on otherwise.
+        # The protocol is named so that each token is written at once: without it, asyncio leaves Nagle's algorithm on.
         sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise UserError("serve.host", settings.host, f"an address of this machine ({error})", "correct it") from error
@@ -80,7 +83,7 @@ def listening(settings: ServeConfig) -> Iterator[socket.socket]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.bind((settings.host, settings.port))
-            sock.listen(MOST_WAITING)  # who comes before the front is there waits for it
+            sock.listen(MOST_WAITING)  # clients that connect before the front runs wait for it
         except (OSError, OverflowError) as error:
             fix = "choose another, or 0 for any that is free"
             raise UserError("serve.port", settings.port, f"a port that is free here ({error})", fix) from error
@@ -88,7 +91,7 @@ def listening(settings: ServeConfig) -> Iterator[socket.socket]:
 
 
 class Link:
-    """Between the engine, in this thread, and the front: two threads read and write the pipe."""
+    """The link between the engine (in this thread) and the front process. Two threads read and write the pipe."""
 
     def __init__(self) -> None:
         self._out: SimpleQueue[FromEngine | Drain | Abort | None] = SimpleQueue()
@@ -104,11 +107,11 @@ class Link:
 
     @property
     def front_status(self) -> int | None:
-        """With which it has ended: of a signal, less than 0."""
+        """Exit status of the front process: negative if a signal ended it, None while it runs."""
         return self._front.exitcode
 
     def emit(self, message: FromEngine) -> None:
-        """From the engine."""
+        """Passes a message from the engine on to the front."""
         if isinstance(message, Ended):
             self.ended = message
         self._out.put(message)
@@ -117,7 +120,7 @@ class Link:
             say(f"ready, {time.monotonic() - self._began_s:.1f} s after the start", sys.stderr)
 
     def stop(self) -> None:
-        """The first time, drain; the second time, abort."""
+        """Drains when called first, aborts when called again. KeyboardInterrupt if the engine is not ready yet."""
         self._stops += 1
         self._out.put(Drain() if self._stops == 1 else Abort())
         if not self.ready.is_set():
@@ -139,7 +142,7 @@ class Link:
             thread.start()
 
     def finish(self) -> None:
-        """The engine has ended, and so does the front."""
+        """Ends the front, once the engine has ended. A front that does not end in time is killed."""
         self._out.put(Abort())
         self._out.put(None)
         self._front.join(_JOIN_S)
@@ -176,7 +179,7 @@ class Link:
 
 @contextlib.contextmanager
 def signals(link: Link) -> Iterator[None]:
-    """SIGINT and SIGTERM stop the server, in two steps."""
+    """Makes SIGINT and SIGTERM stop the server: the first drains, the second aborts."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         link.stop()
@@ -190,14 +193,14 @@ def signals(link: Link) -> Iterator[None]:
 
 
 def _tokenizers(service: Service, settings: ServeConfig, scratch: Path) -> Mapping[str, str | None]:
-    """By candidate, the folder that the front reads its tokenizer from."""
+    """Folder of each candidate's tokenizer, for the front to read; None for the built-in vocabulary."""
     for name in settings.tokenizers:
         if name not in service.models:
             allowed = f"one of {', '.join(service.models)}"
             raise UserError(f"serve.tokenizers.{name}", settings.tokenizers[name], allowed, "name a candidate")
     if service.config.mode != "live":
         for folder in settings.tokenizers.values():
-            open_reader(folder)  # refused here, before there is another process
+            open_reader(folder)  # refused here, before the front process is started
         return {model: known_folder(model, settings.tokenizers) for model in service.models}
     return service.save_tokenizers(scratch)
 

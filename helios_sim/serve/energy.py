@@ -1,4 +1,4 @@
-"""Energy since the server began: from the device's own counter, or, of a simulated card, its upper estimate."""
+"""Energy since the server began: by the device's own counter, or an upper estimate for a simulated card."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from helios_sim.serving.server import Server
 
 
 class Energy(Protocol):
-    told: str  # where it comes from, or why there is none
+    told: str  # source of the figure, or why there is none
 
     def joules(self, now_ns: int) -> float | None:
-        """Since the server began; None: it is not known."""
+        """Energy since the server began, in J; None if it is not known."""
         ...
 
 
 class Counted:
-    """`counter`: of the device; None where it has none."""
+    """Energy by the device's counter. `counter` is None if the device has none; `absent` says why."""
 
     def __init__(self, counter: Counter | None, absent: str) -> None:
         self._counter = counter
@@ -33,7 +33,7 @@ class Counted:
 
 
 class Modelled:
-    """The most that kernels or the board draw while iterations run, idle power otherwise: the upper end of a band."""
+    """Upper estimate for a simulated card: the upper end of its power band while iterations run, else idle power."""
 
     def __init__(self, card: HardwareSpec, servers: Sequence[Server]) -> None:
         self._card, self._servers = card, servers

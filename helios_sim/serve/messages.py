@@ -1,4 +1,4 @@
-"""What engine and front tell each other. Plain tuples, since thousands of them go through a pipe each second."""
+"""Messages between engine and front. They are plain tuples, since thousands go through a pipe each second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from helios_sim.request import RequestRecord
 from helios_sim.serve.asked import Ask
 
-# --- From the front to the engine, beside `Ask` itself
+# --- Front to engine, with `asked.Ask`
 
 
 class Cancel(NamedTuple):
@@ -17,7 +17,7 @@ class Cancel(NamedTuple):
 
 
 class EndAnswer(NamedTuple):
-    """A stop was found in the text: the request completes with its next token."""
+    """A stop string was found in the text: the request completes with its next token."""
 
     request_id: int
 
@@ -27,7 +27,7 @@ class Look(NamedTuple):
 
 
 class Sleep(NamedTuple):
-    """Weights leave memory as soon as nothing runs. The front lets no request in before `Wake`."""
+    """Frees the weights as soon as nothing runs. The front refuses requests until `Wake`."""
 
 
 class Wake(NamedTuple):
@@ -35,45 +35,45 @@ class Wake(NamedTuple):
 
 
 class End(NamedTuple):
-    """The run ends now; requests that are still there leave as unfinished."""
+    """Ends the run now; requests still in the engine leave as unfinished."""
 
 
 ToEngine = Ask | Cancel | EndAnswer | Look | Sleep | Wake | End
 
-# --- From the engine's process to the front
+# --- Engine's process to front
 
 
 class Drain(NamedTuple):
-    """No further request comes in; those that are open are answered, and then the front ends."""
+    """Tells the front to refuse new requests, to answer open ones, and to end."""
 
 
 class Abort(NamedTuple):
-    """Open requests end with an error, and the front ends."""
+    """Tells the front to end open requests with an error, and to end."""
 
 
 class Token(NamedTuple):
     request_id: int
-    number: int  # in its answer, from 0
-    token: int | None  # None where nothing is computed: the front makes up the text
-    layers: int
+    number: int  # place in the answer, from 0
+    token: int | None  # token id; None if nothing is computed, and the front makes up the text
+    layers: int  # layers that the token ran
     breach: bool
-    last: bool  # the answer ends with it; an end token is no part of the text
-    ended: bool  # by an end token
-    logprob: tuple[float, int, float] | None  # its own, and the likeliest token with its
+    last: bool  # the answer ends with this token
+    ended: bool  # this token is an end token, which is no part of the text
+    logprob: tuple[float, int, float] | None  # its logprob; id and logprob of the likeliest token
 
 
 class Tokens(NamedTuple):
     """All tokens of an iteration."""
 
     replica: int
-    time_ns: int  # of the engine's clock, at the end of the iteration
+    time_ns: int  # end of the iteration by the engine's clock
     model: str
-    prompt_tokens: int  # that the iteration computed
+    prompt_tokens: int  # prompt tokens that the iteration computed
     tokens: tuple[Token, ...]
 
 
 class Left(NamedTuple):
-    """A request has left the engine."""
+    """A request has left the engine, with this record."""
 
     record: RequestRecord
 
@@ -83,7 +83,7 @@ class Refused(NamedTuple):
 
     request_id: int
     reason: str
-    not_loaded: bool  # the model that it names; otherwise there are too many, or the server ends
+    not_loaded: bool  # the model it names is not loaded; if False, the queue is full or the server ends
 
 
 class Decided(NamedTuple):
@@ -93,7 +93,7 @@ class Decided(NamedTuple):
 
 
 class Switched(NamedTuple):
-    """Another model serves."""
+    """A replica now serves with another model."""
 
     replica: int
     before: str
@@ -103,11 +103,11 @@ class Switched(NamedTuple):
 class ReplicaState(NamedTuple):
     replica: int
     model: str
-    layers: int  # loaded
-    n_layers: int  # of the whole model
-    run_layers: int  # the cap: tokens that are not observed run so many at most
-    resident: Mapping[str, int]  # layers by model, whatever is in memory
-    loading: str | None  # a model whose weights are under way
+    layers: int  # loaded layers
+    n_layers: int  # layers of the whole model
+    run_layers: int  # most layers that a token runs, unless it is observed
+    resident: Mapping[str, int]  # layers in memory by model
+    loading: str | None  # the model that is being loaded; None if none is
     running: int
     waiting: int
     used_blocks: int
@@ -121,26 +121,26 @@ class ReplicaState(NamedTuple):
 
 
 class State(NamedTuple):
-    time_ns: int  # of the engine's clock
-    late_s: float  # by how much the engine is behind the wall clock
+    time_ns: int  # by the engine's clock
+    late_s: float  # how far the engine is behind the wall clock
     replicas: tuple[ReplicaState, ...]
-    energy_j: float | None  # None: it is not known here
-    energy_of: str  # where it comes from, or why there is none
+    energy_j: float | None  # since the server began; None if unknown
+    energy_of: str  # source of the figure, or why there is none
     asleep: bool
 
 
 class Ready(NamedTuple):
     """The engine serves from now on."""
 
-    context_tokens: int  # most tokens of a request, prompt and answer, on any candidate
-    most_running: int  # requests that run at once, on all replicas
+    context_tokens: int  # most tokens of a request (prompt and answer) that every candidate takes
+    most_running: int  # most requests that run at once, over all replicas
 
 
 class Ended(NamedTuple):
-    """The engine has ended. `error`: why, where it should not have."""
+    """The engine has ended. `error` says why if it failed, else it is None."""
 
     error: str | None
-    books: tuple[int, int] = (0, 0)  # requests that arrived, and that left with a record
+    books: tuple[int, int] = (0, 0)  # number of requests that arrived, and that left
 
 
 FromEngine = Tokens | Left | Refused | Decided | Switched | State | Ready | Ended

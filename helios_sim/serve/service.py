@@ -1,7 +1,7 @@
-"""The engine that serves clients: a server (or several) by the wall clock, which other threads tell what to do.
+"""The engine that serves clients: one or more servers on the wall clock, controlled by messages from another thread.
 
-`Service.run` is one long run of `simulation.simulate`: same scheduler, same policies, same books. Requests come in by
-the `Door` of the wall clock and in no other way. What happens is told to `emit`, in the engine's own thread.
+`Service.run` is one long run of `simulation.simulate`, with its scheduler, policies and books. Requests come in only
+through the `Door` of the wall clock. Events are passed to `emit`, in the engine's own thread.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ if TYPE_CHECKING:
     from helios_sim.serve.live.engine import AskedLive
 
 Emit = Callable[[FromEngine], None]
-_FOREVER = sys.maxsize  # requests: a server does not know how many will come
+_FOREVER = sys.maxsize  # number of requests of the run, since a server does not know how many will come
 _WARM_REQUESTS = 4
 
 
 class Service:
-    """`emit` gets everything that happens; it must not block."""
+    """The engine of one server. `emit` gets every event; it must not block."""
 
     def __init__(self, config: Config, serve: ServeConfig, emit: Emit) -> None:
-        """Opens models and profiles. UserError where settings, weights or the device do not suffice."""
+        """Opens profiles and traces. UserError for settings that cannot be served."""
         self._serve, self._emit = serve, emit
         self.job = served_job(config, serve)
         self.config = self.job.config
@@ -84,27 +84,27 @@ class Service:
         self._door: Door | None = None
         self._system: System | None = None
         self._servers: list[Server] = []
-        self._told: list[int] = []  # decisions of each replica that have been told
-        self._serving: list[str] = []  # the model of each replica, as it was told
+        self._told: list[int] = []  # number of decisions passed to `emit`, by replica
+        self._serving: list[str] = []  # model by replica, as last passed to `emit`
         self._asleep = self._sleepy = False
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The candidates."""
+        """Names of the candidates."""
         return tuple(self._models)
 
     @property
     def layers(self) -> dict[str, int]:
-        """Of each candidate, all that it has."""
+        """Number of layers of each whole candidate."""
         return {name: data.profile.model.n_layers for name, data in self._models.items()}
 
     @property
     def vocabularies(self) -> dict[str, int]:
-        """Tokens that each candidate knows."""
+        """Vocabulary size of each candidate."""
         return {name: data.profile.model.vocab_size for name, data in self._models.items()}
 
     def save_tokenizers(self, folder: Path) -> dict[str, str]:
-        """mode=live: writes each candidate's tokenizer into a folder of its own, for a process without torch."""
+        """Writes each candidate's tokenizer into a folder of its own, for a process without torch (mode=live only)."""
         found = {}
         for number, (name, model) in enumerate(self._opened().items()):
             place = folder / str(number)
@@ -113,7 +113,7 @@ class Service:
         return found
 
     def run(self) -> None:
-        """Serves until `End`, and tells how it ended."""
+        """Serves until `End`, then emits `Ended`. Raises the error if the engine fails."""
         try:
             run = self._run()
         except UserError as error:
@@ -134,7 +134,7 @@ class Service:
         )  # fmt: skip
 
     def tell(self, message: ToEngine) -> None:
-        """From one other thread, once `Ready` was emitted. What comes after `End` is lost."""
+        """Takes a message of the front. Called from one other thread, after `Ready`. Messages after `End` are lost."""
         door = self._door
         assert door is not None
         try:
@@ -159,7 +159,7 @@ class Service:
                 self._emit(Refused(message.request_id, str(refused), not_loaded=False))
 
     def _take(self, ask: Ask, door: Door) -> None:
-        """Sends the request in. Which model is loaded may have changed when it arrives, which is no harm."""
+        """Sends a request into the engine. The loaded model may change before it arrives, which does no harm."""
         loaded = self._servers[0].placement.model
         if ask.model is not None and all(server.placement.model != ask.model for server in self._servers):
             told = f"{ask.model} is not loaded now: the policy serves {loaded}"
@@ -175,7 +175,7 @@ class Service:
             ask.priority,
         ))  # fmt: skip
 
-    # --- In the engine's thread -------------------------------------------------------------------------------------
+    # --- Functions that run in the engine's thread ------------------------------------------------------------------
 
     def _make_server(self, env: simpy.Environment, number: int, on_left: OnLeft) -> Server:
         kind = self._fleet.kind_of(number)
@@ -308,14 +308,14 @@ class Service:
         self._fall_asleep()
 
     def _fall_asleep(self) -> None:
-        """As soon as nothing runs and nothing loads."""
+        """Frees the weights if that is wanted, no request is in the system and nothing loads."""
         if self._sleepy and all(not s.requests_in_system and s.loads is None for s in self._servers):
             self._sleepy, self._asleep = False, True
             for server in self._servers:
                 server.free_weights()
 
     def _wake(self) -> None:
-        """Weights are read again, and then it is awake."""
+        """Loads the weights again. The engine is awake once every replica has them."""
         if not self._asleep:
             self._sleepy = False
             return

@@ -1,4 +1,4 @@
-"""Settings of `python -m helios_sim.serve`: those of a study, and `serve.*`, how it is reached and what it allows."""
+"""Settings of `python -m helios_sim.serve`: the settings of a study, and `serve.*` for address, keys and limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEY_VARIABLE = "HELIOS_API_KEY"
 
 
 ONE_ENGINE = "with mode=live one engine serves all clients"
-# Settings of a study of which a server makes nothing.
+# Settings of a study that have no effect on a server.
 OF_STUDIES = (
     "sweeps", "figures", "published", "gates", "headline_metrics", "pictures", "report", "trace", "jobs", "sweep",
     "fidelity", "fidelity_live", "profile_band", "capacity", "baseline", "slo", "cost", "auto_seeds", "live.texts",
@@ -28,21 +28,21 @@ OF_STUDIES = (
 
 @dataclass
 class ServeConfig:
-    host: str = "127.0.0.1"  # an address that others can reach demands an API key
-    port: int = 8000  # 0: any that is free
+    host: str = "127.0.0.1"  # an address that other machines can reach needs an API key
+    port: int = 8000  # 0: any free port
     api_key_file: str | None = None  # a file with one key on each line; null: the variable HELIOS_API_KEY, if it is set
     tokenizers: dict[str, str] = field(default_factory=dict)  # mode=simulate: by model, a folder with tokenizer.json
-    name: str = "helios"  # the model that clients name for "whatever the policy has loaded"
-    # Which of the experiment's arms serves; null: that of policy=, else the subject, else the last
+    name: str = "helios"  # the model name by which clients ask for the model that the policy has loaded
+    # The arm of the experiment that serves; null: the arm of policy=, else the subject, else the last
     arm: str | None = None
-    speedup: float = 1.0  # mode=simulate: simulated time runs so many times as fast as the wall clock
-    temperature: float = 0.0  # of requests that name none; 0: the likeliest token, which exits were calibrated on
-    max_model_len: int = 2048  # tokens of a request, prompt and answer together; vLLM's name
-    max_tokens: int | None = None  # most that a request may ask for; null: as many as max_model_len leaves
-    max_queue: int = 1024  # requests beyond those that can run at once; further ones get 429
-    streams_per_client: int = 1024  # requests that a client (a key, or else an address) may have open at once
+    speedup: float = 1.0  # mode=simulate: simulated seconds per second of the wall clock
+    temperature: float = 0.0  # for requests that name none; 0: the likeliest token, for which exits were calibrated
+    max_model_len: int = 2048  # most tokens of a request, prompt and answer together; vLLM's name
+    max_tokens: int | None = None  # most output tokens that a request may ask for; null: limited by max_model_len
+    max_queue: int = 1024  # most open requests beyond those that can run at once; further ones get 429
+    streams_per_client: int = 1024  # most open requests of one client (told apart by key, or else by address)
     max_body_bytes: int = 4 << 20
-    body_timeout_s: float = 20.0  # for head and body of a request to arrive
+    body_timeout_s: float = 20.0  # longest time for the body of a request to arrive
     request_timeout_s: float = 600.0  # from a request's arrival to its last token
     records: str | None = None  # a file that gets a line of JSON for each answer: times and tokens, no text
     drain_s: float = 60.0  # how long SIGTERM waits for answers before it aborts them
@@ -64,7 +64,7 @@ class ServeConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
@@ -83,7 +83,7 @@ class ServedConfig(Config):
 
 
 def check_words(words: Sequence[str]) -> None:
-    """UserError for a word of the command line that sets what a server makes nothing of."""
+    """Raises UserError for a word of the command line that has no effect on a server."""
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         if any(key == name or key.startswith(f"{name}.") for name in OF_STUDIES):
@@ -91,7 +91,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def served_job(config: Config, serve: ServeConfig) -> Job:
-    """The arm that serves, with its own overrides. UserError where it cannot be served."""
+    """The job of the arm that serves, with the arm's own overrides. UserError for settings that cannot be served."""
     arms = entries_of(config)
     name = serve.arm or (list(arms)[-1] if config.policy is not None else config.subject or list(arms)[-1])
     if name not in arms:

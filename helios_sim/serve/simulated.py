@@ -1,4 +1,4 @@
-"""The simulated engine with clients' own prompts: their lengths come from token ids, their exits from the trace."""
+"""The simulated engine for clients: lengths of prompts come from their token ids, exits from the trace."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class AskedSimulated(SimulatedEngine):
 
 
 class Answers:
-    """How long simulated answers are, one after the other: as the workload draws them.
+    """Draws the lengths of simulated answers from the workload.
 
-    A model that does not compute has no end token, so an answer is as long as one of the workload's, at most as long as
-    the client allows. With `ignore_eos` it has exactly as many tokens as are allowed.
+    A simulated model produces no end token, so an answer is as long as one that the workload draws, within the client's
+    limits. With `ignore_eos` it has exactly as many tokens as the client allows.
     """
 
     def __init__(self, workload: Workload, seed: int, models: Mapping[str, ModelData]) -> None:
@@ -50,7 +50,7 @@ class Answers:
         self._drawn = self._requests()
 
     def next(self, ask: Ask, model: str) -> tuple[Asked, Request]:
-        """The request's answer, and where its text lies: `model` is the one that is loaded now."""
+        """Draws the answer of a request, and the workload's request that it follows. `model` is the loaded model."""
         like = next(self._drawn)
         n_tokens = ask.max_tokens
         if not ask.ignore_eos:

@@ -1,7 +1,7 @@
-"""Text and token ids of each candidate, without torch: tokenizers, chat templates, and text that grows token by token.
+"""Tokenizers, chat templates and detokenization token by token for each candidate, without torch.
 
 A real tokenizer is read from its folder (`tokenizer.json`, as `save_pretrained` writes it). A simulated model without
-one is given a small vocabulary that this file makes, so that a server answers anywhere.
+a tokenizer gets a small built-in vocabulary, so that a server answers anywhere.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ PASSAGE = (
     "tree had been there before the road was made. They wanted to know why he wrote everything down. Because, he said, "
     "a thing that is written can be found again, and a thing that is found again can be understood. "
 )
-REPLACEMENT = "\ufffd"  # what stands for a part of a character
-_CONTEXT = 6  # tokens of the prompt that the first tokens of an answer are read with
+REPLACEMENT = "\ufffd"  # stands for bytes of an incomplete character
+_CONTEXT = 6  # last tokens of the prompt, decoded with the first tokens of an answer
 _WORDS = Path(__file__).with_name("words.txt")
 
 
 class Reader(Protocol):
     """The tokenizer of one model."""
 
-    name: str  # where it comes from
+    name: str  # folder, or what else it was made from
     vocab_size: int
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """`special`: with what the tokenizer puts before and after a text, such as a token that begins it.
+        """Tokenizes a text. `special` adds the special tokens that the tokenizer puts around it, such as BOS.
 
-        Other threads go on meanwhile.
+        The interpreter's lock is released meanwhile.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Decodes token ids, and leaves out special tokens."""
         ...
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt of a conversation, up to where the assistant speaks. UserError where the template refuses it."""
+        """Renders a conversation as a prompt, up to the assistant's turn. UserError if the chat template refuses it."""
         ...
 
 
 class HubReader:
-    """A tokenizer's folder: tokenizer.json, and chat_template.jinja where it has a template."""
+    """A tokenizer read from its folder: tokenizer.json, and a chat template if there is one."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -70,7 +70,7 @@ class HubReader:
         self._template = _compiled(own) if isinstance(own, str) else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        # as a batch of one: a single text would be read without letting go of the interpreter, and other streams wait
+        # A batch of one, since encoding a single text would hold the interpreter's lock and other streams would wait.
         (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return list(found.ids)
 
@@ -84,17 +84,17 @@ class HubReader:
         tokens = {name: _as_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             text: str = self._template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except Exception as error:  # of a template, which is code of the model's makers
+        except Exception as error:  # any error, since a template is code of the model's makers
             allowed = f"what the chat template of {self.name} takes ({in_short(error)})"
             raise UserError("messages", "a conversation", allowed, "let user and assistant take turns") from error
         return text
 
 
 class BuiltInReader:
-    """Words and bytes: every text can be written and is read back as it was. An English word is one token.
+    """A tokenizer of words and bytes. It can encode any text and decodes it unchanged; a common English word is one token.
 
-    `vocab_size`: of the model, if it is larger. Clients with the model's own tokenizer send ids of it in prompts: each
-    counts as one token, and its text, which is not known here, is the replacement character.
+    `vocab_size` is the model's, and counts if it is larger. Clients with the model's own tokenizer may then send its ids
+    in prompts: each counts as one token, decoded as the replacement character since its text is not known here.
     """
 
     name = "built-in vocabulary"
@@ -124,7 +124,7 @@ class BuiltInReader:
 
 
 def _compiled(template: str) -> Any:
-    """In a sandbox, since it is code of the model's makers."""
+    """Compiles a chat template in a sandbox, since it is code of the model's makers."""
     from jinja2 import ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -134,26 +134,27 @@ def _compiled(template: str) -> Any:
 
 
 def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
-    """For a model without a template."""
+    """Renders a conversation as a prompt for a model without a chat template."""
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
 
 
 def open_reader(folder: str | None, vocab_size: int = 0) -> Reader:
-    """The tokenizer in a folder; None: the built-in vocabulary, for a model with so large a one of its own.
+    """Opens the tokenizer in a folder, or the built-in vocabulary if `folder` is None.
 
-    UserError where it cannot be read.
+    `vocab_size` is the size of the model's own vocabulary. UserError if the tokenizer cannot be read.
     """
     if folder is None:
         return BuiltInReader(vocab_size)
     try:
         return HubReader(Path(folder))
-    except Exception as error:  # of a library in another language
+    except Exception as error:  # the library, written in Rust, raises bare Exceptions
         allowed = f"a folder with tokenizer.json that can be read ({in_short(error)})"
         raise UserError("serve.tokenizers", folder, allowed, "save the tokenizer anew (save_pretrained)") from error
 
 
 def known_folder(model: str, named: Mapping[str, str]) -> str | None:
-    """Where a simulated model's tokenizer lies: as `named`, beside its config, or in the cache; None: nowhere."""
+    """The folder of a simulated model's tokenizer: as `named`, beside its config, or in the cache; None if there is none.
+    """
     if model in named:
         return str(Path(named[model]).expanduser())
     beside = Path(model).expanduser()
@@ -165,15 +166,15 @@ def known_folder(model: str, named: Mapping[str, str]) -> str | None:
 
 
 class Growing:
-    """The text of an answer, token by token. A character whose bytes are spread over tokens comes with its last one."""
+    """The text of an answer, token by token. A character that is spread over several tokens comes with the last of them."""
 
     def __init__(self, reader: Reader, prompt: Sequence[int]) -> None:
         self._reader, self._ids = reader, list(prompt[-_CONTEXT:])
-        self._known = 0, len(self._ids)  # from where the latest ids are read, and up to where their text is known
+        self._known = 0, len(self._ids)  # start of the ids that are decoded, and end of those with known text
         self._before = reader.decode(self._ids)
 
     def add(self, token: int) -> str:
-        """The text that is new; "" while a character is not complete."""
+        """Adds a token. Returns the new text; "" while a character is incomplete."""
         self._ids.append(token)
         text = self._reader.decode(self._ids[self._known[0] :])
         if len(text) <= len(self._before) or text.endswith(REPLACEMENT):
@@ -181,7 +182,7 @@ class Growing:
         return self._accept(text)
 
     def rest(self) -> str:
-        """At the end: what is left of a character that was never completed."""
+        """The rest of the text at the end of the answer: an incomplete character, if any."""
         text = self._reader.decode(self._ids[self._known[0] :])
         return text[len(self._before) :]
 
@@ -193,7 +194,7 @@ class Growing:
 
 
 class Script:
-    """What a simulated model says: a passage over and over, one token after the other, each of them some text."""
+    """The text of a simulated model: a passage that is repeated, token by token."""
 
     def __init__(self, reader: Reader) -> None:
         self._ids = reader.encode(PASSAGE)
@@ -203,13 +204,13 @@ class Script:
 
 
 class Stops:
-    """Ends a text before the first of some strings, and holds back what may be the beginning of one."""
+    """Ends a text before the first stop string, and holds back text that may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held = tuple(stops), ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that is sure, and whether a stop was found."""
+        """Adds text. Returns the text that can be sent, and whether a stop string was found."""
         if not self._stops:
             return text, False
         whole = self._held + text
@@ -227,7 +228,7 @@ class Stops:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that the stop begins with."""
+    """Length of the longest end of the text with which the stop string begins, in characters."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 

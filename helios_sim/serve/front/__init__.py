@@ -1,1 +1,1 @@
-"""The front process: HTTP, tokenizers, limits and metrics. The engine is in another process, behind a pipe."""
+"""The front process: HTTP, tokenizers, limits and metrics. A pipe connects it to the engine's process."""

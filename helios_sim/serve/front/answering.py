@@ -1,9 +1,9 @@
-"""From tokens to what a client reads: chunks of a stream, or a whole answer, as OpenAI's API has them.
+"""Turns tokens into chunks of a stream or into a whole answer, in the format of OpenAI's API.
 
-Each token is one chunk with some text. Two things make a token wait for the next one: a character whose bytes are not
-all there, and text that may be the beginning of a stop string. The first chunk of a chat has the role too, the last
-token's chunk has the reason to finish. An end token is no part of the answer: the reason then comes in a chunk without
-text. After that come usage, where it is asked for, and [DONE].
+Each token is one chunk with some text. A token waits for the next one in two cases: its last character is incomplete,
+or its text may be the beginning of a stop string. The first chunk of a chat also has the role, the last token's chunk
+has the finish reason. An end token is no part of the answer: the finish reason then comes in a chunk without text.
+Usage, if it is asked for, and [DONE] end the stream.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(slots=True)
 class Piece:
-    """What becomes visible of an answer at once: most often one token."""
+    """A piece of an answer that becomes visible at once, most often one token."""
 
     text: str
     model: str
-    reason: str | None = None  # to finish; None: it goes on
-    logprobs: list[tuple[str, Token]] = field(default_factory=list)  # of its tokens, with their texts
-    layers: list[tuple[int, bool]] = field(default_factory=list)  # that its tokens ran, and whether it was a breach
+    reason: str | None = None  # the finish reason; None if the answer goes on
+    logprobs: list[tuple[str, Token]] = field(default_factory=list)  # text and token, for each token
+    layers: list[tuple[int, bool]] = field(default_factory=list)  # layers run and whether it was a breach, per token
 
 
 class Answering:
-    """One answer of one prompt. Iterate over its pieces; afterwards it is in the metrics."""
+    """The answer to one prompt. Iterate over its pieces; the metrics count it once it is complete."""
 
     def __init__(
         self, hub: Hub, stream: Stream, wanted: Wanted, readers: dict[str, Reader], scripts: dict[str, Script],
@@ -50,10 +50,13 @@ class Answering:
         self._growing: Growing | None = None
         self._model, self._replica = "", 0
         self.prompt_tokens = 0
-        self.tokens = 0  # of the answer so far
+        self.tokens = 0  # tokens of the answer so far
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Raises Problem or Gone where the answer comes to no end. The request is cancelled then, and after a stop."""
+        """Yields the pieces as they come. Raises Problem or Gone if the answer does not complete.
+
+        The request is then cancelled. After a stop string, the engine is told to end the answer.
+        """
         waits, whole = Piece("", ""), False
         try:
             while (item := await self._stream.get()) is not None:
@@ -77,14 +80,14 @@ class Answering:
                     waits = Piece("", model)
             raise Problem(500, "The answer ended without a last token", None, "no_last_token")
         finally:
-            if whole:  # it leaves the engine by itself
+            if whole:  # the request leaves the engine by itself
                 self._stream.closed = True
             if waits.reason:
                 self._hub.end_answer(self._stream)
             self._hub.cancel(self._stream, LEFT)
 
     def _follow(self, model: str) -> None:
-        """The text goes on in this model's tokens."""
+        """Continues the text in this model's tokens. Raises Problem if the client asked for another model only."""
         if model == self._model:
             return
         if self._stream.ask.model not in (None, model):
@@ -223,5 +226,5 @@ class Writer:
 
 
 def error_event(problem: Problem) -> bytes:
-    """A stream that has begun says so when it comes to no end."""
+    """The event that ends a stream with an error after it has begun."""
     return b"data: " + json.dumps(problem.body).encode() + b"\n\n" + DONE

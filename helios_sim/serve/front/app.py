@@ -1,4 +1,4 @@
-"""The endpoints. FastAPI routes those that answer at once; requests for an answer are in `generate`."""
+"""The HTTP endpoints. FastAPI routes the quick ones; completions and chats are handled in `generate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from helios_sim.serve.messages import Sleep, Wake
 from helios_sim.serve.text import Reader
 
 PAGE = Path(__file__).with_name("page.html")
-OPEN = ("/", "/health")  # without a key: neither tells anything
+OPEN = ("/", "/health")  # paths that need no key, since they tell nothing
 _MOST_LISTENERS = 32
 _BY_PAGE = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -39,7 +39,7 @@ _BY_PAGE = {
 
 
 class AnswerEndpoint:
-    """The endpoint of completions, or of chats, as ASGI."""
+    """The endpoint of completions, or of chats, as a bare ASGI application."""
 
     def __init__(self, generator: Generator, chat: bool) -> None:
         self._generator, self._chat = generator, chat
@@ -50,7 +50,7 @@ class AnswerEndpoint:
 
 
 class Guard:
-    """Checks host and key of everything but answers, which check them when they are booked."""
+    """Checks host and key of all requests, except those for answers: `Generator.answer` checks and books those."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app, self._gate = app, gate
@@ -74,7 +74,7 @@ ANSWERS = ("/v1/completions", "/v1/chat/completions")
 def make_app(
     hub: Hub, generator: Generator, gate: Gate, readers: Mapping[str, Reader], about: Mapping[str, Any]
 ) -> FastAPI:
-    """`about`: what is served, for the page: mode, policy, names and layers of the candidates."""
+    """Makes the application. `about` is shown on the page: mode, policy, names and layers of the candidates."""
     app = FastAPI(title="helios-sim", version=helios_sim.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.routes.append(Route(ANSWERS[0], AnswerEndpoint(generator, chat=False), methods=["POST"]))
     app.router.routes.append(Route(ANSWERS[1], AnswerEndpoint(generator, chat=True), methods=["POST"]))
@@ -97,7 +97,7 @@ def _add_openai(
 
     @app.get("/v1/models")
     async def models() -> Any:
-        """Each candidate, and the name for whichever is loaded."""
+        """Lists the candidates, and the name by which clients ask for the loaded one."""
         context = None if hub.ready is None else hub.ready.context_tokens
         names = [about["name"], *readers]
         return {
@@ -111,7 +111,7 @@ def _add_openai(
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        generator.candidate(name)  # refused where there is none
+        generator.candidate(name)  # raises Problem for an unknown name
         return next(one for one in (await models())["data"] if one["id"] == name)
 
     async def read(request: Request) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _add_engine(app: FastAPI, hub: Hub, generator: Generator) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while requests are answered."""
+        """Returns 200 while requests can be answered (also asleep), else 503."""
         good = hub.ready is not None and hub.ended is None and generator.closed in (None, sleeping)
         return Response(status_code=200 if good else 503)
 
@@ -161,7 +161,7 @@ def _add_engine(app: FastAPI, hub: Hub, generator: Generator) -> None:
 
     @app.post("/sleep")
     async def sleep(request: Request, level: int = 1) -> Response:
-        """No request comes in any more; when those that run are done, weights and KV leave memory."""
+        """Refuses new requests and, once the running ones are done, frees the memory of weights and KV."""
         _check_query(request, ("level",))
         if level not in (1, 2):
             raise wrong("level", "level must be 1 or 2; both free weights and K and V")
@@ -177,7 +177,7 @@ def _add_engine(app: FastAPI, hub: Hub, generator: Generator) -> None:
 
     @app.post("/wake_up")
     async def wake_up(request: Request) -> Response:
-        """Weights and KV come together: there are no tags to name parts of them by."""
+        """Brings weights and KV back into memory. vLLM's tags, which wake parts of them, are not supported."""
         _check_query(request, ())
         if generator.closed is not sleeping:
             return Response()
@@ -213,11 +213,11 @@ def _add_ours(app: FastAPI, hub: Hub, generator: Generator, about: Mapping[str, 
 
 
 async def _events(hub: Hub, generator: Generator, about: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    """Decisions, switches and departures as they come, and the state every second."""
+    """Yields decisions, switches and departures as they come, and the state every second."""
     found: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1000)
 
     def put(kind: str, what: Mapping[str, Any]) -> None:
-        if not found.full():  # who reads too slowly misses some
+        if not found.full():  # a listener that reads too slowly misses some
             found.put_nowait(_event(kind, what))
 
     ends = hub.listen(put)
@@ -240,7 +240,7 @@ def _event(kind: str, what: Mapping[str, Any]) -> bytes:
 
 
 def told_state(hub: Hub, generator: Generator, about: Mapping[str, Any]) -> dict[str, Any]:
-    """For /helios/state. What is not known is null."""
+    """The answer of /helios/state. Unknown values are null."""
     state, recent = hub.state, hub.metrics.recent()
     return {
         **about,
@@ -269,7 +269,7 @@ def _spread(values: list[float]) -> dict[str, float | int | None]:
 
 
 async def _fresh(hub: Hub) -> None:
-    """The state a moment old at most, or as it was last told."""
+    """Asks the engine for its state. If it does not answer in time, the last state stays."""
     try:
         async with asyncio.timeout(2.0):
             await hub.look()
@@ -288,7 +288,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _response(problem: Problem) -> Response:
-    body = json.dumps(problem.body)  # in ASCII: it may name what is no text
+    body = json.dumps(problem.body)  # in ASCII, since the message may quote half a surrogate pair
     return Response(body, problem.status, dict(problem.headers), "application/json")
 
 

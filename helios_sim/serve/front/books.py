@@ -1,4 +1,4 @@
-"""The books of the front: every request for an answer that came in, and what became of it."""
+"""The books of the front: counts of requests for an answer, by outcome."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class Books:
-    """received = answered + refused + cancelled + failed + open, at any time."""
+    """Counts of requests. At any time received = answered + refused + cancelled + failed + open."""
 
     def __init__(self) -> None:
         self.received = self.answered = self.refused = self.cancelled = self.failed = 0

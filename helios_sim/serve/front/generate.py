@@ -1,6 +1,6 @@
-"""Requests for an answer, from the body to the last byte: read, admitted, sent to the engine, written, and booked.
+"""Handles requests for an answer: reads the body, admits it, sends it to the engine, writes the answer, books it.
 
-These are bare ASGI, since every token is a write of its own and a client that leaves must be noticed at once.
+This is bare ASGI, since every token is a separate write and a client that leaves must be noticed at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from helios_sim.serve.text import Reader, Script
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-_LONG_CHARS = 2_000  # read as tokens beside the event loop, a few ms for the odd text
-_MOST_ID = 128
-_MOST_DISCARDED = 64 << 20  # bytes of a body that is refused
+_LONG_CHARS = 2_000  # longer texts are tokenized in a thread; shorter ones take the event loop a few ms at worst
+_MOST_ID = 128  # most characters of a client's request id
+_MOST_DISCARDED = 64 << 20  # most bytes that are read of a body that is refused
 _SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -38,7 +38,7 @@ _SSE = [
 
 
 class Generator:
-    """`simulates`: text is made up. `by_priority`: the waiting line is sorted by the requests' priorities."""
+    """Answers requests. `simulates`: text is made up. `by_priority`: priorities order the waiting queue."""
 
     def __init__(
         self, hub: Hub, gate: Gate, serve: ServeConfig, readers: dict[str, Reader], simulates: bool, by_priority: bool
@@ -47,17 +47,17 @@ class Generator:
         self._simulates, self._by_priority = simulates, by_priority
         self._scripts = {model: Script(reader) for model, reader in readers.items()} if simulates else {}
         self.books = Books()
-        self.closed: Problem | None = None  # why no request comes in now
-        self.asking = 0  # requests between their admission and their end
+        self.closed: Problem | None = None  # why new requests are refused; None if they are not
+        self.asking = 0  # prompts of requests that were admitted and have not ended
 
     async def answer(self, chat: bool, headers: Mapping[str, str], client: str, receive: Receive, send: Send) -> None:
-        """One POST."""
+        """Handles one POST request, and books its outcome."""
         books, began_s = self.books, monotonic()
         books.received += 1
         request_id = headers.get("x-request-id", "")[:_MOST_ID] or uuid4().hex
         own = [(b"x-request-id", request_id.encode("latin-1", "replace"))]
         begun = False
-        unread = "expect" not in headers  # the body, or a part of it, that the client sends whatever it is told
+        unread = "expect" not in headers  # whether the client sends (the rest of) the body regardless of our answer
 
         async def start(status: int, more: Sequence[tuple[bytes, bytes]]) -> None:
             nonlocal begun
@@ -106,7 +106,7 @@ class Generator:
             raise
 
     async def body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        """The whole body. Problem where it is too large or comes too slowly, Gone where it never ends."""
+        """Reads the whole body. Problem if it is too large, too slow or not plain JSON; Gone if the client leaves."""
         most, parts, length = self._serve.max_body_bytes, [], 0
         declared, coding = headers.get("content-length", "0"), headers.get("content-encoding", "identity")
         too_large = Problem(413, f"The body is larger than {most} bytes", None, "body_too_large")
@@ -135,8 +135,9 @@ class Generator:
             raise Problem(408, told, None, "body_timeout") from None
 
     async def _discard(self, receive: Receive) -> None:
-        """Reads the rest of a body for nothing, up to a limit: many clients write all of it before they read, and get
-        no answer at all from a connection that is closed meanwhile.
+        """Reads and drops the rest of a body, up to a limit.
+
+        Many clients write the whole body before they read, and get no answer if the connection is closed meanwhile.
         """
         left = _MOST_DISCARDED
         with suppress(TimeoutError):
@@ -162,7 +163,7 @@ class Generator:
             watcher: asyncio.Task[None] | None = None
             try:
                 asks = await self._asks(wanted)
-                if self.closed is not None:  # since then: a long prompt takes a while to read
+                if self.closed is not None:  # closed meanwhile: a long prompt takes a while to tokenize
                     raise self.closed
                 streams += [self._hub.ask(ask) for ask in asks]
                 watcher = asyncio.create_task(_watch(receive, streams))
@@ -192,7 +193,7 @@ class Generator:
         if self.asking + prompts > ready.most_running + self._serve.max_queue:
             raise Problem(429, f"The queue is full: {self.asking} requests are open", None, "engine_overloaded", 1)
 
-    # --- From text to token ids -------------------------------------------------------------------------------------
+    # --- Text to token ids ------------------------------------------------------------------------------------------
 
     async def _asks(self, wanted: Wanted) -> list[Ask]:
         model = self.candidate(wanted.model)
@@ -260,7 +261,7 @@ class Generator:
         return encode()
 
     def candidate(self, name: str | None) -> str | None:
-        """The only candidate that may answer; None: any."""
+        """The only candidate that may answer; None if any may. Problem for an unknown name."""
         if name is None or name == self._serve.name:
             return None
         if name not in self._readers:
@@ -269,7 +270,7 @@ class Generator:
             raise Problem(404, told, "model", "model_not_found")
         return name
 
-    # --- What is written --------------------------------------------------------------------------------------------
+    # --- Writing answers --------------------------------------------------------------------------------------------
 
     async def _write_whole(
         self, answers: Sequence[Answering], writer: Writer, start: Callable[..., Awaitable[None]], send: Send
@@ -293,7 +294,7 @@ class Generator:
         begun, model = False, ""
         async with aclosing(_merged(answers)) as merged:
             async for index, piece in merged:
-                if not begun:  # what is refused by then has a status of its own
+                if not begun:  # only now: a request refused before its first token gets an HTTP status of its own
                     begun = True
                     await start(200, _SSE)
                 model = piece.model
@@ -310,7 +311,7 @@ def _together(answers: Sequence[Answering]) -> dict[str, int]:
 
 
 async def _watch(receive: Receive, streams: Sequence[Stream]) -> None:
-    """Ends the streams when the client leaves."""
+    """Waits until the client leaves, then ends the streams with Gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
     for stream in streams:
@@ -318,7 +319,7 @@ async def _watch(receive: Receive, streams: Sequence[Stream]) -> None:
 
 
 async def _merged(answers: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Pieces of several answers as they come, each with the number of its prompt."""
+    """Yields pieces of several answers as they come, each with the index of its prompt."""
     if len(answers) == 1:
         async with aclosing(answers[0].pieces()) as pieces:
             async for piece in pieces:

@@ -1,4 +1,4 @@
-"""Requests that are open, on the front's side: each is a stream of tokens that the engine sends."""
+"""The front's side of open requests: each is a stream of the tokens that the engine sends."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from helios_sim.serve.messages import (
 )
 
 _KEPT_DECISIONS = 200
-_FRESH_S = 0.05  # a state as old as this is not asked for anew
-_WAIT_S = 30.0  # for the engine to tell its state: an iteration may take long
+_FRESH_S = 0.05  # a state younger than this is not asked for again
+_WAIT_S = 30.0  # longest wait for the engine's state, since an iteration may take long
 
 
 class Stream:
-    """The tokens of one request. Items: (token, model, replica), then the record, or a problem."""
+    """The tokens of one request. Items are (token, model, replica), then at the end the record or an exception."""
 
     def __init__(self, ask: Ask) -> None:
         self.ask, self.began_s = ask, monotonic()
         self.record: RequestRecord | None = None
-        self.seen: Mapping[str, Any] | None = None  # of the complete answer, as the front has seen it
+        self.seen: Mapping[str, Any] | None = None  # the front's figures of the complete answer
         self._items: deque[tuple[Token, str, int] | RequestRecord | BaseException] = deque()
         self._more = asyncio.Event()
         self.closed = False
@@ -51,7 +51,7 @@ class Stream:
         self._more.set()
 
     async def get(self) -> tuple[Token, str, int] | None:
-        """The next token; None: there is none any more. Raises what ended it otherwise."""
+        """Waits for the next token; None after the last. Raises the exception that ended the stream, if one did."""
         while not self._items:
             self._more.clear()
             await self._more.wait()
@@ -64,7 +64,10 @@ class Stream:
 
 
 class Hub:
-    """`send` hands a message to the engine. Everything here runs in the event loop's thread."""
+    """All open requests, and the engine's state. `send` passes a message to the engine.
+
+    All of it runs in the event loop's thread.
+    """
 
     def __init__(self, send: Callable[[ToEngine], None], metrics: Metrics) -> None:
         self._send, self.metrics = send, metrics
@@ -82,16 +85,16 @@ class Hub:
 
     @property
     def open(self) -> int:
-        """Requests that the engine has and that have not left."""
+        """Number of requests in the engine."""
         return len(self._open)
 
     @property
     def model(self) -> str | None:
-        """What the first replica serves, as last told."""
+        """Model of the first replica in the latest state; None before the first state."""
         return None if self.state is None else self.state.replicas[0].model
 
     def ask(self, ask: Ask) -> Stream:
-        """Sends a request, with the next number."""
+        """Gives a request the next number and sends it to the engine. Problem if the engine has ended."""
         ask = replace(ask, request_id=self._numbers)
         self._numbers += 1
         if self.ended is not None:
@@ -101,7 +104,7 @@ class Hub:
         return stream
 
     def note_answer(self, stream: Stream, seen: Mapping[str, Any]) -> None:
-        """An answer is complete, as the front has seen it; what the engine has seen of it may come later."""
+        """Notes the front's figures of a complete answer; the engine's record may come later."""
         stream.seen = seen
         self._keep(stream)
 
@@ -110,28 +113,28 @@ class Hub:
             self.on_answer(stream.seen, stream.record)
 
     def end_answer(self, stream: Stream) -> None:
-        """The answer is complete before its planned end: the request completes with its next token."""
+        """Tells the engine that the answer is complete before its planned end: it completes with its next token."""
         if not stream.closed and stream.ask.request_id in self._open:
             self._send(EndAnswer(stream.ask.request_id))
         stream.closed = True
 
     def cancel(self, stream: Stream, reason: str) -> None:
-        """The request leaves the engine with its next iteration. Does nothing if it has left, or was let go."""
+        """Aborts the request at the engine's next iteration. Does nothing if the request has left or the stream is closed."""
         if not stream.closed and stream.ask.request_id in self._open:
             self._send(Cancel(stream.ask.request_id, reason))
         stream.closed = True
 
     def close(self) -> None:
-        """No listener is told anything any more."""
+        """Makes the event streams of listeners end."""
         self.closing = True
 
     def disturb(self, error: BaseException) -> None:
-        """Every open request ends with this."""
+        """Ends every open request with this error."""
         for stream in self._open.values():
             stream.put(error)
 
     async def look(self) -> State:
-        """The engine's state, a moment old at most."""
+        """The engine's state, at most `_FRESH_S` old. Problem if the engine does not serve or does not answer in time."""
         if self.state is not None and monotonic() - self._state_s < _FRESH_S:
             return self.state
         if self.ended is not None or self.ready is None:
@@ -152,11 +155,11 @@ class Hub:
         self._send(message)
 
     def listen(self, listener: Callable[[str, Mapping[str, Any]], None]) -> Callable[[], None]:
-        """The listener is told of decisions and of requests that have left. Returns what ends that."""
+        """Adds a listener of decisions, switches and requests that have left. Returns a function that removes it."""
         self._listeners.add(listener)
         return lambda: self._listeners.discard(listener)
 
-    # --- What the engine says ---------------------------------------------------------------------------------------
+    # --- Messages from the engine -----------------------------------------------------------------------------------
 
     def receive(self, message: FromEngine) -> None:
         if isinstance(message, Tokens):

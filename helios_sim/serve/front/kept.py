@@ -1,4 +1,4 @@
-"""A file with a line of JSON for each answer: when it came and went, as front and engine have seen it. No text."""
+"""A file with a line of JSON for each answer: its times and tokens as seen by front and engine, without text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _OF_ENGINE = (
 
 
 class Kept:
-    """Appends to the file. Gaps in `gaps_s` are those between tokens; times of the front are in s of the wall clock,
-    those of the engine in ns of its own.
+    """Appends answers to the file.
+
+    `gaps_s` are times between tokens. Times of the front are in s of the wall clock, times of the engine in ns of its own
+    clock.
     """
 
     def __init__(self, path: str) -> None:
-        """UserError where it cannot be written."""
+        """Opens the file. UserError if it cannot be written."""
         try:
             file = Path(path).expanduser().open("a", encoding="utf-8")
         except OSError as error:
@@ -34,7 +36,7 @@ class Kept:
         self._file: TextIOWrapper | None = file
 
     def note(self, seen: Mapping[str, Any], record: RequestRecord) -> None:
-        """Where it cannot be written any more, as on a full disk, that is said once, and requests are answered on."""
+        """Writes the line of one answer. If that fails, as on a full disk, says so once and writes no more lines."""
         if self._file is None:
             return
         engine = {name: getattr(record, name) for name in _OF_ENGINE}

@@ -1,4 +1,4 @@
-"""Who may come in, and how much of it: API keys, requests open at once, hosts that a page may name."""
+"""Access limits: API keys, hosts and origins that are answered, and open requests per client."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from helios_sim.errors import UserError
 from helios_sim.serve.front.problems import Problem
 from helios_sim.serve.settings import KEY_VARIABLE, ServeConfig
 
-_LEAST_KEY = 16  # characters
+_LEAST_KEY = 16  # fewest characters of a key
 _MOST_BYTES = 1 << 16
 
 
 def keys_of(serve: ServeConfig) -> tuple[bytes, ...]:
-    """The API keys that are taken. UserError where others can reach the server and there is none."""
+    """Reads the API keys. UserError for keys that cannot be used, or if others can reach the server and there is none."""
     if serve.api_key_file is not None:
         fix = "name a file with one key on each line, that you may read"
         try:
@@ -45,7 +45,7 @@ def keys_of(serve: ServeConfig) -> tuple[bytes, ...]:
 
 
 class Gate:
-    """Checks the head of a request."""
+    """Checks headers and open requests of clients. Its checks raise Problem."""
 
     def __init__(self, serve: ServeConfig, keys: tuple[bytes, ...]) -> None:
         self._keys = keys
@@ -54,7 +54,10 @@ class Gate:
         self._of_client: Counter[str] = Counter()
 
     def check_host(self, headers: Mapping[str, str]) -> None:
-        """A page of another origin must not use a server on this machine: neither by its name nor by another's."""
+        """Refuses foreign Host and Origin headers, so that no web page of another origin can use a server on this machine.
+
+        The check of Host is against a foreign name that resolves to this machine (DNS rebinding).
+        """
         host = _name(headers.get("host", ""))
         if self._local and not self._keys and host not in ("", "localhost") and not _is_loopback(host):
             raise Problem(403, "This server answers on this machine's own addresses alone", None, "wrong_host")
@@ -63,12 +66,12 @@ class Gate:
             raise Problem(403, "Pages of other origins are not answered", None, "wrong_origin")
 
     def check_key(self, headers: Mapping[str, str]) -> str | None:
-        """Which key it was, for the limit of a client; None: none is needed."""
+        """Returns which key was given, to count the client's requests by; None if no key is needed."""
         if not self._keys:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
         found = None
-        for number, key in enumerate(self._keys):  # all of them, so that the time tells nothing
+        for number, key in enumerate(self._keys):  # compares all of them, so that the time taken tells nothing
             if hmac.compare_digest(given.strip().encode(errors="replace"), key):
                 found = f"key {number}"
         if kind.lower() != "bearer" or found is None:
@@ -77,7 +80,7 @@ class Gate:
 
     @contextmanager
     def counted(self, client: str, requests: int) -> Iterator[None]:
-        """Holds so many of the client's places."""
+        """Counts requests as open for the client while the context lasts. Problem if it would have too many."""
         if self._of_client[client] + requests > self._most_of_client:
             told = f"Rate limit reached: {self._most_of_client} requests may be open at once"
             raise Problem(429, told, None, "rate_limit_exceeded", 1)

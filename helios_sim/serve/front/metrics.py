@@ -1,7 +1,7 @@
-"""Metrics by vLLM's names and ours, for Prometheus. Times are those of the engine's clock, in seconds.
+"""Metrics for Prometheus, under vLLM's names and ours. Times are in seconds of the engine's clock.
 
-Times to the first token, between tokens and to the last one are as clients see them: taken in the front, and scaled to
-the engine's clock where that is not the wall clock's.
+Times to the first token, between tokens and to the last token are as clients see them: measured in the front by the
+wall clock, and multiplied by the speedup of the engine's clock.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from helios_sim.request import NS_PER_S, RequestRecord, Status
 from helios_sim.serve.messages import State, Switched, Tokens
 
-# As vLLM has them (vllm/v1/metrics/loggers.py).
+# Buckets of vLLM (vllm/v1/metrics/loggers.py).
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
            160.0, 640.0, 2560.0)  # fmt: skip
 _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
               960.0, 1920.0, 7680.0)  # fmt: skip
-LEFT = "the client left"  # why such a request was cancelled
+LEFT = "the client left"  # the reason given when such a request is aborted
 _LABELS = ("model_name", "engine")
-_LATEST = 4096  # requests of which the page shows times
+_LATEST = 4096  # latest requests that are kept to show their times on the page
 _TOKENS_OVER_S = 5.0
 
 
 class Metrics:
-    """`layers`: of each candidate. `speedup`: of the engine's clock over the wall clock."""
+    """Metrics of all replicas. `layers`: layers of each candidate. `speedup`: of the engine's clock over the wall clock."""
 
     def __init__(self, layers: Mapping[str, int], context_tokens: int, speedup: float) -> None:
         disable_created_metrics()
@@ -80,14 +80,14 @@ class Metrics:
             for model, n_layers in layers.items()
         }  # fmt: skip
         self.registry.register(_ByModel(self._depths))
-        self.latest: deque[tuple[float, float, float | None]] = deque(maxlen=_LATEST)  # end, TTFT and TPOT in s
-        self._rate: deque[tuple[float, int]] = deque()  # when, and tokens
+        self.latest: deque[tuple[float, float, float | None]] = deque(maxlen=_LATEST)  # wall time of the end, TTFT and TPOT, all in s
+        self._rate: deque[tuple[float, int]] = deque()  # wall time in s, and tokens of an iteration
         self.depths_seen: dict[str, dict[int, int]] = {model: {} for model in layers}
 
     def page(self) -> bytes:
         return generate_latest(self.registry)
 
-    # --- What happened ----------------------------------------------------------------------------------------------
+    # --- Events -----------------------------------------------------------------------------------------------------
 
     def note_iteration(self, tokens: Tokens) -> None:
         model, engine, n = tokens.model, str(tokens.replica), len(tokens.tokens)
@@ -104,7 +104,7 @@ class Metrics:
         self._rate.append((monotonic(), n))
 
     def note_record(self, record: RequestRecord) -> None:
-        """A request has left the engine."""
+        """Notes a request that has left the engine."""
         labels = record.model, str(record.replica)
         if record.scheduled_ns is not None:
             self._prompt_tokens.labels(*labels).inc(record.prompt_tokens)
@@ -153,7 +153,7 @@ class Metrics:
     def note_answered(
         self, model: str, engine: int, reason: str, ttft_s: float, e2e_s: float, tokens: int
     ) -> None:
-        """An answer is complete. `ttft_s`, `e2e_s`: by the wall clock."""
+        """Notes a complete answer. `ttft_s` and `e2e_s` are by the wall clock."""
         tpot_s = (e2e_s - ttft_s) * self._speedup / (tokens - 1) if tokens > 1 else None
         self._success.labels(model, str(engine), reason).inc()
         self._e2e.labels(model, str(engine)).observe(e2e_s * self._speedup)
@@ -164,21 +164,21 @@ class Metrics:
     # --- For the page -----------------------------------------------------------------------------------------------
 
     def tokens_per_s(self) -> float:
-        """Of the last seconds, by the engine's clock."""
+        """Output tokens per second of the engine's clock, over the last `_TOKENS_OVER_S` seconds of the wall clock."""
         now_s = monotonic()
         while self._rate and self._rate[0][0] < now_s - _TOKENS_OVER_S:
             self._rate.popleft()
         return sum(n for _, n in self._rate) / _TOKENS_OVER_S / self._speedup
 
     def recent(self, seconds: float = 180.0) -> dict[str, list[float]]:
-        """TTFT and TPOT in s of requests that ended in the last so many seconds."""
+        """TTFT and TPOT in s of requests that ended in the last `seconds` of the wall clock."""
         since_s = monotonic() - seconds
         latest = [one for one in self.latest if one[0] >= since_s]
         return {"ttft_s": [one[1] for one in latest], "tpot_s": [one[2] for one in latest if one[2] is not None]}
 
 
 class _ByModel:
-    """One metric whose buckets differ by model: each has its own number of layers."""
+    """One metric with different buckets for each model, since models differ in their number of layers."""
 
     def __init__(self, histograms: Mapping[str, Histogram]) -> None:
         self._histograms = histograms

@@ -1,4 +1,4 @@
-"""What goes back to a client whose request is not answered, in the body that OpenAI's API has for it."""
+"""Errors that are returned to clients, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TYPES = {401: "invalid_request_error", 404: "invalid_request_error", 429: "rate
 
 
 class Problem(Exception):
-    """`status`: of HTTP. `param`: the parameter that is wrong. `code`: a word for programs."""
+    """A request is refused or fails. `status`: HTTP status. `param`: the wrong parameter. `code`: a word for programs."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_s: int | None = None
@@ -29,7 +29,7 @@ class Problem(Exception):
 
 
 def wrong(param: str, message: str, code: str | None = None) -> Problem:
-    """A parameter that cannot be."""
+    """Makes the Problem of a parameter with a value that is not allowed."""
     return Problem(400, message, param, code)
 
 

@@ -1,4 +1,4 @@
-"""The front's process: an event loop with the HTTP server in it, and the pipe to the engine."""
+"""The front process: an event loop that runs the HTTP server, and the pipe to the engine."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from helios_sim.serve.messages import Abort, Drain, FromEngine, Look, ToEngine
 from helios_sim.serve.settings import ServeConfig
 from helios_sim.serve.text import open_reader
 
-_HEAD_S = 20.0  # for the head of a request to arrive
-_LOOK_S = 0.5  # between looks at the engine while there is something to see
-MOST_WAITING = 2048  # connections that wait to be accepted
+_HEAD_S = 20.0  # longest time for the head of a request to arrive
+_LOOK_S = 0.5  # time between requests for the engine's state, while requests are open or a listener listens
+MOST_WAITING = 2048  # most connections that wait to be accepted
 
 
 @dataclass(frozen=True, slots=True)
 class FrontSettings:
-    """All that the front needs. It can be pickled."""
+    """Settings and facts of the engine that the front needs. It can be pickled."""
 
     serve: ServeConfig
     keys: tuple[bytes, ...]
-    tokenizers: Mapping[str, str | None]  # by candidate, its folder; None: the built-in vocabulary
-    layers: Mapping[str, int]  # of each candidate
-    vocabularies: Mapping[str, int]  # tokens that each candidate knows
+    tokenizers: Mapping[str, str | None]  # folder by candidate; None: the built-in vocabulary
+    layers: Mapping[str, int]  # layers of each candidate
+    vocabularies: Mapping[str, int]  # vocabulary size of each candidate
     mode: str
     by_priority: bool
-    about: Mapping[str, Any]  # for the page
+    about: Mapping[str, Any]  # what the page shows of the server
 
 
 def run_front(pipe: Connection, sock: socket.socket, settings: FrontSettings) -> None:
-    """Serves until the engine's process says to drain, to abort, or has gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the other process hears them too, and says what to do
+    """Serves until the engine's process tells it to drain or to abort, or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the engine's process gets them too, and tells this one what to do
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(Front(pipe, sock, settings).run())
@@ -86,11 +86,11 @@ class Front:
             looking.cancel()
 
     def _send(self, message: ToEngine) -> None:
-        with contextlib.suppress(OSError):  # the engine has gone, which the listening thread tells
+        with contextlib.suppress(OSError):  # the engine is gone; the listening thread notices
             self._pipe.send(message)
 
     def _listen(self) -> None:
-        """In a thread of its own: hands what comes to the event loop."""
+        """Passes messages from the engine to the event loop. Runs in its own thread."""
         try:
             while True:
                 self._loop.call_soon_threadsafe(self._receive, self._pipe.recv())
@@ -110,7 +110,7 @@ class Front:
             self._abort()
 
     async def _drain(self) -> None:
-        """No request comes in any more; those that are open have some time."""
+        """Refuses new requests, waits up to `drain_s` for the open ones, then aborts."""
         self.generator.closed = Problem(503, "The server is shutting down", None, "shutting_down", 5)
         until_s = monotonic() + self._settings.serve.drain_s
         while self.generator.asking and monotonic() < until_s:
@@ -133,12 +133,12 @@ class Front:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are for the engine's process."""
+        """Leaves signals to the engine's process."""
         yield
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection on which no head of a request arrives in time, however slowly its bytes drip."""
+    """Closes a connection if the head of a request does not arrive in time, even if bytes trickle in."""
 
     _head: asyncio.TimerHandle | None = None
 
@@ -160,7 +160,7 @@ class _Impatient(H11Protocol):
         super().connection_lost(exc)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: whoever asks for a web socket is answered without, and no client can fill the log."""
+        """Stays silent: a request for a web socket is answered as plain HTTP, and clients cannot fill the log."""
 
     def _await_head(self) -> None:
         if self._head is None:

@@ -1,4 +1,4 @@
-"""Reads the body of a request. What this server cannot do is refused by name, never ignored."""
+"""Reads the body of a request. Parameters that this server does not support are refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from helios_sim.serve.front.problems import Problem, not_supported, wrong
 from helios_sim.untrusted import parse_json
 
-# Parameters of OpenAI's API and of vLLM that are taken at these values alone, where they change nothing.
+# Parameters of OpenAI's API and of vLLM that are accepted only at these values, at which they change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
     "repetition_penalty": (1,), "length_penalty": (1,), "logit_bias": ({},), "top_k": (-1, 0), "min_p": (0,),
@@ -28,7 +28,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_processor": (), "vllm_xargs": ({},), "include_reasoning": (True,), "cache_salt": (),
     "mm_processor_kwargs": (), "return_token_strs": (False,),
 }  # fmt: skip
-# Names that a client may give and that change no answer.
+# Parameters that label a request and change no answer.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
 COMMON = (
     "model", "stream", "stream_options", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "seed",
@@ -40,11 +40,11 @@ MOST_PROMPTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request as it was asked for, before the prompt is read as tokens."""
+    """A request for an answer as parsed from its body, before the prompt is tokenized."""
 
     chat: bool
     model: str | None
-    prompts: Sequence[str | Sequence[int]]  # of a chat: none
+    prompts: Sequence[str | Sequence[int]]  # empty for a chat
     messages: Sequence[Mapping[str, str]]
     max_tokens: int | None
     min_tokens: int
@@ -56,15 +56,15 @@ class Wanted:
     logprobs: bool
     top_logprobs: int
     stream: bool
-    usage: bool  # in a chunk of its own at the end of a stream
+    usage: bool  # send usage in a chunk of its own at the end of a stream
     usage_in_chunks: bool
     priority: int
-    depths: bool  # with the layers that each token ran
-    special: bool  # with the tokens that the tokenizer puts around a text
+    depths: bool  # report the layers that each token ran
+    special: bool  # add the special tokens that the tokenizer puts around a text
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """The body as a mapping."""
+    """Parses the body as a JSON object. Problem if it is not one."""
     if not body:
         raise Problem(400, "The body is empty: it must be a JSON object", None, "invalid_json")
     try:
@@ -106,9 +106,9 @@ class ToTokenize:
     """The body of /tokenize."""
 
     model: str | None
-    prompt: str | None  # None: `messages` are there
+    prompt: str | None  # None if `messages` are given
     messages: Sequence[Mapping[str, str]]
-    special: bool  # with the tokens that the tokenizer puts around a text
+    special: bool  # add the special tokens that the tokenizer puts around a text
 
 
 def read_to_tokenize(body: Mapping[str, Any]) -> ToTokenize:
@@ -125,7 +125,7 @@ def read_to_tokenize(body: Mapping[str, Any]) -> ToTokenize:
 
 
 def read_to_detokenize(body: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-    """The model, and token ids, which its vocabulary may not have."""
+    """Reads the model and the token ids, which may lie outside its vocabulary."""
     _check_names(body, ("model", "tokens"))
     ids = body.get("tokens")
     if not isinstance(ids, list) or not all(map(_is_id, ids)):
@@ -264,11 +264,11 @@ def _message(one: Any, where: str) -> Mapping[str, str]:
         return message
     if not isinstance(name, str):
         raise wrong(f"{where}.name", f"{where}.name must be a string")
-    return message | {"name": _sound(name, f"{where}.name")}  # a chat template may write it
+    return message | {"name": _sound(name, f"{where}.name")}  # a chat template may use it
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or parts that are texts."""
+    """Reads content that is a text or a list of text parts. Returns the joined text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -289,7 +289,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _sound(text: str, where: str) -> str:
-    """Half of a surrogate pair is no text."""
+    """Returns the text. Problem if it has half of a surrogate pair, which no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError:

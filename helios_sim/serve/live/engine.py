@@ -1,4 +1,4 @@
-"""The live engine with clients' own prompts: real ids go in, tokens are sampled as asked, an end token ends an answer.
+"""The live engine for clients: it reads their token ids, samples as they ask, and ends answers at an end token.
 
 torch is loaded here, and only for mode=live.
 """
@@ -24,7 +24,7 @@ from helios_sim.serve.asked import Asked, Book, Sampling
 
 
 class AskedLive(LiveEngine):
-    """`book` has the requests of clients; a request that is not in it reads `texts`, to warm the engine up."""
+    """The live engine with prompts of clients, kept in `book`. A request that is not in it warms the engine up."""
 
     book: Book
     _sampled: dict[int, Sampler]
@@ -77,21 +77,21 @@ class AskedLive(LiveEngine):
         self._sampled.pop(request_id, None)
 
     def _answered(self, request_id: int) -> str:
-        """What models have answered so far, before the one that goes on."""
+        """Text of the answer so far, by all models."""
         known = self.answers.get(request_id)
         return "" if known is None else known.before + self._models[known.model].decode(known.tokens)
 
     def _ids(self, asked: Asked, model: str, answered: str) -> list[int]:
-        """The prompt and what has been answered since, in this model's ids."""
+        """Token ids of the prompt and of the answer so far, in this model's vocabulary."""
         return [*asked.ask.prompts[model], *(self._models[model].encode(answered) if answered else ())]
 
 
 class AskedReplaying(AskedLive, ReplayingEngine):
-    """For random weights, whose exits follow recorded traces."""
+    """The same engine for models with random weights: their exits follow recorded traces."""
 
 
 class Sampler:
-    """Draws the tokens of one request."""
+    """Samples the tokens of one request."""
 
     def __init__(self, how: Sampling, number: int) -> None:
         self._how, self._drawn = how, torch.Generator()
@@ -102,7 +102,7 @@ class Sampler:
         self.needed = how.temperature > 0 or how.logprob
 
     def choose(self, asked: Asked, banned: frozenset[int], logits: Tensor) -> int:
-        """The next token; notes its logprob where that is asked for. `logits` (V,)."""
+        """Chooses the next token, never a `banned` one, and notes its logprob if asked for. `logits` (V,)."""
         scores = logits.float().cpu()
         if banned:
             scores = scores.index_fill(0, torch.tensor(sorted(banned)), -torch.inf)
@@ -115,7 +115,7 @@ class Sampler:
 
     def _draw(self, scores: Tensor) -> int:
         p = scores.softmax(-1)
-        if self._how.top_p < 1:  # the fewest tokens that have this share together
+        if self._how.top_p < 1:  # keep the fewest tokens that reach this probability together
             ordered, at = p.sort(descending=True)
             kept = ordered.cumsum(-1) - ordered < self._how.top_p
             ordered = ordered * kept
@@ -124,14 +124,14 @@ class Sampler:
 
 
 def end_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's own end token, and those that end a turn of a chat."""
+    """Token ids that end an answer: the tokenizer's own end token, and tokens that end a turn of a chat."""
     known = tokenizer.get_vocab()
     names = {tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|eot_id|>", "<eos>"}
     return frozenset(int(known[name]) for name in names if name in known)
 
 
 class _Passage(PromptTexts):
-    """A text for requests that no client sent."""
+    """The text of requests that warm the engine up."""
 
     def prompt(self, task: int, start: int, chars: int) -> str:
         passage = "The river ran high in March, and the keeper of the bridge wrote down each cart that crossed it. "
