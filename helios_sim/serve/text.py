@@ -91,9 +91,9 @@ class HubReader:
 
 
 class BuiltInReader:
-    """A tokenizer of words and bytes. It can encode any text and decodes it unchanged; a common English word is one token.
+    """A tokenizer of words and bytes. It encodes any text and decodes it unchanged; common English words are one token.
 
-    `vocab_size` is the model's, and counts if it is larger. Clients with the model's own tokenizer may then send its ids
+    `vocab_size` is the model's, and counts if it is larger. Clients with the model's tokenizer may then send its ids
     in prompts: each counts as one token, decoded as the replacement character since its text is not known here.
     """
 
@@ -153,7 +153,7 @@ def open_reader(folder: str | None, vocab_size: int = 0) -> Reader:
 
 
 def known_folder(model: str, named: Mapping[str, str]) -> str | None:
-    """The folder of a simulated model's tokenizer: as `named`, beside its config, or in the cache; None if there is none.
+    """The folder of a simulated model's tokenizer: `named`, beside its config, or in the cache; None if there is none.
     """
     if model in named:
         return str(Path(named[model]).expanduser())
@@ -166,7 +166,7 @@ def known_folder(model: str, named: Mapping[str, str]) -> str | None:
 
 
 class Growing:
-    """The text of an answer, token by token. A character that is spread over several tokens comes with the last of them."""
+    """The text of an answer, token by token. A character of several tokens comes with the last of them."""
 
     def __init__(self, reader: Reader, prompt: Sequence[int]) -> None:
         self._reader, self._ids = reader, list(prompt[-_CONTEXT:])

@@ -119,7 +119,7 @@ class Hub:
         stream.closed = True
 
     def cancel(self, stream: Stream, reason: str) -> None:
-        """Aborts the request at the engine's next iteration. Does nothing if the request has left or the stream is closed."""
+        """Aborts the request at the engine's next iteration, unless it has left or the stream is closed."""
         if not stream.closed and stream.ask.request_id in self._open:
             self._send(Cancel(stream.ask.request_id, reason))
         stream.closed = True
@@ -134,7 +134,7 @@ class Hub:
             stream.put(error)
 
     async def look(self) -> State:
-        """The engine's state, at most `_FRESH_S` old. Problem if the engine does not serve or does not answer in time."""
+        """The engine's state, at most `_FRESH_S` old. Problem if the engine does not serve or answer in time."""
         if self.state is not None and monotonic() - self._state_s < _FRESH_S:
             return self.state
         if self.ended is not None or self.ready is None:

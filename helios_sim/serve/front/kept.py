@@ -21,7 +21,7 @@ _OF_ENGINE = (
 class Kept:
     """Appends answers to the file.
 
-    `gaps_s` are times between tokens. Times of the front are in s of the wall clock, times of the engine in ns of its own
+    `gaps_s` are times between tokens. Times of the front are in s of the wall clock, the engine's in ns of its own
     clock.
     """
 

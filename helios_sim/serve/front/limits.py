@@ -19,7 +19,7 @@ _MOST_BYTES = 1 << 16
 
 
 def keys_of(serve: ServeConfig) -> tuple[bytes, ...]:
-    """Reads the API keys. UserError for keys that cannot be used, or if others can reach the server and there is none."""
+    """Reads the API keys. UserError for unusable keys, or if others can reach the server and there is none."""
     if serve.api_key_file is not None:
         fix = "name a file with one key on each line, that you may read"
         try:
@@ -54,7 +54,7 @@ class Gate:
         self._of_client: Counter[str] = Counter()
 
     def check_host(self, headers: Mapping[str, str]) -> None:
-        """Refuses foreign Host and Origin headers, so that no web page of another origin can use a server on this machine.
+        """Refuses foreign Host and Origin headers, so that no page of another origin can use a server on this machine.
 
         The check of Host is against a foreign name that resolves to this machine (DNS rebinding).
         """

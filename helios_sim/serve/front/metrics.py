@@ -28,7 +28,7 @@ _TOKENS_OVER_S = 5.0
 
 
 class Metrics:
-    """Metrics of all replicas. `layers`: layers of each candidate. `speedup`: of the engine's clock over the wall clock."""
+    """Metrics of all replicas. `layers`: of each candidate. `speedup`: of the engine's clock over the wall clock."""
 
     def __init__(self, layers: Mapping[str, int], context_tokens: int, speedup: float) -> None:
         disable_created_metrics()
@@ -80,7 +80,7 @@ class Metrics:
             for model, n_layers in layers.items()
         }  # fmt: skip
         self.registry.register(_ByModel(self._depths))
-        self.latest: deque[tuple[float, float, float | None]] = deque(maxlen=_LATEST)  # wall time of the end, TTFT and TPOT, all in s
+        self.latest: deque[tuple[float, float, float | None]] = deque(maxlen=_LATEST)  # end (wall), TTFT, TPOT in s
         self._rate: deque[tuple[float, int]] = deque()  # wall time in s, and tokens of an iteration
         self.depths_seen: dict[str, dict[int, int]] = {model: {} for model in layers}
 

@@ -9,7 +9,7 @@ _TYPES = {401: "invalid_request_error", 404: "invalid_request_error", 429: "rate
 
 
 class Problem(Exception):
-    """A request is refused or fails. `status`: HTTP status. `param`: the wrong parameter. `code`: a word for programs."""
+    """A request is refused or fails. `status`: of HTTP. `param`: the wrong parameter. `code`: a word for programs."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_s: int | None = None
