@@ -43,7 +43,7 @@ def to_config(
     arguments: Sequence[str] = (),
     schema: type[CalibrateConfig | CampaignConfig] = CalibrateConfig,
 ) -> CalibrateConfig | CampaignConfig:
-    """The settings as the schema's dataclass. UserError for a name, a type or a value that cannot be."""
+    """The settings as the schema's dataclass. Raises UserError for a name, a type or a value that cannot be."""
     return typed(settings, schema, arguments)
 
 
@@ -88,7 +88,7 @@ BUSY = 0.6  # a load for each core above which other processes are in the way
 
 
 def make_way() -> None:
-    """Where other processes use the cores, let torch's threads sleep while they wait for each other.
+    """Let torch's threads sleep while they wait for each other, if other processes use the cores.
 
     Threads that spin keep the core from the very thread that they wait for, and a step then takes ten times as long.
     It must come before torch is loaded. A policy that the environment sets stays.

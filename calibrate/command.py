@@ -89,7 +89,7 @@ def _for_stages(budget_s: float | None) -> tuple[float | None, float]:
 def _check_useful(
     budget_s: float | None, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
 ) -> None:
-    """Raise UserError where the time sufficed for nothing that can be simulated from or served with."""
+    """Raise UserError if the time sufficed for nothing that can be simulated from or served with."""
     skipped = [outcome for outcome in outcomes if outcome.status is StageStatus.SKIPPED]
     failed = any(outcome.status is StageStatus.FAILED for outcome in outcomes)
     if budget_s is not None and skipped and not failed and not {*finished} - {CEILINGS}:

@@ -305,6 +305,6 @@ def measured_by() -> dict[str, str]:
 
 
 def even_exits(layers: int, most: int = EVEN_EXITS) -> tuple[int, ...]:
-    """At most so many depths below `layers`, evenly spaced; none for a single layer."""
+    """Evenly spaced depths below `layers`, at most `most` of them; none for a single layer."""
     count = min(most, layers - 1)
     return tuple(sorted({round(layers * (i + 1) / (count + 1)) for i in range(count)}))

@@ -213,7 +213,7 @@ def in_order(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def read_finished(folder: Path) -> dict[str, Finished]:
-    """All complete stages in an output folder, with any settings. A stage whose record is damaged is not complete."""
+    """All complete stages in an output folder, with any settings. A stage with a damaged record is not complete."""
     found = {}
     for path in sorted((folder / STAGES).glob(f"*/{RECORD}")):
         with suppress(UserError):

@@ -304,7 +304,7 @@ def steady(config: CampaignConfig, model: str, stage: StageRun) -> Mapping[str, 
 
 
 def _request_s(config: CampaignConfig, users: int, folder: str | None, model: str, card: str) -> float:
-    """About how many seconds a request takes of the device when `users` are served at once."""
+    """An estimate of the device's seconds per request when `users` are served at once."""
     profile = read_profile(Path(folder or "") / f"{model}@{card}")
     length = config.live.prompt_tokens + config.live.output_tokens // 2
     n, decode = profile.model.n_layers, np.array([[users]], dtype=np.int64)
@@ -445,7 +445,7 @@ def _run(
 
 
 def _provenance(made: Basis, arm: Arm, figures: Mapping[str, Any]) -> dict[str, str | None]:
-    """Where the arm's figures come from. `class` is the weakest source; full depth uses no exits."""
+    """The sources of the arm's figures. `class` is the weakest source; full depth uses no exits."""
     energy = figures["energy_wh_per_request"]
     exits = None if arm.policy == FULL_DEPTH else made.exits.origin
     return {

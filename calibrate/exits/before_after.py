@@ -73,7 +73,7 @@ def _number(value: Any) -> float | None:
 
 def compared(before: ExitTrace, after: ExitTrace, kept: NDArray[np.bool_]) -> dict[str, Any]:
     """All figures as JSON values. `kept` (T, E): where the trained model gives the token that the frozen one gives at
-    full depth. UserError for traces of different exits or texts.
+    full depth. Raises UserError for traces of different exits or texts.
     """
     same = before.exits == after.exits and np.array_equal(before.chars, after.chars)
     if not same or not np.array_equal(before.prompt, after.prompt):
@@ -134,8 +134,9 @@ def sure_of(trace: ExitTrace, confidence: Confidence, fitted: NDArray[np.bool_])
 
 
 def _at(trace: ExitTrace, confidence: Confidence, least: float, group: NDArray[Any]) -> tuple[dict[str, Any], Sums]:
-    """Where tokens leave at the lowest threshold that keeps so many tokens on one half of the passages, judged on the
-    other half; and the layers that they run there.
+    """The exits of tokens at the lowest threshold that keeps a share `least` of tokens on one half of the passages.
+
+    Both the exits and the layers that tokens run are judged on the other half.
     """
     assert trace.bits is not None
     fitted = halves(trace)

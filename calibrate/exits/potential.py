@@ -166,7 +166,7 @@ def _check(seen: Floats, agree: NDArray[np.bool_], fitted: NDArray[np.bool_]) ->
 def _together(
     trace: ExitTrace, scores: Floats, agree: NDArray[np.bool_], fitted: NDArray[np.bool_], most: float
 ) -> tuple[NDArray[np.int64], float]:
-    """With one threshold for all exits: (J,) where tokens of the judged half leave, and the share that changes."""
+    """The exits (J,) of tokens of the judged half with one threshold for all exits, and the share that changes."""
     last = agree.shape[1]
 
     def leaves(rows: NDArray[np.bool_], at: float) -> tuple[NDArray[np.int64], float]:
@@ -183,7 +183,7 @@ def _together(
 
 
 def full_queue(profile: Profile) -> int:
-    """Requests of that context that fit on the card. UserError where none does."""
+    """Requests of that context that fit on the card. Raises UserError if none does."""
     memory = MemoryBudget(profile.hardware.hbm_bytes, UTILISATION)
     layers = profile.model.n_layers
     blocks = memory.pool_blocks([(profile, layers)], (profile, layers))

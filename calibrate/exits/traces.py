@@ -143,7 +143,7 @@ class _ExactView:
         self.choice = tokens[:, :_EXACT].gather(1, self._best.indices[:, :1])[:, 0]
 
     def proposes(self, predictors: Predictors, first: Tensor, at_exit_before: Tensor) -> None:
-        """With these predictors; the states (n, d) at the first exit, and at the one before this."""
+        """Let predictors check. Takes the states (n, d) at the first exit, and at the exit before this one."""
         self._words = predictors, proposed(self._model, self._heads, first), at_exit_before
 
     def foreseen(self) -> Tensor:

@@ -37,7 +37,7 @@ def trunk_texts(
 ) -> tuple[Tensor, list[Passage]]:
     """Texts (n, text_tokens) for the trunk, of passages of about so many characters, and passages set apart for checks.
 
-    UserError where the tasks have no text of that length.
+    Raises UserError if the tasks have no text of that length.
     """
     import torch
 

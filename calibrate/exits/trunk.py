@@ -95,7 +95,7 @@ class TrunkPlan:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is, and what time has decided."""
+    """The progress of a run, and decisions that depended on time."""
 
     step: int = 0
     tokens: int = 0
@@ -339,7 +339,7 @@ class _Run:
         )
 
     def _digest(self) -> str:
-        """Of the plan, the texts and the first tensors, to which a state belongs."""
+        """A digest of the plan, the texts and the first tensors, which identifies the run of a state."""
         digest = hashlib.sha256(json.dumps([self.plan.identity, self.start], sort_keys=True).encode())
         for tensor in (self.texts, *self.learned):
             digest.update(tensor.detach().cpu().numpy().tobytes())

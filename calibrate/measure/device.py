@@ -68,7 +68,7 @@ class TimedDevice(Protocol):
         ...
 
     def peak_bytes(self, step: Step) -> int | None:
-        """By how much memory use rose while the step ran. None if the device cannot tell."""
+        """The rise in memory use while the step ran; None if the device cannot tell."""
         ...
 
     def used_bytes(self) -> int | None:

@@ -300,7 +300,7 @@ class _Campaign:
         return BudgetSpent("budget_s", self.plan.budget_s, allowed, fix)
 
     def _sketch_s(self, grids: Grids) -> float:
-        """About what brief visits to all places take, by the times of the anchors and of the rows beside theirs."""
+        """An estimate of the time of brief visits to all places, from the times of the anchors and rows near them."""
         (few, _), (many, _) = anchor_places(self.subject).values()
         few_s, many_s = self.sampler.reference_s.values()
         per_row_s = max(0.0, (many_s - few_s) / max(1, many - few))
@@ -434,7 +434,7 @@ class _Campaign:
         return self._missed(grids, table, [h.place for h in grids.held_out.get(table, ())])
 
     def _missed(self, grids: Grids, table: str, places: Sequence[Place]) -> list[HeldOut]:
-        """By how much the table misses places outside of it."""
+        """The errors of the table at places outside of it."""
         axes, latency = grids.axes[table], self.latency
         known = {place: latency.time_s(table, place) for place in axes.places()}
         return [
@@ -492,7 +492,7 @@ class _Campaign:
 
 
 def energy_steps(subject: Subject) -> dict[str, Step]:
-    """The iterations whose energy is measured: decodes of a few batches, and a prompt."""
+    """The iterations for which energy is measured: decodes of a few batches, and a prompt."""
     limits, model = subject.limits, subject.model
     steps: dict[str, Step] = {}
     for batch in limits.few_batches:

@@ -228,7 +228,7 @@ def _joint(joints: Sequence[JointExits]) -> Table:
 
 
 def _some(count: int) -> list[int]:
-    """At most MOST_COLUMNS indices out of `count`, evenly spaced, including the first and the last."""
+    """Indices out of `count`, at most MOST_COLUMNS, evenly spaced, including the first and the last."""
     return sorted({round(x) for x in np.linspace(0, count - 1, min(count, MOST_COLUMNS))})
 
 

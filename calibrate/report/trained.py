@@ -45,7 +45,7 @@ def by_exit(found: Mapping[str, Any]) -> Table:
 
 
 def by_agreement(found: Mapping[str, Any]) -> Table:
-    """Where tokens leave if so many must stay what full depth gives."""
+    """The exits of tokens if a given share must agree with full depth."""
     columns = ["decided by", "must agree", "", "layers a token", "agree", "bits/char", "leave early"]
     rows = []
     for confidence in CONFIDENCES:

@@ -35,7 +35,7 @@ from helios_sim.untrusted import Fields, shortened
 NAME = "aiperf records"
 _PER_S = {"ns": 1e9, "us": 1e6, "ms": 1e3, "sec": 1.0, "s": 1.0}
 _OF_A_RUN = ("benchmark_phase", "session_num", "turn_index", "agent_depth", "source_id")  # once in each
-_SLACK_S = 0.1  # between the figures of a request and its stamps, which are of two clocks
+_SLACK_S = 0.1  # allowed difference between figures of a request and its stamps, which come from two clocks
 _OF_HTTP = "{count} of {all} requests took {said} by their HTTP times, and {ours} by request_latency, which counts"
 _BY = "as its other metrics say"
 
@@ -48,7 +48,7 @@ class _Said:
     gaps_s: Sequence[float]
 
     def of(self, *names: str) -> tuple[float, ...] | None:
-        """None: not all are there."""
+        """The metrics; None if some are missing."""
         known = [self.by_name[name] for name in names if name in self.by_name]
         return tuple(known) if len(known) == len(names) else None
 
@@ -80,7 +80,7 @@ def _of_usage(said: _Said, _: re.Match[str]) -> Ours:
 
 
 def _of_counts(said: _Said, match: re.Match[str]) -> Ours:
-    """By how many per cent the server's count is not the client's."""
+    """The difference between the server's and the client's count in per cent."""
     client = {"prompt": "input_sequence_length", "completion": "output_sequence_length"}[match[1]]
     both = said.of(f"usage_{match[1]}_tokens", client)
     return None if both is None or not both[1] else 100 * abs(both[0] - both[1]) / both[1]
@@ -92,7 +92,7 @@ def _first_output(said: _Said, _: re.Match[str]) -> Ours:
 
 
 def _sum(*names: str) -> Callable[[_Said, re.Match[str]], Ours]:
-    """None: none of them is there."""
+    """The sum of those that are given; None if none is."""
     return lambda said, _: sum(said.by_name.get(name, 0.0) for name in names) if said.of(names[0]) else None
 
 
@@ -156,7 +156,7 @@ def is_it(document: Document) -> bool:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """UserError for a line that is no record of aiperf, or contradicts itself."""
+    """Read a log. Raises UserError for a line that is no record of aiperf, or contradicts itself."""
     document.chosen(part or 1, ["the file"], "runs")
     rows, turns = [], 0
     records, figures = Look(document.name, _RECORD), Look(document.name, _METRICS, "metrics.")
@@ -186,7 +186,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 
 
 def _plain(metrics: object) -> tuple[dict[str, Any], _Said, dict[str, float]]:
-    """Metrics by name, each in its own unit; those that are numbers, times in seconds; and the units of times."""
+    """All metrics by name in their own units; those that are numbers with times in seconds; the units of times."""
     plain, by_name = dict[str, Any](), dict[str, float]()
     units, gaps_s = dict[str, float](), list[float]()
     for name, one in metrics.items() if isinstance(metrics, Mapping) else ():
@@ -215,7 +215,7 @@ def _row(place: str, record: Fields) -> Row:
         return metrics.inner(name).value("value") if metrics.has(name) else None
 
     def seconds(name: str) -> float | None:
-        """In the unit that stands beside the figure."""
+        """A figure with the unit beside it, in seconds."""
         if not metrics.has(name):
             return None
         unit = metrics.inner(name).text("unit", _PER_S)

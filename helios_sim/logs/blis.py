@@ -81,7 +81,7 @@ def is_it(document: Document) -> bool:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """UserError for a line or a header that cannot be."""
+    """Read a log. Raises UserError for an impossible line or header."""
     document.chosen(part or 1, ["the file"], "runs")
     header, where = _header(document.path)
     check_quotes(document.name, document.content, _LINE)
@@ -117,7 +117,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
         look.at(place, plain, None if rows[-1].failure is not None else plain)
     ahead_s = min((row.arrival_s - row.planned_s for row in rows if row.arrival_s is not None
                    and row.planned_s is not None), default=0.0)  # fmt: skip
-    for one in rows:  # planned times are since the run began, which the one that was sent best is taken to show
+    for one in rows:  # planned times count from the start of the run, taken from the request with the least delay
         one.planned_s = None if one.planned_s is None else one.planned_s + ahead_s
     notices = look.notices()
     stated: dict[str, object] = {}
@@ -144,7 +144,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 
 
 def _header(table: Path) -> tuple[Fields | None, str]:
-    """The header of a table: the file of its name, else the only YAML file in its folder that is one."""
+    """The header of a table: the YAML file of its name, else the only header in its folder."""
     same = [path for suffix in (".yaml", ".yml") if (path := table.with_suffix(suffix)).is_file()]
     beside = same or [path for path in sorted(table.parent.glob("*.y*ml"))[:50] if b"trace_version" in _text(path)]
     if not beside:

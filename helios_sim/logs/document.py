@@ -1,4 +1,4 @@
-"""A log as one reads it: its text once, its beginning to tell the tool by, and where each object stands."""
+"""The text of a log, read once: its beginning, by which the tool is recognised, and the place of each object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Document:
 
     @property
     def name(self) -> str:
-        """For messages about its lines."""
+        """The file's name for messages."""
         return self.path.name
 
     @property
@@ -50,21 +50,21 @@ class Document:
 
     @cached_property
     def _first(self) -> bytes:
-        """What is looked at for names: all of one object or array, the beginning of lines."""
+        """The text that is searched for names: all of one object or array, or the beginning of lines."""
         line = self.head.partition(b"\n")[0]
         is_one = self.begins_with(b"[") or (self.begins_with(b"{") and not _is_json(line.decode(errors="replace")))
         return self.content if is_one else self.head
 
     def lines(self) -> list[tuple[int, str]]:
-        """The lines that are not empty, each with its number."""
+        """The non-empty lines with their numbers."""
         return [(n, line) for n, line in enumerate(lines_of(self.content.decode()), 1) if line.strip()]
 
     def objects(self) -> list[dict[str, Any]]:
-        """The JSON objects of a file that holds one, or one in each line. UserError where one is none."""
+        """The JSON objects of a file with one object, or one in each line. Raises UserError if a line has none."""
         return [found for _, found in self.numbered_objects()]
 
     def numbered_objects(self) -> list[tuple[str, dict[str, Any]]]:
-        """The same, each with the place where it stands."""
+        """The JSON objects (`objects`), each with its place for messages."""
         lines = self.lines()
         if lines and not _is_json(lines[0][1]) and len(lines) > 1 and not lines[1][1].startswith("{"):
             return [(self.name, self.mapping())]  # one object over several lines
@@ -83,7 +83,7 @@ class Document:
         return found
 
     def array(self) -> list[Any]:
-        """The value of a file that holds one JSON array. UserError where it does not."""
+        """The JSON array in the file. Raises UserError if it has none."""
         if not self.content.rstrip().endswith(b"]"):
             fix = "it ends in the middle: take the whole file"
             raise UserError(self.name, "damaged", "one JSON array, which ends with ]", fix)
@@ -94,7 +94,7 @@ class Document:
             return found
 
     def mapping(self) -> dict[str, Any]:
-        """The value of a file that holds one JSON object or one YAML mapping. UserError where it does not."""
+        """The JSON object or YAML mapping in the file. Raises UserError if it has none."""
         is_json = self.begins_with(b"{")
         with reading(self.name, "damaged", "one JSON object" if is_json else "one YAML mapping", FIX):
             found = parse_json(self.content, plain_names=True) if is_json else parse_yaml(self.content)
@@ -103,7 +103,7 @@ class Document:
             return found
 
     def chosen(self, part: int | None, told: Sequence[str], what: str) -> int:
-        """The place of the part that is meant. UserError where there are several and none is named."""
+        """The index of the chosen part. Raises UserError if there are several and none is named."""
         if part is None:
             if len(told) == 1:
                 return 0

@@ -1,8 +1,8 @@
-"""What a tool writes at one place, declared name by name: what is read, what follows from it, what does not matter.
+"""Declares all names that a tool writes in one place: those that are read, that follow from others, or do not matter.
 
-A reader states a `Known` for each mapping of its files and looks at every one with a `Look`. A figure that follows from
-others is compared with them, one that matters and is not made anything of is told with what it means, and a name that
-is not declared at all is told too, so nothing that a file says twice or besides is passed over in silence.
+A reader has a `Known` for each kind of mapping in its files, and checks every mapping with a `Look`. A figure that
+follows from others is compared with them. A figure that matters but is not used, and a name that is not declared, are
+reported. So nothing in a file is ignored silently.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from helios_sim.errors import UserError
 from helios_sim.logs.record import FIX, close_to, not_read, number
 from helios_sim.untrusted import shortened
 
-Ours = float | tuple[float, float] | None  # what other figures say, or between what; None: they do not say it
-_NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # of what matters: off, none, or one of it
+Ours = float | tuple[float, float] | None  # the value by other figures, or its range; None if they do not give it
+_NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # values that mean off, none, or one
 _MOST, _MOST_NAMES = 1e15, 10_000
 TOTALS = "{count} requests have a total other than prompt and answer, such as {said} in place of {ours}: these count"
 MORE_CHUNKS = ("{count} of {all} answers came in more chunks than tokens, such as {said} and not {ours}: a chunk holds "
                "at least one, so that their tokens are counted too few")  # fmt: skip
 FEWER_CHUNKS = ("{count} of {all} answers came in fewer chunks than tokens, such as {said} and not {ours}: several at "
                 "once, as with speculative decoding, which the simulation does not have")  # fmt: skip
-_FAR, _FEW = 1 / 3, 32  # share, and tokens, by which two counts of one text may differ before it is told
-_SHARES = {"p001": 0.001, "p999": 0.999}  # percentiles whose names are not in hundredths
+_FAR, _FEW = 1 / 3, 32  # share, and tokens, by which two counts of a text may differ before it is reported
+_SHARES = {"p001": 0.001, "p999": 0.999}  # names of percentiles that are not in hundredths
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure that follows from what else a file says: `ours` makes it of the facts of one place.
+    """A figure that follows from other facts of one place: `ours` computes it from them.
 
     name: a pattern; names of mappings within mappings are joined by points. `ours` gets the facts and the match.
     share, slack: how far both may lie apart, relative and in the unit of the facts.
@@ -60,9 +60,9 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is declared of one name."""
+    """The declaration of one name."""
 
-    effect: str | None  # the pattern of it
+    effect: str | None  # its pattern, if it matters and is not used
     figures: list[tuple[re.Match[str], Figure]]
     is_declared: bool  # it is read, or does not matter
 
@@ -91,14 +91,14 @@ class Known:
         return self._patterns[1].fullmatch(name) is not None
 
     def is_declared(self, name: str) -> bool:
-        """Whether it is read, or does not matter. Figures and effects are looked at besides."""
+        """Whether a name is read or does not matter. Figures and effects are checked too."""
         return self._patterns[0].fullmatch(name) is not None or self.is_harmless(name)
 
     def of(self, name: str) -> _Kind:
-        """What is declared of a name; found once for all files."""
+        """The declaration of a name, looked up once for all files."""
         kept = self._kept
         if name not in kept:
-            if len(kept) >= _MOST_NAMES:  # files may hold any
+            if len(kept) >= _MOST_NAMES:  # files may have any names
                 kept.clear()
             effect = next((n for n, pattern in self._patterns[3] if pattern.fullmatch(name)), None)
             figures = [(match, one) for pattern, one in self._patterns[2] if (match := pattern.fullmatch(name))]
@@ -111,20 +111,20 @@ class Known:
 
 
 class Look:
-    """What was seen in mappings of one kind, such as all requests of a file."""
+    """Findings in mappings of one kind, such as all requests of a file."""
 
     def __init__(self, source: str, known: Known, prefix: str = "") -> None:
-        """`prefix`: of names in messages, which do not stand in the mappings themselves."""
+        """`prefix` is put before names in messages."""
         self._source, self._known, self._prefix = source, known, prefix
-        self._matter: dict[str, str] = {}  # the first name of each effect that is there
+        self._matter: dict[str, str] = {}  # the first name with each effect
         self._left: dict[str, None] = {}
-        self._stated: Counter[str] = Counter()  # by sentence: in how many places both are said
+        self._stated: Counter[str] = Counter()  # places where both figures are given, by sentence
         self._differ: dict[str, list[tuple[str, float, Ours]]] = {}
 
     def at(self, place: str, values: object, facts: Any = None, units: Mapping[str, float] | None = None) -> None:
-        """Look at one mapping. UserError for a figure that is not what its `facts` say; None: nothing is known.
+        """Check one mapping. Raises UserError for a figure that contradicts its `facts`; None: there are no facts.
 
-        `units`: by name, how many of a figure's unit make one of that in which the facts are.
+        `units`: by name, how many of a figure's unit make one unit of the facts.
         """
         if isinstance(values, Mapping):
             self._within(place, values, "", facts, units or {})
@@ -163,7 +163,7 @@ class Look:
         self._differ.setdefault(figure.told, []).append((name, said, ours))
 
     def notices(self) -> list[str]:
-        """Sentences for figures that differ, and for what is not read."""
+        """Sentences on figures that differ, and on names that are not read."""
         effects = {self._matter[effect]: why for effect, why in self._known.effects.items() if effect in self._matter}
         told = not_read(self._source, [*effects, *self._left], effects)
         for sentence, found in self._differ.items():
@@ -184,17 +184,17 @@ def _told(ours: Any) -> str:
 
 
 def _digits(number: float) -> str:
-    """Of stamps since 1970 down to milliseconds, which six digits would not show."""
+    """Times since 1970 with milliseconds, for which six digits are not enough."""
     return f"{number:.3f}" if 1e6 <= abs(number) < _MOST else f"{number:.6g}"
 
 
 def exactly(name: str, ours: Callable[[Any, re.Match[str]], Ours], by: str = "as its other figures say") -> Figure:
-    """A count, or a time that is written twice."""
+    """A figure that must be equal, such as a count, or a time that is given twice."""
     return Figure(name, ours, share=0.0, slack=1e-3, by=by)
 
 
 def server_counted(name: str, what: str, ours: Callable[[Any, re.Match[str]], Ours]) -> Figure:
-    """The client's count of tokens, beside `ours` of the server; a chat template adds some, so few are no matter."""
+    """The client's count of tokens against the server's `ours`. A chat template adds a few, which do not matter."""
     told = f"the server counted other {what} than the client in {{count}} of {{all}} requests, such as {{ours}} in "
     return Figure(name, ours, _FAR, _FEW, told=f"{told}place of {{said}}: the server's count")
 

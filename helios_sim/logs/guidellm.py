@@ -66,7 +66,7 @@ class _One:
 
     @property
     def written_s(self) -> float | None:
-        """To the last token, or the end where it is not known."""
+        """Seconds to the last token, or to the end if that is not known."""
         last_s = self.end_s if self.last_s is None else self.last_s
         return None if last_s is None else last_s - self.start_s
 
@@ -336,7 +336,7 @@ def _row(place: str, request: Any, end: str) -> tuple[Row, _One | None]:
 
 
 def _check_span(where: str, benchmark: Fields, rows: Sequence[Row]) -> tuple[float, float] | None:
-    """When the run began and ended; None: it is not said. UserError for answered requests far outside."""
+    """When the run began and ended; None: it is not said. Raises UserError for answered requests far outside."""
     begin_s, end_s = (benchmark.value(name, None) for name in ("start_time", "end_time"))
     if begin_s is None or end_s is None:
         return None

@@ -46,7 +46,7 @@ def _of_text(request: _Asked, _: re.Match[str]) -> float | None:
 
 
 def _end(request: _Asked, _: re.Match[str]) -> tuple[float, float] | None:
-    """From the last token to ten times as long."""
+    """The range for the end: from the last token to ten times as long."""
     start_s, times = request.get("start_time"), _answer(request.get("info") or {}).get("output_token_times")
     last_s = times[-1] if isinstance(times, list) and times else None
     known = isinstance(start_s, int | float) and isinstance(last_s, int | float)

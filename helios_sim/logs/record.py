@@ -139,7 +139,7 @@ def number(place: str, key: str, value: object, low: float = 0.0, high: float = 
 
 
 def whole(place: str, key: str, value: object, low: int = 0, high: int = LONGEST) -> int:
-    """The value as a whole number in the range; 12.0 is one. UserError where it is none."""
+    """The value as a whole number in the range; 12.0 is one. Raises UserError if it is none."""
     found = number(place, key, value, low, high)
     if found != int(found):
         raise UserError(f"{place}: {key}", shortened(value), f"a whole number from {low} to {high}", FIX)
@@ -147,21 +147,21 @@ def whole(place: str, key: str, value: object, low: int = 0, high: int = LONGEST
 
 
 def counted(place: str, key: str, value: object) -> int:
-    """A number of tokens that must be there. UserError where it is missing, which is another thing than 0."""
+    """A number of tokens that must be there. Raises UserError if it is missing, which is another thing than 0."""
     if value is None:
         raise UserError(f"{place}: {key}", None, "a number of tokens in a request that was answered", FIX)
     return whole(place, key, value)
 
 
 def stamp_ns(place: str, key: str, value: int) -> int:
-    """The value, nanoseconds since 1970. UserError where it lies before 2001, as microseconds and milliseconds do."""
+    """The value in ns since 1970. Raises UserError if it lies before 2001, as microseconds and milliseconds do."""
     if 0 < value < EARLIEST_S * NS_PER_S:
         raise UserError(f"{place}: {key}", value, "nanoseconds since 1970, after 2001: it is in another unit", FIX)
     return value
 
 
 def only_once(place: str, key: str, value: object, seen: dict[str, str]) -> None:
-    """Add the id of a request to those that were `seen`, each with its place. UserError where it is among them."""
+    """Add the id of a request to those that were `seen`, each with its place. Raises UserError if it is among them."""
     if isinstance(value, str | int) and seen.setdefault(str(value), place) != place:
         fix = "remove one of them: files were joined, or written twice"
         raise UserError(f"{place}: {key}", shortened(value), f"of one request: {seen[str(value)]} has it too", fix)
@@ -175,7 +175,7 @@ def gathered(
     stated: Mapping[str, Any] | None = None,
     notices: Sequence[str] = (),
 ) -> RequestLog:
-    """The log of these rows. UserError for a row that cannot be, and where no request was answered."""
+    """The log of these rows. Raises UserError for a row that cannot be, and where no request was answered."""
     if not rows:
         raise UserError(source, "no requests", "a log of at least one", "take another log")
     for row in rows:
@@ -376,7 +376,7 @@ def _of_plan(source: str, rows: Sequence[Row]) -> list[str]:
 
 
 def pause_told(source: str, arrival_s: FloatColumn) -> str | None:
-    """A sentence where a pause takes most of the time, as between runs whose files were joined; None: none does.
+    """A sentence if a pause takes most of the time, as between runs with files that were joined; else None.
 
     `arrival_s` is in order.
     """

@@ -65,7 +65,7 @@ class Scrapes:
     values: Mapping[str, NDArray[np.float64]]  # counters and gauges by name, (k,) each; NaN: not in that scrape
     buckets: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # bounds (b,), cumulative counts (k, b)
     models: tuple[str, ...]
-    engines: int  # labels of that name: replicas whose sums these are
+    engines: int  # replicas that are summed up: labels of that name
     notices: tuple[str, ...]
 
 
@@ -91,7 +91,7 @@ def _head(path: Path) -> bytes:
 
 
 def read(paths: Sequence[Path]) -> Scrapes:
-    """One file with times in its samples, or several, a scrape each. UserError for a line that is no sample."""
+    """One file with times in its samples, or several, a scrape each. Raises UserError for a line that is no sample."""
     samples: dict[float, dict[str, float]] = {}
     bounds: dict[float, dict[str, dict[float, float]]] = {}
     models: dict[str, None] = {}
@@ -223,7 +223,7 @@ def _scrapes(
 
 
 def grown(scrapes: Scrapes, name: str) -> float | None:
-    """By how much a counter grew; None where it is not there."""
+    """The growth of a counter; None if it is not there."""
     values = scrapes.values.get(name)
     if values is None:
         return None
@@ -273,7 +273,7 @@ def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
     """Requests with the pages' sums and histograms: as many in each interval, and with the same lengths.
 
     Given their number, the arrivals of a Poisson process lie in an interval as independent uniform times: so they are
-    drawn. Lengths keep the count of each bucket and the mean. UserError where the pages lack one of these.
+    drawn. Lengths keep the count of each bucket and the mean. Raises UserError if the pages lack one of these.
     """
     _check_counts(scrapes)
     _check_sums(scrapes)
@@ -311,7 +311,7 @@ def _check_counts(scrapes: Scrapes) -> None:
     if not came or not read_ or not total or not counted or came < _MANY:
         return
     most = (float(np.nan_to_num(scrapes.values[name]).max()) for name in _IN_FLIGHT if name in scrapes.values)
-    in_flight = max(most, default=0.0)  # whose prompts are read, and which have not finished
+    in_flight = max(most, default=0.0)  # requests with prompts that are read and answers that are not finished
     each = total / counted
     if read_ / came < each / _OFF or read_ / (came + in_flight) > each * _OFF:
         told = f"{read_ / came:.4g} prompt tokens a request"

@@ -63,7 +63,7 @@ class _Window:
 
 
 def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> RequestLog:
-    """The requests of these seconds, counted as the folder counts them. UserError where it has none then."""
+    """The requests of these seconds, counted as the folder counts them. Raises UserError if it has none then."""
     if span_s is None:
         allowed = "the seconds to draw requests for: the folder holds days"
         raise UserError("from_log.span_s", None, allowed, "set from_log.span_s=[BEGIN,END], such as [64800,65400]")
@@ -95,7 +95,7 @@ def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> 
 
 
 def _windows(path: Path) -> list[_Window]:
-    """Without those in which the client sent nothing."""
+    """The windows of a client, without those in which it sent nothing."""
     found: list[_Window] = []
     text = read_text(path, 64 * MIB, FIX).decode()
     for number, cells in enumerate(csv.reader(io.StringIO(text)), 1):

@@ -65,7 +65,7 @@ _MOST = "{count} of {all} answers have more tokens than were asked for: {said} w
 
 
 def _part(of: str) -> Callable[[Mapping[str, Any], re.Match[str]], Ours]:
-    """Between nothing and the figure of which it is a part."""
+    """The range of a part of another figure: from 0 to that figure."""
     return lambda said, _: (0.0, float(said[of])) if isinstance(said.get(of), int | float) else None
 
 
@@ -174,7 +174,7 @@ def _list(place: str, value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _attributes(place: str, span: dict[str, Any]) -> dict[str, Any]:
-    """By key. OTLP/JSON writes whole numbers as texts."""
+    """Attributes by key. OTLP/JSON writes whole numbers as texts."""
     found: dict[str, Any] = {}
     for one in _list(place, span, "attributes"):
         value = one.get("value")
@@ -217,7 +217,7 @@ def _once(told: list[_Told]) -> tuple[list[_Told], int]:
 
 
 def _innermost(told: list[_Told], spans: list[_Told]) -> list[_Told]:
-    """Without the spans of a client or a gateway around the server's own of the same request, however far around."""
+    """The innermost spans: without those of clients and gateways around the server's own span of a request."""
     above = {(span.get("traceId"), span.get("spanId")): span.get("parentSpanId") for _, span, _ in spans}
     around: set[tuple[Any, Any]] = set()
     for _, span, _ in told:
@@ -229,7 +229,7 @@ def _innermost(told: list[_Told], spans: list[_Told]) -> list[_Told]:
 
 
 def _tokens(place: str, said: dict[str, Any]) -> tuple[int, int]:
-    """Of prompt and answer. UserError where two names of one figure say otherwise."""
+    """Tokens of prompt and answer. Raises UserError if two names of one figure say otherwise."""
     counts = []
     for names, others in ((_PROMPT, ("llm.token_count.prompt", "llm.usage.prompt_tokens")),
                           (_OUTPUT, ("llm.token_count.completion", "llm.usage.completion_tokens"))):  # fmt: skip

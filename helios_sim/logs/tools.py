@@ -60,7 +60,7 @@ FORMATS = (*(tool.name for tool in TOOLS), "ServeGen", "LLMServingSim", "Azure",
 def tool_of(document: Document) -> Tool | None:
     """The tool by the beginning of the text; None: a table of requests, or nothing that is known.
 
-    UserError for a file of another tool, which is not read.
+    Raises UserError for a file of another tool, which is not read.
     """
     for names, what, fix in _OTHERS:
         if document.names(*names) and not any(tool.is_it(document) for tool in TOOLS):
@@ -73,7 +73,7 @@ def tool_of(document: Document) -> Tool | None:
     if document.begins_with(b'{__name__="'):
         raise UserError(document.name, "a dump of Prometheus' series", "pages of /metrics of the server", _PAGES)
     found = next((tool for tool in TOOLS if tool.is_it(document)), None)
-    if document.begins_with(b"["):  # that of inference-perf is an array, whose names are those of others too
+    if document.begins_with(b"["):  # inference-perf writes an array with names that others use too
         inside = Document(document.path, document.head[1:].lstrip())
         within = next((tool for tool in TOOLS if tool.is_it(inside)), None)
         if within is not None and within is not found:
@@ -103,7 +103,7 @@ def opened(path: Path) -> Document:
 def read_folder(folder: Path, span_s: tuple[float, float] | None = None, seed: int = 0) -> RequestLog:
     """The requests of a folder: reports of inference-perf, clients of ServeGen, scrapes, or the one log in it.
 
-    UserError for a folder of nothing that is known.
+    Raises UserError for a folder of nothing that is known.
     """
     with reading(str(folder), "damaged", "the folder of a log", FIX):
         requests = inference_perf.of_folder(folder)

@@ -35,7 +35,7 @@ _BY_LISTS, _BY_DURATION = "as its lists say", "by its duration"
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What the lists of a run say; None: it is not known of which requests the run's own figures are."""
+    """What the lists of a run say; None if not known of which requests the run's own figures are."""
 
     rows: Sequence[Row]
     duration_s: float
@@ -67,7 +67,7 @@ def _most_tokens(run: _Run, _: re.Match[str]) -> Ours:
 
 
 def _most_at_once(run: _Run, _: re.Match[str]) -> Ours:
-    """From what ran at once to what ran within one second, and the next: versions count in both ways."""
+    """The range of requests at once: versions count those at one time, or within one second and the next."""
     spans = [(row.arrival_s, row.arrival_s + row.e2e_s) for row in run.done
              if row.arrival_s is not None and row.e2e_s is not None]  # fmt: skip
     if run.times is None or len(spans) < len(run.done) or not spans:
@@ -136,7 +136,7 @@ def is_it(document: Document) -> bool:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """`part`: which of several runs in one file, from 1. UserError where it has no lists, or contradicts itself."""
+    """`part`: which of several runs in one file, from 1. Raises UserError if it has no lists, or contradicts itself."""
     runs = document.objects()
     run = runs[document.chosen(part, [_told(run) for run in runs], "runs")]
     where = document.name

@@ -1,4 +1,4 @@
-"""`python -m helios_sim.observe`: help and version by itself; everything else is loaded when a server is driven."""
+"""`python -m helios_sim.observe`. Only help and version are here; all else is imported when a server is driven."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from helios_sim.entry import answers, run
 
-DEFAULT = "own"  # the experiment whose workload is sent
-SHORT = ("url", "out", "model", "api")  # words of `observe`, without it
+DEFAULT = "own"  # the experiment with the workload to send
+SHORT = ("url", "out", "model", "api")  # settings of `observe` that may be given without that prefix
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all requests were answered; 1: a mistake in the settings; 2: some failed, or it was stopped."""
+    """Return 0 if all requests were answered, 1 for a mistake in the settings, 2 if some failed or it was stopped."""
     return run("helios_sim.observe", _run, arguments)
 
 

@@ -19,20 +19,20 @@ _MOST_HEAD, _MOST_BODY = 1 << 16, 1 << 22  # bytes of an answer's head, and of a
 
 
 class AnswerError(Exception):
-    """The server's answer is none, and why."""
+    """The server's answer cannot be used; the message says why."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came back for one request; times by `time.perf_counter`."""
+    """The answer to one request. Times are those of `time.perf_counter`."""
 
-    sent_at: float | None = None  # None: it could not be sent
-    token_at: list[float] = field(default_factory=list)  # of each chunk with text
+    sent_at: float | None = None  # None if it could not be sent
+    token_at: list[float] = field(default_factory=list)  # time of each chunk with text
     prompt_tokens: int | None = None  # as the server counts
     output_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
-    error: str | None = None  # None: it was answered
+    error: str | None = None  # None if it was answered
 
 
 class Client:
@@ -41,7 +41,7 @@ class Client:
         self._tls = ssl.create_default_context() if address.scheme == "https" else None
 
     async def get(self, path: str) -> Any:
-        """The JSON value at a path. AnswerError or OSError where there is none."""
+        """The JSON value at a path. Raises AnswerError or OSError if there is none."""
         async with asyncio.timeout(min(self._timeout_s, 30.0)):
             reader, writer = await self._connect()
             try:
@@ -104,7 +104,7 @@ class Client:
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
     async def _answered(self, reader: asyncio.StreamReader) -> tuple[int, AsyncIterator[bytes]]:
-        """The status, and the body in parts as they come."""
+        """Yield the status, and the body in parts as they arrive."""
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         except (asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:
@@ -130,7 +130,7 @@ async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         if size == 0:
             return
         left = size
-        while left:  # as it comes: a chunk of the transfer may be long
+        while left:  # in parts, since a chunk of the transfer may be long
             part = await reader.read(left)
             if not part:
                 raise asyncio.IncompleteReadError(b"", left)
@@ -152,7 +152,7 @@ async def _plain(reader: asyncio.StreamReader, length: int | None) -> AsyncItera
 
 
 async def _events(body: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]]:
-    """The data of each event of a stream, and when its last byte came. AnswerError for a body that is no stream."""
+    """Yield the data of each event of a stream, and the time of its last byte. Raises AnswerError for other bodies."""
     rest, at, found = b"", 0.0, False
     async for part in body:
         at = time.perf_counter()
@@ -164,14 +164,14 @@ async def _events(body: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]
             if data := _data(event):
                 found = True
                 yield data, at
-    if data := _data(rest):  # the last one, without the line that ends it
+    if data := _data(rest):  # the last event may lack the line that ends it
         yield data, at
     elif rest.strip() and not found:
         raise AnswerError(f"no stream of events: {' '.join(rest.decode(errors='replace').split())[:80]}")
 
 
 def _data(event: bytes) -> str:
-    """What an event carries; "": nothing, as a comment does."""
+    """The data of an event; "" for none, as of a comment."""
     return b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")).decode()
 
 
@@ -183,7 +183,7 @@ def _parsed(event: str) -> Any:
 
 
 def _take(event: Any, at: float, answer: Answer) -> None:
-    """Note what an event says. AnswerError where it is an error."""
+    """Note the content of an event. Raises AnswerError if it is an error."""
     if not isinstance(event, dict):
         raise AnswerError(f"an event that is no object: {str(event)[:80]}")
     if event.get("error"):
@@ -204,7 +204,7 @@ def _take(event: Any, at: float, answer: Answer) -> None:
 
 
 def _count(usage: Mapping[str, Any], name: str, before: int | None) -> int | None:
-    """So many tokens; `before`, where it says nothing. AnswerError for what is no number of them."""
+    """A number of tokens; `before` if it is not given. Raises AnswerError if it is no number of tokens."""
     value = usage.get(name)
     if value is None:
         return before

@@ -1,7 +1,7 @@
-"""One observation: requests sent at their times (open loop) or by so many users (closed loop), a line of log for each.
+"""One observation: sends requests at their times (open loop) or by N users (closed loop), and logs each of them.
 
-Open loop: each request goes at the time that the workload has for it, however many are open; how late it went is its
-drift. Closed loop: each of N users sends its next request when its last was answered, or failed.
+Open loop: each request is sent at its time in the workload, however many are in flight; its drift is how late it was
+sent. Closed loop: each of N users sends its next request when its last one was answered or failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from helios_sim.untrusted import read_text
 from helios_sim.workload import Workload, generate
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-LATE_S = 0.01  # of p99 of the drift, from which the client is said to have been late
+LATE_S = 0.01  # p99 of the drift from which the client counts as late
 WORDS = (
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
     "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company",
@@ -50,7 +50,7 @@ class Planned:
     """A request of the workload."""
 
     index: int
-    at_s: float  # since the run began; of no matter in a closed loop
+    at_s: float  # since the start of the run; not used in a closed loop
     prompt_tokens: int
     output_tokens: int
     task: str
@@ -58,12 +58,12 @@ class Planned:
 
 @dataclass(slots=True)
 class Observed:
-    """What one run saw; times in s."""
+    """The results of one run. Times are in s."""
 
     planned: int
-    lines: list[dict[str, Any]] = field(default_factory=list)  # as they are in the log
+    lines: list[dict[str, Any]] = field(default_factory=list)  # lines of the log
     stopped: bool = False
-    counted: bool = True  # the server told how many tokens it wrote
+    counted: bool = True  # the server said how many output tokens there were
 
     def column(self, name: str) -> list[float]:
         return [line[name] for line in self.lines if line.get(name) is not None and line["status"] == OK]
@@ -73,7 +73,7 @@ class Observed:
         return [line["arrival_s"] - line["planned_s"] for line in self.lines if "planned_s" in line]
 
     def failures(self) -> dict[str, int]:
-        """How many requests failed, by the first reason of each kind: the same one but for its numbers."""
+        """The number of failed requests by reason. Reasons that differ only in numbers count as one."""
         kinds: dict[str, tuple[str, int]] = {}
         for line in self.lines:
             if (reason := line["status"]) != OK:
@@ -106,7 +106,9 @@ def _percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def observe(config: ObservedConfig) -> int:
-    """0: all were answered; 2: some failed, or it was stopped. UserError before anything is sent."""
+    """Run an observation. Returns 0 if all requests were answered, 2 if some failed or it was stopped.
+
+    Raises UserError before anything is sent."""
     settings = config.observe
     address = settings.address()
     workload = _workload(config)
@@ -131,7 +133,7 @@ def observe(config: ObservedConfig) -> int:
 
 
 def _workload(config: ObservedConfig) -> Workload:
-    """Lengths in tokens. UserError for sessions, whose prompts hang on answers."""
+    """The workload with lengths in tokens. Raises UserError for sessions, since their prompts depend on answers."""
     if config.workload.sessions.users is not None:
         allowed = "null: the prompts of a session hold its answers, which a server writes as it likes"
         raise UserError("workload.sessions.users", config.workload.sessions.users, allowed, "leave it out")
@@ -162,7 +164,7 @@ def _key(settings: ObserveConfig) -> str | None:
 
 
 async def _model(client: Client, settings: ObserveConfig) -> str:
-    """The name that requests carry. UserError where the server cannot be reached, or does not know it."""
+    """The model name in requests. Raises UserError if the server cannot be reached or does not know it."""
     try:
         listed = await client.get("/v1/models")
         names = [str(one["id"]) for one in listed["data"]]
@@ -184,7 +186,7 @@ async def _model(client: Client, settings: ObserveConfig) -> str:
 
 @contextmanager
 def _new(path: Path) -> Iterator[TextIO]:
-    """A file that was not there before. UserError where it was, or cannot be written."""
+    """Create a new file. Raises UserError if it exists already or cannot be written."""
     try:
         file = path.open("x", encoding="utf-8")
     except FileExistsError as error:
@@ -222,7 +224,7 @@ async def _run(
                 group.create_task(ask(request, body))
 
     async def user() -> None:
-        for request, body in bodies:  # one iterator for all: whoever is free takes the next
+        for request, body in bodies:  # one iterator for all users: the next free one takes the next request
             await ask(request, body)
 
     async def all_users() -> None:
@@ -245,7 +247,7 @@ async def _run(
 def _bodies(
     settings: ObserveConfig, model: str, planned: list[Planned], seed: int
 ) -> Iterator[tuple[Planned, dict[str, Any]]]:
-    """Requests with their bodies. Prompts are drawn, so that no two begin alike but by chance."""
+    """Yield requests with their bodies. Prompts are random, so two begin alike only by chance."""
     rng = np.random.default_rng(seed)
     for request in planned:
         body: dict[str, Any] = {

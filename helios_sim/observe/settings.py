@@ -1,4 +1,4 @@
-"""Settings of `python -m helios_sim.observe`: workload and seeds of a study, and `observe.*`, what is driven how."""
+"""Settings of `python -m helios_sim.observe`: workload and seeds as of a study, and `observe.*` for the server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ObserveConfig:
         return self.prompts or ("ids" if self.api == "completions" else "words")
 
     def address(self) -> SplitResult:
-        """UserError where there is no url, or it is none of a server."""
+        """The server's address. Raises UserError if there is no url, or it is not a server's."""
         if self.url is None:
             raise UserError("url", None, "the address of a server, such as http://127.0.0.1:8000", "set url=ADDRESS")
         try:

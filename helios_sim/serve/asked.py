@@ -46,7 +46,7 @@ class Asked:
     ask: Ask
     n_tokens: int  # length of the answer: at most when live, exactly when simulated
     produced: int = 0  # tokens of the answer so far, by all models
-    logprobs: list[tuple[float, int, float]] = field(default_factory=list)  # of each token; likeliest id and its logprob
+    logprobs: list[tuple[float, int, float]] = field(default_factory=list)  # of each token; likeliest id, its logprob
 
 
 class Book(dict[int, Asked]):

@@ -401,7 +401,7 @@ def _points(found: Sequence[Compared]) -> list[SweepPoint]:
 
 
 def _terms_of_live(found: Sequence[Compared]) -> list[tuple[str, str]]:
-    """Where a difference comes from: the price of what ran, the host between iterations, or other iterations."""
+    """The sources of a difference: the price of iterations, the host between them, or other iterations."""
     terms = []
     for c in found:
         notes = [one.live.live for one in c.passes if one.live.live is not None]

@@ -201,7 +201,7 @@ _OTHER_NAMES = {
     "compilation_config.use_cudagraph": "use_cudagraph",
     "engine_kwargs.O": "optimization_level",
 }  # fmt: skip
-# Those whose kernels may be others than the tables': what the engine resolved there is told as what was asked.
+# Sections with kernels that may differ from the tables': what the engine resolved there is reported like settings.
 _OF_KERNELS = ("compilation_config", "kernel_config", "attention_config")
 # A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
 _OBJECT = re.compile(r"[A-Z]\w*\(.*\)")
@@ -295,7 +295,7 @@ class Engine:
         return self.settings.get(name, default)
 
     def whole(self, name: str, least: int, most: int, default: int | None = None) -> int:
-        """A whole number. UserError where it is none, or is missing and has no default."""
+        """A whole number. Raises UserError if it is none, or is missing and has no default."""
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             fix = "add it to meta.json" if value is None else "correct the log"
@@ -315,7 +315,7 @@ class Engine:
         return bool(value)
 
     def text(self, name: str, default: str) -> str:
-        """In lower case, without the `torch.` before types."""
+        """The value in lower case, without the `torch.` before types."""
         return str(self.value(name, default)).lower().removeprefix("torch.")
 
 
@@ -408,7 +408,7 @@ def _plain(text: str) -> bool | str | float | None:
 
 
 def _with_graphs(values: Mapping[str, Any], asked: bool) -> dict[str, Any]:
-    """A compilation_config, whose mode (or level) may leave no graphs: vLLM then overrides what was asked of them."""
+    """A compilation_config. If its mode (or level) leaves no graphs, vLLM overrides the settings of graphs."""
     mode = values.get("mode", values.get("level", _PIECEWISE))
     plain = str(mode).lower().removeprefix("compilationmode.")
     level: int = mode if type(mode) is int else _MODES.get(plain, _PIECEWISE) if mode is not None else _PIECEWISE
@@ -482,7 +482,7 @@ def _alike(name: str, value: Any) -> Any:
 
 
 def graph_mode(value: Any) -> str:
-    """A CUDAGraphMode by its name, whether the log has its name or its value; UserError for another."""
+    """A CUDAGraphMode by its name, whether the log has its name or its value; raises UserError for another."""
     plain = str(value).lower().removeprefix("cudagraphmode.")
     found = _GRAPH_MODES.get(plain, plain)
     if found not in _GRAPH_MODES.values():

@@ -113,7 +113,7 @@ class Replayed:
 
 
 def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) -> Replayed:
-    """The log's requests, in its order. UserError where one of them cannot be served."""
+    """The log's requests, in its order. Raises UserError if one of them cannot be served."""
     (job, *_) = jobs_of(config, arm)
     fleet = shared_fleet(job.config, job.seed)
     records: list[RequestRecord] = []
@@ -293,7 +293,7 @@ def _beginning(log: RequestLog, config: Config, n: int) -> tuple[RequestLog, Con
 
 
 def _limits(least: FloatArray, taken_away: bool) -> tuple[FloatArray, FloatArray]:
-    """Between which a step stays: to take away from the preset's host time is another thing than to add to it."""
+    """The limits of a step. It either takes away from the preset's host time or adds to it, never both."""
     low, high = least.copy(), _MOST.copy()
     if taken_away and least[0] < 0:
         high[0] = 0.0

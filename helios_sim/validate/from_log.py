@@ -282,9 +282,9 @@ def _figure(times: FloatArray, q: int | None) -> float | None:
 
 
 def _bands(measured: FloatArray, simulated: FloatArray) -> list[tuple[float, float] | None]:
-    """Of each statistic's error the interval over draws of blocks of neighbouring requests, both sides alike.
+    """The interval of each statistic's error, by a bootstrap over blocks of neighbouring requests on both sides alike.
 
-    Neighbours wait for the same iterations, so that single requests would tell of more cases than there are.
+    Neighbours wait for the same iterations, so single requests would count as more independent cases than there are.
     """
     count = len(measured)
     length = max(1, round(count ** (1 / 3) * 2))

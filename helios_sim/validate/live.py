@@ -237,7 +237,7 @@ def _as_known(config: Config) -> Profiled:
 
 
 def _as_named(config: Config, model: str, seconds: float) -> Profiled:
-    """The profiles that the study names, where one could not be measured. UserError where one of them is missing."""
+    """The profiles that the study names, if one could not be measured. Raises UserError if one is missing."""
     for each in dict.fromkeys((*config.models, *_models_of_arms(config))):
         try:
             build_profile(config, each)
@@ -261,7 +261,7 @@ def _capacity_jobs(config: Config, changes: Mapping[str, Any]) -> dict[str, Job]
 
 
 def _capacity_per_s(result: JobResult) -> float:
-    """Requests/s of a run with a full queue. UserError where none was answered."""
+    """Requests/s of a run with a full queue. Raises UserError if none was answered."""
     found = result.replicate.metrics["throughput_requests_per_s"]
     if not isinstance(found, float):
         raise UserError("arms", "capacity", "requests that can be served", "see what the arm drops at mode=simulate")

@@ -112,7 +112,7 @@ class ServingLog:
 
     @property
     def version(self) -> tuple[int, ...] | None:
-        """Of vLLM, its first two numbers; None: not logged."""
+        """The first two numbers of vLLM's version; None if not logged."""
         parts = str(self.meta.get("vllm_version") or "").lstrip("v").split(".")[:2]
         return tuple(int(part) for part in parts) if len(parts) == 2 and all(p.isdigit() for p in parts) else None
 
@@ -229,7 +229,7 @@ def _check_rows(meta: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _date(meta: Mapping[str, Any], key: str) -> datetime | None:
-    """A time without an offset is taken to be in UTC. UserError for what is no time."""
+    """A time without an offset is taken to be in UTC. Raises UserError for what is no time."""
     value = meta.get(key)
     if value is None:
         return None

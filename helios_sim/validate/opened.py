@@ -224,7 +224,7 @@ def _at(config: Config, path: str) -> Any:
 
 
 def _of_models(opened: Opened, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Model and hardware: those that are set, else those that the log states. UserError where neither says one."""
+    """Model and hardware: those that are set, else those that the log states. Raises UserError if neither says one."""
     notices: list[str] = []
     if len(config.models) > 1:
         fix = "name one; models that are asked on the same arrivals are from_log.models=[...]"
@@ -260,7 +260,7 @@ def _as_lines(log: RequestLog, model: str) -> str:
 
 
 def _share_of(config: Config, blocks: int) -> float:
-    """The share of the card's memory with which so many KV blocks are there. UserError where it has less."""
+    """The share of the card's memory with which so many KV blocks are there. Raises UserError if it has less."""
     from helios_sim.study.build import build_profile
 
     profile = build_profile(config, config.models[0])

@@ -65,7 +65,7 @@ class Shared:
 def run_once(
     log: ServingLog, setup: Setup, warm_up_s: float = 0.0, rate: float = 1.0, shared: Shared | None = None
 ) -> Simulated:
-    """The log's requests on the setup's engine; arrivals `rate` times as fast. UserError where one cannot be served.
+    """Serve the log's requests on the setup's engine, `rate` times as fast. Raises UserError if one cannot be served.
 
     With `shared` prefixes are cached; without, only a preempted request finds its own blocks again.
     """

@@ -30,7 +30,7 @@ from helios_sim.validate.logs import ServingLog
 
 ENGINE_BYTES = 2**30  # of each card, beside weights, activations and KV: context, workspaces, captured graphs
 ASYNC_SINCE = (0, 14)  # vLLM's first version that schedules asynchronously unless told not to
-V1_SINCE = (0, 8)  # the first version whose default engine is v1
+V1_SINCE = (0, 8)  # the first version with v1 as the default engine
 UTILISATION, UTILISATION_UNTIL = 0.9, (0, 19)  # the default share of a card's memory up to this version
 _VALUE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
 _VARIANTS = {"bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp32": 4, "float32": 4, "fp8": 1}  # bytes a value
@@ -130,7 +130,7 @@ def _check_counts(config: FidelityConfig, degree: int) -> None:
 
 
 def engine_settings(log: ServingLog) -> dict[str, Any]:
-    """The engine's settings as a study has them, by path. UserError where the simulation cannot follow one."""
+    """The engine's settings as a study has them, by path. Raises UserError if the simulation cannot follow one."""
     if log.version is not None and log.version < V1_SINCE:
         allowed = "0.8 or later: earlier ones schedule otherwise (engine v0)"
         raise UserError("meta.json: vllm_version", log.meta["vllm_version"], allowed, "take another log")
@@ -213,7 +213,7 @@ def _check_tables(log: ServingLog, config: FidelityConfig, stated: Mapping[str, 
 def _card(
     log: ServingLog, config: FidelityConfig, stated: Mapping[str, Any], degree: int
 ) -> tuple[str, Card, list[str]]:
-    """A card by its name, and what is to be said of it. UserError where two names contradict each other."""
+    """A card by its name, and what is to be said of it. Raises UserError if two names contradict each other."""
     logged = log.meta.get("hardware") or {}
     number = logged.get("device_count")
     if isinstance(number, int) and number < degree:
@@ -322,7 +322,7 @@ def _bytes_given(log: ServingLog) -> int | None:
 
 
 def _counted(log: ServingLog) -> tuple[int, str] | None:
-    """The number of blocks that the log states, and its name there. UserError where it has two of them."""
+    """The number of blocks that the log states, and its name there. Raises UserError if it has two of them."""
     found = {key: log.engine.whole(key, 1, 2**40) for key in ("num_gpu_blocks", "num_gpu_blocks_override")
              if log.engine.has(key)}  # fmt: skip
     if len(set(found.values())) > 1:
@@ -362,7 +362,7 @@ def _limit(log: ServingLog, key: str) -> int:
 
 
 def _whole_prompts(log: ServingLog, budget: int) -> bool:
-    """Whether prompts are not chunked. UserError where one of them would then not fit into the budget."""
+    """Whether prompts are not chunked. Raises UserError if one of them would then not fit into the budget."""
     if log.engine.flag("enable_chunked_prefill", True):
         return False
     longest = log.engine.whole("max_model_len", 1, _MOST, int((log.prompt_tokens + log.output_tokens).max()))
@@ -396,7 +396,7 @@ def _order(log: ServingLog) -> tuple[str, list[str]]:
 
 
 def _of_kernels(log: ServingLog, stated: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Where the kernels were measured of another version, and with other types, than the engine ran."""
+    """Sentences if kernels were measured with another version, and with other types, than the engine's."""
     versions = log.meta.get("vllm_version"), stated.get("vllm_version")
     if not isinstance(versions[1], str | None):
         allowed = 'a text in quotes, such as "0.10.0": YAML reads 0.10 as 0.1'
@@ -419,7 +419,7 @@ def _of_kernels(log: ServingLog, stated: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _of_tables(log: ServingLog, stated: Mapping[str, Any]) -> list[str]:
-    """Under which settings kernels were measured that the run did not have, and what is said of them and not read."""
+    """Sentences on settings of the measured kernels that the run did not have, and on keys that are not read."""
     engine = stated.get("engine_effective")
     said = {**(engine if isinstance(engine, Mapping) else {}), **stated}
     found = []

@@ -44,7 +44,7 @@ CARDS = {
     "a100_pcie": "a100-80gb", "h100_pcie": "h100-pcie", "a30": "a30", "l4": "l4",
 }  # fmt: skip
 # By engine: seconds from a client to the waiting line and back with its first token, and what each client adds. Fitted
-# to TTFT of one half of the rows whose harness is known (of vLLM 0.10 and TensorRT-LLM 1.1); none are of SGLang.
+# to TTFT of one half of the rows with a known harness (of vLLM 0.10 and TensorRT-LLM 1.1); none are of SGLang.
 FRONT_S: Mapping[str, tuple[float, float]] = {"vllm": (12.8e-3, 0.0), "trtllm": (20.1e-3, 0.34e-3)}
 _FIX = "correct the file"
 _ROW = "fidelity.rows"
@@ -149,7 +149,7 @@ def preset_for(row: Row) -> str:
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """The study of a row. UserError for a card, a precision or a number of cards that cannot be priced."""
+    """The study of a row. Raises UserError for a card, a precision or a number of cards that cannot be priced."""
     if row.system not in CARDS:
         raise UserError("system", row.system, f"one of {', '.join(CARDS)}", "leave the row out")
     if row.tp not in DEGREES:
@@ -209,7 +209,7 @@ def job_of(row: Row, base: Config) -> Job:
 
 
 def jobs_of(rows: Sequence[Row], base: Config) -> tuple[dict[str, Job], dict[str, str]]:
-    """By id: the job of each row, and why there is none."""
+    """The job of each row by id, and the reason if there is none."""
     jobs, why_not = {}, {}
     for row in rows:
         try:
@@ -222,7 +222,7 @@ def jobs_of(rows: Sequence[Row], base: Config) -> tuple[dict[str, Job], dict[str
 def predictions(
     jobs: Mapping[str, Job], folder: Path, processes: int | None
 ) -> tuple[dict[str, Prediction], dict[str, str]]:
-    """By id: what is predicted, and why a row could not be; what `folder` holds already is read, not run.
+    """Predictions by row id, and reasons for rows without one. Predictions that `folder` holds are read, not run.
 
     `processes`: None for one a core, or none at all for a few rows.
     """
@@ -248,7 +248,7 @@ class _Lines:
 
 
 def _try(job: Job) -> Prediction | str:
-    """A row whose model does not fit its cards is not predicted; that is for the reader, not the end of the run."""
+    """A row with a model that does not fit its cards is not predicted. The reader is told, and the run goes on."""
     try:
         return predict(job)
     except UserError as error:
@@ -265,7 +265,7 @@ def predict(job: Job) -> Prediction:
 
 
 def with_front(row: Row, found: Prediction) -> Prediction:
-    """With the time between a client and the engine's loop."""
+    """Add the time between a client and the engine's loop to a prediction."""
     base_s, each_s = FRONT_S.get(preset_for(row).split("-")[0], (0.0, 0.0))
     return Prediction(found.ttft_ms + 1e3 * (base_s + each_s * row.concurrency), found.tpot_ms, found.preemptions)
 

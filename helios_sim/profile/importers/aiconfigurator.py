@@ -101,7 +101,7 @@ class LayerTimes:
     """Times of one model's operations on one device, from the tables of the nearest measured card."""
 
     def __init__(self, whole: ModelSpec, device: Device, source: KernelSource) -> None:
-        """In a group, times are those of one card with its shard of the model `whole`."""
+        """Times of a layer. In a group they are those of one card with its shard of the model `whole`."""
         self.model = model = shard(whole, device.cards)
         self.device, self.card, self.measured_card, self.source = device, device.card, source.card, source
         # How many times as long a card of the same chip takes that may draw less power, where operations bind.
@@ -183,7 +183,7 @@ class LayerTimes:
         return self._gemm_s(self.gemms, gemm, None)
 
     def layer_gemm_s(self, gemm: Gemm) -> FloatArray:
-        """(rows,) of a product of the layers, whose weights may be quantized."""
+        """Times (rows,) of a product of the layers, with weights that may be quantized."""
         quantized = self.model.quantization
         if quantized is None or self.products is None:
             return self.gemm_s(gemm)
@@ -261,7 +261,7 @@ def device_profile(
     runtime: Runtime | None = None,
     windows: tuple[int, ...] = (),
 ) -> Profile:
-    """The profile of `model` on a device whose card is measured in `source`, or is like that one.
+    """The profile of `model` on a device with the card that `source` measured, or a similar one.
 
     `windows`: for each layer how far a token looks back, 0 for all. Raises UserError if a group cannot split the model.
     """
@@ -287,7 +287,7 @@ def device_profile(
 
 
 def _layer(model: ModelSpec, times: LayerTimes, window: int) -> LayerTables:
-    """Tables of a layer whose tokens look back over `window` tokens, 0 for all."""
+    """Tables of a layer with an attention window of `window` tokens, 0 for none."""
     kv_tokens = kv_grid(model)
     chunks = times.chunks[times.chunks <= min(MAX_ROWS, model.max_context_tokens)]
     contexts = np.unique(np.append([0, 128], kv_tokens[kv_tokens >= 256]))
@@ -425,7 +425,7 @@ def _power_assumed(card: HardwareSpec) -> tuple[Assumption, ...]:
 
 
 def _kinds(times: LayerTimes) -> str:
-    """In which precisions the kernels were measured that the profile is made of."""
+    """The precisions of the measured kernels from which the profile is made."""
     of_kv = "fp8" if times.model.kv_bytes_per_value == 1 else "bf16"
     of_layers = str(times.measured) if times.measured in ("fp8", "fp8_block", "nvfp4") else "bf16"
     return " and ".join(dict.fromkeys(("bf16", of_layers, of_kv)))

@@ -54,7 +54,7 @@ def filled(points: Sequence[FloatArray], values: FloatArray, along: IntArray, ed
             found[tuple(cell)] = between[wanted]
         elif between or (beyond and edges):
             found[tuple(cell)] = median(list(between.values()) or beyond)
-    if edges and np.isnan(found).any():  # cells all of whose lines are empty; those beside them are known now
+    if edges and np.isnan(found).any():  # cells without any data; the cells beside them are known now
         return filled(points, found, along)
     return found
 
@@ -94,7 +94,7 @@ class DecodeTimes(DecodeAttentionTimes):
 
 
 class PrefillTimes(PrefillAttentionTimes):
-    """Attention over whole prompts, whose operations rise with the square of their tokens."""
+    """Attention over whole prompts, with operations that rise with the square of their tokens."""
 
     def alone_s(self, tokens: float) -> float:
         excess = np.log(self.time_s / self._baseline_s(self.tokens.astype(np.float64)))

@@ -47,7 +47,7 @@ class Power:
 
 
 def _power(peak: float, full: float, limits: tuple[tuple[float, float], tuple[float, float]]) -> Power:
-    """From the TFLOPS of one product: the peak, at the full clock, and with random numbers at two limits in W."""
+    """The power of a card from the TFLOPS of one product: peak, full clock, and random numbers at two limits."""
     (high_w, high), (low_w, low) = limits
     busy_w = (high_w - low_w) / ((high / full) ** 3 - (low / full) ** 3) * peak / full
     return Power(high_w - busy_w * full / peak * (high / full) ** 3, busy_w, high_w)

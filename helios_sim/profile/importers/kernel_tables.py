@@ -65,7 +65,7 @@ OF_FP4 = Measured("nvfp4", 0.5625, 0.5625, FP4)  # the same; a byte of scale for
 OF_TRTLLM = {  # by the name of the weights' format
     "fp8": OF_FP8, "fp8-block": Measured("fp8_block", 1.0, 1, FP8), "nvfp4": OF_FP4,
 }  # fmt: skip
-FUSED = ("fp8", "nvfp4")  # formats whose inputs have scales that are fixed: TensorRT-LLM's kernels before make them
+FUSED = ("fp8", "nvfp4")  # formats with fixed scales of inputs: TensorRT-LLM's kernels before make them
 INTEGERS = {  # by what is multiplied, and bits of a weight
     (INT8, 8): Measured("sq", 1.0, 1, INT8), (WEIGHTS, 8): Measured("int8_wo", 1.0),
     (WEIGHTS, 4): Measured("int4_wo", 0.5),
@@ -180,7 +180,7 @@ class GemmTimes:
         self._fill()
 
     def _fill(self) -> None:
-        """Where a product was not measured, it reaches the share of the roofline of one that is somewhat smaller."""
+        """Fill gaps: a product that was not measured reaches the roofline share of a somewhat smaller one."""
         for i, j in np.argwhere(np.isnan(self._time_s).any(axis=0)).tolist():
             floor_s = self.roofline_s(Gemm(int(self._n[i]), int(self._k[j])), self.card)
             known = np.flatnonzero(~np.isnan(self._time_s[:, i, j]))
