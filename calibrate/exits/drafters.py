@@ -48,7 +48,7 @@ def predictions(
     tell: Tell = quiet,
     left_s: Callable[[], float] | None = None,
 ) -> Predicted:
-    """Predictions for the tokens of all answers, in order. Each batch is kept in `scratch`, so that a later call goes on.
+    """Predictions for the tokens of all answers, in order. Each batch is kept in `scratch`, and a later call goes on.
 
     Raises TimeSpent if fewer seconds are left (None: no limit) than the slowest batch took, and CannotRun if an answer
     with its prompt is longer than the drafter's context.
