@@ -104,7 +104,7 @@ class Client:
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
     async def _answered(self, reader: asyncio.StreamReader) -> tuple[int, AsyncIterator[bytes]]:
-        """Yield the status, and the body in parts as they arrive."""
+        """Return the status, and the body in parts as they arrive."""
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         except (asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:

@@ -248,7 +248,7 @@ def _bodies(
     settings: ObserveConfig, model: str, planned: list[Planned], seed: int
 ) -> Iterator[tuple[Planned, dict[str, Any]]]:
     """Yield requests with their bodies. Prompts are random, so two begin alike only by chance."""
-    rng = np.random.default_rng(seed)
+    rng, low, high = np.random.default_rng(seed), settings.lowest_id, settings.highest_id
     for request in planned:
         body: dict[str, Any] = {
             "model": model, "stream": True, "stream_options": {"include_usage": True},
@@ -257,7 +257,7 @@ def _bodies(
         if settings.ignore_eos:
             body["ignore_eos"] = True
         if settings.kind_of_prompts == "ids":
-            prompt: Any = rng.integers(settings.lowest_id, settings.highest_id, request.prompt_tokens).tolist()
+            prompt: Any = rng.integers(low, high, request.prompt_tokens, endpoint=True).tolist()
         else:
             prompt = " ".join(WORDS[place] for place in rng.integers(0, len(WORDS), request.prompt_tokens))
         if settings.api == "chat":

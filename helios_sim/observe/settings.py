@@ -19,10 +19,10 @@ class ObserveConfig:
     out: str = "log.jsonl"  # the log; it must not be there yet
     api: str = "completions"  # completions, chat
     prompts: str | None = None  # ids: token ids, of exact lengths, not for chat; words: about as many; null: by the api
-    lowest_id: int = 1000  # of token ids that prompts are made of
-    highest_id: int = 9000
+    lowest_id: int = 1000  # prompts are token ids from this one
+    highest_id: int = 9000  # to this one
     ignore_eos: bool = True  # answers as long as the workload says, which vLLM and SGLang know; false: not sent
-    timeout_s: float = 600.0  # of a request, from when it is sent to its last token
+    timeout_s: float = 600.0  # of a request, from connecting to its last token
     api_key_file: str | None = None  # its first line is the key; null: the variable OPENAI_API_KEY, if it is set
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from helios_sim.engine.simulated import ModelData
 from helios_sim.errors import UserError
 from helios_sim.exits.artificial import no_exits, stated_exits
 from helios_sim.exits.guarantee import NO_TOKEN, Certified, Promise, certify, split
-from helios_sim.exits.published import THRESHOLD
 from helios_sim.exits.replay import OfflineExits, offline_exits
 from helios_sim.exits.rule import MEASURES, Confidence
 from helios_sim.exits.store import load_trace
@@ -179,7 +178,11 @@ def threshold(config: Config) -> float:
     """Return the given threshold, else the published one; with a promise, the lowest that keeps it for all models."""
     if config.exits.guarantee.max_disagreement is not None:
         return max(certified.threshold for certified in promised(config).values())
-    return THRESHOLD if config.exits.threshold is None else config.exits.threshold
+    if config.exits.threshold is not None:
+        return config.exits.threshold
+    from helios_sim.exits.published import THRESHOLD
+
+    return THRESHOLD
 
 
 _Asked = tuple[float, Confidence, frozenset[str]]

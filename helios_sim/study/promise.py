@@ -6,16 +6,19 @@ The prompts by which thresholds and caps were chosen are set apart, and not serv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from helios_sim.exits.guarantee import NO_TOKEN
 from helios_sim.policy.draft_model import DraftModelParameters
 from helios_sim.policy.full_depth import FullDepthParameters
-from helios_sim.policy.registry import PolicyParameters
 from helios_sim.policy.self_speculation import SelfSpeculationParameters
 from helios_sim.report.result import ArmResult, KeptPromise
 from helios_sim.study.build import confidence, promised, threshold
 from helios_sim.study.jobs import Job
 from helios_sim.study.schema import Config
+
+if TYPE_CHECKING:
+    from helios_sim.policy.registry import PolicyParameters
 
 
 def kept_promises(jobs: Mapping[str, Sequence[Job]], arms: Mapping[str, ArmResult]) -> tuple[KeptPromise, ...]:
