@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim import logs
 from helios_sim.contents import Stamp, stamp
 from helios_sim.errors import UserError, require_count
 from helios_sim.logs import PromptTexts, RequestLog
@@ -109,7 +108,9 @@ def _read(path: Path, limit: int | None, unit: str | None, written: Stamp, texts
     """Reads a trace, and keeps it until the file is written again (`written` is its stamp)."""
     with reading("workload.trace", str(path), "cannot be read", OTHER_FILE, TraceFileError):
         content = read_text(path, MOST_BYTES, OTHER_FILE, TraceFileError)
-        log = logs.read_tool(Document(path, content))
+        from helios_sim.logs.tools import read_tool  # with all readers, which few studies need
+
+        log = read_tool(Document(path, content))
         if log is not None:
             return _of_log(log, limit, unit)
         file = _opened(path, content)
