@@ -51,3 +51,23 @@ def test_no_module_of_the_simulator_loads_torch(repository: Path) -> None:
 def test_every_module_says_what_it_knows(repository: Path) -> None:
     silent = [str(path) for path in modules(repository) if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []
+
+
+PREPOSITIONS = {
+    "about", "above", "after", "among", "apart", "as", "at", "before", "below", "between", "beyond", "by",
+    "during", "for", "from", "in", "of", "on", "over", "per", "since", "through", "to", "under", "until",
+    "upon", "where", "while", "with", "within", "without",
+}
+
+
+@pytest.mark.parametrize("package", ["helios_sim", "calibrate"])
+def test_a_docstring_opens_with_what_a_thing_is_or_does(package: str, repository: Path) -> None:
+    """Not with a preposition: "Of each arm, ..." leaves the reader to guess what is of each arm."""
+    opened = []
+    for path in sorted((repository / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first, *_ = (ast.get_docstring(node) or "It").split()
+                if first.lower().strip("`,.:") in PREPOSITIONS:
+                    opened.append(f"{path}: {getattr(node, 'name', 'module')}")
+    assert not opened

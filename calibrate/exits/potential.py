@@ -69,7 +69,7 @@ class Potential:
 
 
 def potential(trace: ExitTrace, profile: Profile) -> Potential:
-    """UserError where the trace has a single token, or no exit below full depth."""
+    """Raise UserError if the trace has a single token, or no exit below full depth."""
     fitted = halves(trace)
     if len(trace.exits) < 2 or not fitted.any() or fitted.all():
         allowed = "at least two tokens and one exit below full depth"

@@ -80,7 +80,7 @@ class Texts:
 
 
 def read_texts(tokenizer: Any, plan: TrainedPlan) -> Texts:
-    """UserError where the tasks have no text as long as one that the trunk is trained on."""
+    """Raise UserError if the tasks have no text as long as one that the trunk is trained on."""
     trunk, apart = trunk_texts(tokenizer, plan.train_chars, plan.text_tokens, plan.shares)
     share = min(1.0, plan.check_chars / max(1, sum(int(p.chars.sum()) for p in apart)))
     number = max(1, round(share * len(apart)))

@@ -15,7 +15,7 @@ _BINS = 10  # of how sure a drafter is
 
 
 def shares(joint: ExitTrace) -> dict[str, NDArray[np.bool_]]:
-    """For each drafter (T,) whether it predicts the answer's token; with several also for the surest of them."""
+    """Whether each drafter predicts the answer's tokens, (T,), by name; with several also the surest of them."""
     found = {name: joint.drafted_by(name) for name in joint.drafters}
     return found if len(found) == 1 else {**found, FUSED.join(found): joint.drafted_by_all(tuple(found))}
 

@@ -32,9 +32,9 @@ from helios_sim.logs.record import FIX, Begins, RequestLog, Row, counted, gather
 from helios_sim.request import LONGEST
 from helios_sim.untrusted import Fields, shortened
 
-SCHEMA = 2  # of the report
-_APART_S = 60.0  # between a request and the time of the run that is measured, which warm-up and cool-down cut
-_AS_IT_CAN = ("synchronous", "concurrent", "throughput")  # strategies that plan no times
+SCHEMA = 2  # schema version of the report
+_APART_S = 60.0  # longest time between a request and the measured span, which warm-up and cool-down shorten
+_AS_IT_CAN = ("synchronous", "concurrent", "throughput")  # strategies without planned times
 _ENDS = ("successful", "incomplete", "errored")
 _EFFECTS = {
     "cached_tokens": "how much of prompts the prefix cache served, which is computed anew here",
@@ -57,7 +57,7 @@ class _One:
     prompt: int
     output: int
     output_first_s: float | None = None
-    chunks: int | None = None  # that held tokens; None: nothing was streamed
+    chunks: int | None = None  # chunks with tokens; None if nothing was streamed
     planned_s: float | None = None
 
     @property
@@ -133,14 +133,14 @@ _KNOWN = Known(
 class _Run:
     """One benchmark of a report."""
 
-    ones: Sequence[_One]  # that were answered
-    span: tuple[float, float] | None  # of what is measured, in seconds since 1970
-    listed: int  # of all requests
-    kept: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)  # of metrics
+    ones: Sequence[_One]  # answered requests
+    span: tuple[float, float] | None  # the measured span, in seconds since 1970
+    listed: int  # requests in the report
+    kept: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)  # by metric
 
 
 def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
-    """A statistic of all answers, as guidellm has it: what is missing counts as 0."""
+    """A statistic of all answers as guidellm computes it, with missing values as 0."""
     name, figure = match[1], match[2].removeprefix("percentiles.")
     if name not in run.kept:
         values = [value or 0.0 for value in (_VALUES[name](one) for one in run.ones)]
@@ -150,7 +150,7 @@ def _of_requests(run: _Run, match: re.Match[str]) -> Ours:
 
 
 def _token_rate(run: _Run, match: re.Match[str]) -> Ours:
-    """Tokens by the time between the first and the last event: prompts are read at the first token."""
+    """Tokens per second between the first and the last event. A prompt counts at the first token."""
     begins, ends = [one.first_s for one in run.ones], [one.last_s for one in run.ones]
     times = [time_s for time_s in (*begins, *(() if match[1] == "prompt_tokens" else ends)) if time_s is not None]
     if None in (*begins, *ends) or len(run.ones) < 2 or max(times) <= min(times):
@@ -161,7 +161,7 @@ def _token_rate(run: _Run, match: re.Match[str]) -> Ours:
 
 
 def _request_rate(run: _Run, _: re.Match[str]) -> Ours:
-    """Ends by the time that is measured; those just outside it may count or not."""
+    """The range of completions per second of the measured span; those just outside may count or not."""
     if run.span is None or run.span[1] <= run.span[0] or len(run.ones) < 2:
         return None
     ends = [one.end_s for one in run.ones if one.end_s is not None]
@@ -171,7 +171,7 @@ def _request_rate(run: _Run, _: re.Match[str]) -> Ours:
 
 
 def _at_once(run: _Run, _: re.Match[str]) -> Ours:
-    """What ran at once, averaged over the time that is measured."""
+    """The mean number of requests at once over the measured span."""
     if run.span is None or run.span[1] <= run.span[0]:
         return None
     begin_s, end_s = run.span
@@ -237,7 +237,7 @@ def is_it(document: Document) -> bool:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """`part`: which benchmark of a report that has several, such as a sweep of rates, from 1."""
+    """Read a report. `part` chooses a benchmark of several, such as of a sweep of rates, from 1."""
     report = Fields(document.mapping(), document.name, FIX)
     metadata = report.inner("metadata")
     if metadata.integer("version", 0, 1 << 16) != SCHEMA:
@@ -352,7 +352,7 @@ def _check_span(where: str, benchmark: Fields, rows: Sequence[Row]) -> tuple[flo
 
 
 def _check_whole(where: str, benchmark: Fields, requests: Fields) -> None:
-    """UserError where the report lists a sample of its requests only."""
+    """Raise UserError if the report lists a sample of its requests only."""
     totals = benchmark.inner("metrics", {}).inner("request_totals", {})
     for end in _ENDS:
         served, listed = totals.value(end, None), len(requests.value(end, []))

@@ -25,14 +25,14 @@ FILE = "per_request_lifecycle_metrics.json"
 _TEXTS = ("{count} requests have other input_tokens in info than in request_metrics.text, such as {ours} and {said}: "
           "the former, where the server counted none")  # fmt: skip
 _USAGE = r"info\.response_metrics\.server_usage\."
-_NOTED_S = 1e-3  # up to which an end may be noted before what came last
+_NOTED_S = 1e-3  # an end may be noted so long before the last event
 _APART_S = 0.1  # chunks and tokens are noted one after the other
 _END = "{count} of {all} requests ended long after their last tokens, which count: such as at {said}, not {ours}"
-_Asked = Mapping[str, Any]  # a request as the file has it
+_Asked = Mapping[str, Any]  # a request in the file
 
 
 def _usage(request: _Asked, *names: str) -> float | None:
-    """The sum of what the server counted; None: it does not say all of it."""
+    """The sum of the server's counts; None if some are missing."""
     usage = _answer(request.get("info") or {}).get("server_usage") or {}
     found = [usage.get(name) for name in names]
     return sum(found) if all(type(count) is int for count in found) else None  # type: ignore[arg-type]
@@ -92,12 +92,12 @@ def is_it(document: Document) -> bool:
 
 
 def of_folder(folder: Path) -> Path | None:
-    """The file of its requests in a folder of reports."""
+    """The file of requests in a folder of reports."""
     return folder / FILE if (folder / FILE).is_file() else None
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """UserError for a summary, and for a request that cannot be."""
+    """Read a log. Raises UserError for a summary, and for an impossible request."""
     document.chosen(part or 1, ["the file"], "runs")
     if not document.names(*_OF_ONE):
         fix = f"set report.request_lifecycle.per_request: true in its configuration, and take {FILE}"
@@ -119,7 +119,7 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 
 
 def _requests(document: Document) -> list[tuple[str, Any]]:
-    """Each with the place where it stands."""
+    """Yield requests with their places."""
     if document.begins_with(b"{"):
         found = list(document.numbered_objects())
         if len(found) == 1 and not any(name in found[0][1] for name in _OF_ONE):
@@ -156,7 +156,7 @@ def _row(place: str, request: Fields) -> Row:
     planned = request.value("scheduled_time", None)
     planned_s = None if planned is None else number(place, "scheduled_time", planned)
     info = request.inner("info", {})
-    wasted = info.value("retry_wasted_sec", None)  # until then, attempts failed before the engine had the request
+    wasted = info.value("retry_wasted_sec", None)  # time of failed attempts before the engine got the request
     if wasted is not None and request.value("error", None) is None:
         start_s += number(place, "info.retry_wasted_sec", wasted, 0.0, end_s - start_s)
     answer = Fields(_answer(info.values), place, FIX)

@@ -27,10 +27,10 @@ _SHORT = "{count} of {all} answers ended as long as was asked for and are not: {
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What became of one request."""
+    """The outcome of one request."""
 
     tokens: int
-    by_length: bool  # it ended since it was as long as was asked for
+    by_length: bool  # it ended at the length that was asked for
 
 
 _KNOWN = Known(
@@ -50,7 +50,7 @@ def is_it(document: Document) -> bool:
 
 
 def header(**about: Any) -> str:
-    """The first line."""
+    """The header line."""
     return json.dumps({KEY: VERSION, **about})
 
 
@@ -60,7 +60,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """UserError for a header of another version, and for a line that cannot be."""
+    """Read a log. Raises UserError for a header of another version, and for an impossible line."""
     document.chosen(part or 1, ["the file"], "runs")
     (first, about), *lines = document.numbered_objects()
     head = Fields(about, first, FIX)

@@ -1,7 +1,7 @@
-"""One form for the requests of every log: who came when, how much was read and written, and how long it took.
+"""One form for the requests of every log: arrivals, lengths and times.
 
-A reader hands `Row`s to `gathered`, which checks them alike for all tools and says what the log does not have. What a
-log does not say stays unknown (None, or NaN for single requests); nothing is made up.
+A reader passes `Row`s to `gathered`, which checks them in the same way for all tools and lists what the log lacks.
+Unknown values stay unknown (None, or NaN for single requests).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from helios_sim.untrusted import shortened
 FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int64]
 OK = "ok"
-SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # of a token, in half of the requests: beyond, times are in another unit
-_SLOWER, _MANY = 300, 0.1  # times as slow as half of the requests are, and the share of those that no engine has
-_RATES, _TIMED = 2.0, 20  # times by which rates may differ before it is told, and requests from which they are known
-_PAUSE_S, _FEWEST = 600, 4  # between two requests, and how many there must be, for a pause to be told
-_LATE_S = 0.1  # between when a request was planned and sent, from which it is told
+SLOWEST_S, QUICKEST_S = 5.0, 2e-6  # per token, in the median: beyond, times are in another unit
+_SLOWER, _MANY = 300, 0.1  # in multiples of the median, and the share of such requests that no engine has
+_RATES, _TIMED = 2.0, 20  # factor by which rates may differ before it is reported, and requests needed to know a rate
+_PAUSE_S, _FEWEST = 600, 4  # shortest pause that is reported, and requests needed for that
+_LATE_S = 0.1  # delay of sending from which it is reported
 LATEST_S = 4e9  # no clock of seconds shows more, until 2096
 EARLIEST_S = 978_307_200  # 2001 since 1970: a time before it is in another unit
 _ROUNDED_S = 1e-3  # tools round single times to a millisecond
@@ -46,15 +46,15 @@ class Begins(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptTexts:
-    """The `hash_ids` of each prompt: equal ones are equal parts of texts, each of the same number of tokens."""
+    """The `hash_ids` of each prompt. Equal ids are equal parts of texts; each part has the same number of tokens."""
 
     starts: IntColumn  # (n + 1,) where the ids of each prompt begin
-    ids: IntColumn  # from 0 on, numbered anew
+    ids: IntColumn  # renumbered from 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTimes:
-    """When each chunk of each answer came, since the request was sent; a chunk is a token unless the log says more."""
+    """Times of the chunks of each answer since its request was sent. A chunk is a token unless the log says more."""
 
     starts: IntColumn  # (n + 1,) where the times of each request begin
     time_s: FloatColumn
@@ -62,27 +62,27 @@ class TokenTimes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestLog:
-    """The requests of a log by arrival, n >= 1; columns (n,). A whole column is None where the log has none of it."""
+    """The requests of a log in order of arrival, n >= 1. Columns are (n,), or None if the log does not have them."""
 
     source: str  # the file or folder
     format: str  # "guidellm 0.8.0"
     begins: Begins
-    arrival_s: FloatColumn | None  # since the first
+    arrival_s: FloatColumn | None  # since the first arrival
     prompt_tokens: IntColumn
-    output_tokens: IntColumn  # 0 where nothing came
-    completed: NDArray[np.bool_]  # False: it failed, and has no times
+    output_tokens: IntColumn  # 0 without an answer
+    completed: NDArray[np.bool_]  # False if it failed; then it has no times
     status: tuple[str, ...]  # OK, or why it failed
-    ttft_s: FloatColumn | None = None  # NaN: not known of this request
+    ttft_s: FloatColumn | None = None  # NaN if not known
     e2e_s: FloatColumn | None = None  # to the last token
-    queue_s: FloatColumn | None = None  # from `begins` to the plan in which it first runs
+    queue_s: FloatColumn | None = None  # from `begins` to the first scheduling
     token_times: TokenTimes | None = None
     priority: IntColumn | None = None
     task: tuple[str, ...] | None = None
     texts: PromptTexts | None = None
-    stated: Mapping[str, Any] = field(default_factory=dict)  # what the log says of the run, by name
-    missing: tuple[str, ...] = ()  # what it does not say, in sentences
-    notices: tuple[str, ...] = ()  # what it says and nothing is made of, in sentences
-    # by name, where only a histogram is there: share of the requests, and between which seconds that percentile lies
+    stated: Mapping[str, Any] = field(default_factory=dict)  # the log's statements on the run, by name
+    missing: tuple[str, ...] = ()  # sentences on data that it lacks
+    notices: tuple[str, ...] = ()  # sentences on data that are not used
+    # by name, if there is only a histogram: share of the requests, and the range of that percentile in seconds
     percentiles: Mapping[str, Sequence[tuple[float, tuple[float, float]]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class RequestLog:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """A sentence about the requests that failed; none where all were answered."""
+        """A sentence on failed requests; none if all were answered."""
         if not self.failed:
             return ()
         reasons = Counter(why[:60] for why, done in zip(self.status, self.completed, strict=True) if not done)
@@ -103,7 +103,7 @@ class RequestLog:
         return (f"{self.source}: {self.failed} of {len(self)} requests failed and are left out: {told}{more}.",)
 
     def tpot_s(self) -> FloatColumn | None:
-        """Seconds for each token after the first, (n,); NaN where it is not known. None: of no request."""
+        """Seconds per token after the first, (n,); NaN if not known. None if it is not known of any request."""
         if self.ttft_s is None or self.e2e_s is None:
             return None
         further = np.where(self.output_tokens > 1, self.output_tokens - 1, 0)
@@ -114,7 +114,7 @@ class RequestLog:
 
 @dataclass(slots=True)
 class Row:
-    """What a log says of one request; times in seconds, each since the request's own arrival but that itself."""
+    """One request of a log. Times are in seconds since its arrival, except for the arrival itself."""
 
     place: str  # "run.json, request 3", for messages
     arrival_s: float | None
@@ -124,10 +124,10 @@ class Row:
     e2e_s: float | None = None
     queue_s: float | None = None
     token_s: Sequence[float] | None = None
-    failure: str | None = None  # why it got no answer; None: it got one
+    failure: str | None = None  # why it got no answer; None if it got one
     priority: int | None = None
     task: str | None = None
-    warm_up: bool = False  # it was served, and the tool does not count its times
+    warm_up: bool = False  # served, but the tool does not count its times
     planned_s: float | None = None  # when the client meant to send it, by the clock of arrival_s
 
 
@@ -147,7 +147,7 @@ def whole(place: str, key: str, value: object, low: int = 0, high: int = LONGEST
 
 
 def counted(place: str, key: str, value: object) -> int:
-    """A number of tokens that must be there. Raises UserError if it is missing, which is another thing than 0."""
+    """A required number of tokens. Raises UserError if it is missing, which is not the same as 0."""
     if value is None:
         raise UserError(f"{place}: {key}", None, "a number of tokens in a request that was answered", FIX)
     return whole(place, key, value)
@@ -161,7 +161,7 @@ def stamp_ns(place: str, key: str, value: int) -> int:
 
 
 def only_once(place: str, key: str, value: object, seen: dict[str, str]) -> None:
-    """Add the id of a request to those that were `seen`, each with its place. Raises UserError if it is among them."""
+    """Add the id of a request to the `seen` ones, with its place. Raises UserError if it is among them."""
     if isinstance(value, str | int) and seen.setdefault(str(value), place) != place:
         fix = "remove one of them: files were joined, or written twice"
         raise UserError(f"{place}: {key}", shortened(value), f"of one request: {seen[str(value)]} has it too", fix)
@@ -175,7 +175,7 @@ def gathered(
     stated: Mapping[str, Any] | None = None,
     notices: Sequence[str] = (),
 ) -> RequestLog:
-    """The log of these rows. Raises UserError for a row that cannot be, and where no request was answered."""
+    """Make a log of rows. Raises UserError for an impossible row, and if no request was answered."""
     if not rows:
         raise UserError(source, "no requests", "a log of at least one", "take another log")
     for row in rows:
@@ -226,7 +226,7 @@ def _all(rows: Sequence[Row], name: str) -> bool:
 
 
 def _check(row: Row) -> None:
-    """UserError for what one request cannot have."""
+    """Raise UserError for impossible values of one request."""
     if row.arrival_s is not None:
         number(row.place, "arrival", row.arrival_s, -LATEST_S)
     if row.failure is not None:
@@ -255,7 +255,7 @@ def _check(row: Row) -> None:
 
 
 def _times(rows: Sequence[Row], name: str) -> FloatColumn | None:
-    """A column of the requests that count; None where none of them has it."""
+    """A column of the requests that count; None if none of them has it."""
     known = [row.failure is None and not row.warm_up and getattr(row, name) is not None for row in rows]
     if not any(known):
         return None
@@ -291,7 +291,7 @@ def _of_warm_up(source: str, rows: Sequence[Row]) -> list[str]:
 
 
 def _check_pace(log: RequestLog, answered: Sequence[Row]) -> None:
-    """UserError where times cannot be in seconds."""
+    """Raise UserError if times cannot be in seconds."""
     paces = [
         (row.e2e_s - row.ttft_s) / (row.output_tokens - 1)
         for row in answered
@@ -311,9 +311,9 @@ def _check_pace(log: RequestLog, answered: Sequence[Row]) -> None:
 
 
 def _check_gaps(log: RequestLog, answered: Sequence[Row]) -> None:
-    """UserError where the gaps between tokens are not what lies between the first tokens and the ends.
+    """Raise UserError if the gaps between tokens do not add up to the time from the first token to the end.
 
-    Of single short answers it does not show, since the clocks and the end of a stream have their part in it.
+    Single short answers are not checked, since clocks and the end of a stream make a difference there.
     """
     timed = [(row.token_s[-1] - row.token_s[0], row.e2e_s - row.ttft_s) for row in answered
              if row.token_s and len(row.token_s) > 1 and row.ttft_s is not None and row.e2e_s is not None]  # fmt: skip
@@ -325,7 +325,7 @@ def _check_gaps(log: RequestLog, answered: Sequence[Row]) -> None:
 
 
 def _check_in_flight(log: RequestLog, answered: Sequence[Row]) -> None:
-    """UserError where more requests ran at once than the client kept in flight, by what the log says."""
+    """Raise UserError if more requests ran at once than the client kept in flight, as stated in the log."""
     most = log.stated.get("in_flight_at_most")
     if most is not None and (type(most) not in (int, float) or most < 1 or most != int(most)):
         key = f"{log.source}: requests that its client kept in flight"
@@ -347,7 +347,7 @@ def _of_pause(source: str, arrival_s: FloatColumn | None) -> list[str]:
 
 
 def _of_rate(source: str, arrival_s: FloatColumn | None, stated: Mapping[str, Any]) -> list[str]:
-    """A sentence where requests came at another rate than the log says that they were sent at, without a limit."""
+    """A sentence if requests arrived at another rate than the log states, and no limit explains it."""
     asked = stated.get("request_rate")
     if isinstance(asked, int | float) and asked < 0:
         return [f"{source}: it says {asked:g} requests/s, which cannot be: the times of its requests count."]
@@ -356,14 +356,14 @@ def _of_rate(source: str, arrival_s: FloatColumn | None, stated: Mapping[str, An
         return []
     span_s = float(times[-1] - times[0])
     found = (len(times) - 1) / span_s if span_s > 0 else math.inf
-    limited = stated.get("in_flight_at_most") is not None and found < asked  # then they wait for each other
+    limited = stated.get("in_flight_at_most") is not None and found < asked  # the limit explains it
     if limited or asked / _RATES <= found <= asked * _RATES:
         return []
     return [f"{source}: it says {asked:g} requests/s, and its requests came at {found:.3g} requests/s, which count."]
 
 
 def _of_plan(source: str, rows: Sequence[Row]) -> list[str]:
-    """Sentences where the client did not send requests when it had planned to."""
+    """Sentences if the client did not send requests at the planned times."""
     late_s = [row.arrival_s - row.planned_s for row in rows if row.arrival_s is not None and row.planned_s is not None]
     found = []
     for off_s, when in ((late_s, "later"), ([-time_s for time_s in late_s], "earlier")):
@@ -392,7 +392,7 @@ def pause_told(source: str, arrival_s: FloatColumn) -> str | None:
 
 
 def _with_missing(log: RequestLog) -> RequestLog:
-    """The log with a sentence for everything that it does not say."""
+    """The log with a sentence for everything that it lacks."""
     known = {
         "when requests came, so they cannot be replayed": log.arrival_s,
         "times to first token": log.ttft_s,
@@ -410,7 +410,7 @@ def _with_missing(log: RequestLog) -> RequestLog:
 
 
 def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | None = None) -> list[str]:
-    """A sentence for what a log has and nothing is made of: names that matter with their `effects`, then the rest."""
+    """A sentence on data that are not used: names that matter with their `effects`, then all others."""
     told = [f"{source}: {name} is not read: {(effects or {})[name]}." for name in names if name in (effects or {})]
     rest = [name for name in names if name not in (effects or {})]
     if rest:
@@ -420,7 +420,7 @@ def not_read(source: str, names: Sequence[str], effects: Mapping[str, str] | Non
 
 
 def other_models(source: str, models: Iterable[object]) -> list[str]:
-    """A sentence where requests were of several models."""
+    """A sentence if requests were of several models."""
     names = list(dict.fromkeys(str(model) for model in models if model))
     if len(names) < 2:
         return []
@@ -429,11 +429,11 @@ def other_models(source: str, models: Iterable[object]) -> list[str]:
 
 
 def reason(*texts: object) -> str:
-    """The last line of the first text that says something."""
+    """The last line of the first text that is not empty."""
     said = next((str(text).strip() for text in texts if text is not None and str(text).strip()), "no reason is given")
     return said.splitlines()[-1][:200]
 
 
 def close_to(a: float, b: float, share: float = 0.01, slack: float = 1e-6) -> bool:
-    """Whether two figures that should be the same are, up to rounding."""
+    """Whether two figures are equal up to rounding."""
     return math.isclose(a, b, rel_tol=share, abs_tol=slack)

@@ -1,7 +1,7 @@
 """Scrapes of a server's `/metrics` page over time: Prometheus text with times, or a file for each scrape.
 
-Such pages hold sums and histograms, not requests. `drawn` makes requests that have the same sums and histograms, and
-says what was drawn and what no page can tell.
+Such pages hold sums and histograms, not requests. `drawn` makes requests with the same sums and histograms, and says
+what was drawn and what pages cannot tell.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from helios_sim.untrusted import MIB, lines_of, read_text, shortened
 
 NAME = "scrapes of /metrics"
 SUFFIXES = (".prom", ".txt", ".metrics")
-_LEAST_S = 0.1  # between scrapes: files that lie closer were copied at once
+_LEAST_S = 0.1  # between scrapes: files with closer times were copied together
 _MOST_FILES, _MOST_REQUESTS = 20_000, 5_000_000
 _LINE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+(\S+))?$")
 _LABEL = re.compile(r'([A-Za-z_]\w*)="((?:[^"\\]|\\.)*)"')
 _OF_NAME = (re.compile(r"(?<!\d)(\d{10})(?:\.(\d+))?(?!\d)"), re.compile(r"(?<!\d)(\d{13})(?!\d)"))
-# By what they count: vLLM's names, since 0.8 and before.
+# By quantity: vLLM's names, since 0.8 and before.
 _FINISHED, _PROMPT, _OUTPUT = "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total"
 _PREEMPTED = "vllm:num_preemptions_total"
 _CACHED = "vllm:prefix_cache_hits_total"
-_EFFECTS = {  # counters that the simulation has nothing for, where they grow
+_EFFECTS = {  # counters of things that the simulation lacks, if they grow
     "vllm:external_prefix_cache_hits_total": "prompt tokens of a cache outside the engine; here all are computed",
     "vllm:spec_decode_num_draft_tokens_total": "drafts of speculative decoding, several tokens an iteration; here one",
     "vllm:mm_cache_queries_total": "images or sounds in prompts, which are counted as text",
@@ -40,8 +40,8 @@ _ABORTED, _ADAPTERS = "vllm:request_aborted", "vllm:running_lora_adapters"  # of
 _LENGTHS = {"prompt": "vllm:request_prompt_tokens", "output": "vllm:request_generation_tokens"}
 _IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _LATEST_S = 4e9
-_BEYOND = 4  # lengths above the last edge are drawn up to so many times it
-_STEPS = 60  # of a bisection
+_BEYOND = 4  # lengths above the last edge are drawn up to this multiple of it
+_STEPS = 60  # steps of a bisection
 _APART, _MANY, _OFF = 8, 20, 3  # requests by which two counts may differ; from when on, and how far, means are compared
 _HISTOGRAMS = {
     "TTFT": ("vllm:time_to_first_token_seconds",),
@@ -58,11 +58,11 @@ _CANNOT = ("when single requests came between two scrapes", "which prompt had wh
 
 @dataclass(frozen=True, slots=True)
 class Scrapes:
-    """Sums over all labels but `le` (and the model, of which there is one), k scrapes in order of time."""
+    """Sums over all labels except `le` and the model, in k scrapes in order of time."""
 
     source: str
     time_s: NDArray[np.float64]  # (k,) since the first
-    values: Mapping[str, NDArray[np.float64]]  # counters and gauges by name, (k,) each; NaN: not in that scrape
+    values: Mapping[str, NDArray[np.float64]]  # counters and gauges by name, (k,) each; NaN if not in a scrape
     buckets: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # bounds (b,), cumulative counts (k, b)
     models: tuple[str, ...]
     engines: int  # replicas that are summed up: labels of that name
@@ -74,11 +74,11 @@ def is_text(head: bytes) -> bool:
     if first.startswith((b"# HELP ", b"# TYPE ")):
         return True
     found = _LINE.match(first.decode(errors="replace"))
-    return found is not None and ":" in found[1].rstrip(":")  # one at the end is a key of YAML
+    return found is not None and ":" in found[1].rstrip(":")  # a name that ends with one is a key of YAML
 
 
 def of_folder(folder: Path) -> list[Path]:
-    """Files of single scrapes in it; none: it is not a folder of scrapes."""
+    """The files of single scrapes in a folder; empty if it has none."""
     found = [path for path in sorted(folder.iterdir()) if path.name.removesuffix(".gz").endswith(SUFFIXES)]
     heads = {path: _head(path) for path in found[:_MOST_FILES]}
     if (with_header := next((path for path, head in heads.items() if head.startswith(b"HTTP/")), None)) is not None:
@@ -91,7 +91,7 @@ def _head(path: Path) -> bytes:
 
 
 def read(paths: Sequence[Path]) -> Scrapes:
-    """One file with times in its samples, or several, a scrape each. Raises UserError for a line that is no sample."""
+    """Read a file with times in its samples, or one for each scrape. Raises UserError for a line that is no sample."""
     samples: dict[float, dict[str, float]] = {}
     bounds: dict[float, dict[str, dict[float, float]]] = {}
     models: dict[str, None] = {}
@@ -168,7 +168,7 @@ def read(paths: Sequence[Path]) -> Scrapes:
 
 
 def _time_of(path: Path) -> float | None:
-    """Seconds since 1970 by a file's name: a count of seconds or milliseconds, or a date; None: it has none."""
+    """Seconds since 1970 from a file's name: a number of seconds or milliseconds, or a date; None without one."""
     seconds, milliseconds = (pattern.search(path.name) for pattern in _OF_NAME)
     if milliseconds:
         return int(milliseconds[1]) / 1e3
@@ -182,7 +182,7 @@ def _time_of(path: Path) -> float | None:
 
 
 def _stamp(place: str, text: str, scale: float) -> float:
-    """Seconds since 1970 of the time after a sample."""
+    """The time after a sample, in seconds since 1970."""
     time_s = _float(place, text) * scale
     if not EARLIEST_S <= time_s <= _LATEST_S:
         allowed = f"{'seconds' if scale == 1.0 else 'milliseconds'} since 1970, after 2001"
@@ -232,7 +232,7 @@ def grown(scrapes: Scrapes, name: str) -> float | None:
 
 
 def between(scrapes: Scrapes, name: str, share: float) -> tuple[float, float] | None:
-    """The edges of the bucket in which this percentile of what came meanwhile lies; None: there is no histogram."""
+    """The edges of the bucket with this percentile of the values between two scrapes; None without a histogram."""
     if name not in scrapes.buckets:
         return None
     edges, counts = scrapes.buckets[name]
@@ -244,7 +244,7 @@ def between(scrapes: Scrapes, name: str, share: float) -> tuple[float, float] | 
 
 
 def told(scrapes: Scrapes) -> list[str]:
-    """What the pages give, in sentences."""
+    """Sentences on the content of the pages."""
     span_s = float(scrapes.time_s[-1])
     said = [f"{scrapes.source}: {len(scrapes.time_s)} scrapes in {span_s:.4g} s."]
     done, read_, written = (grown(scrapes, name) for name in (_FINISHED, _PROMPT, _OUTPUT))
@@ -270,10 +270,10 @@ def told(scrapes: Scrapes) -> list[str]:
 
 
 def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
-    """Requests with the pages' sums and histograms: as many in each interval, and with the same lengths.
+    """Draw requests with the pages' sums and histograms: the same number in each interval, and the same lengths.
 
-    Given their number, the arrivals of a Poisson process lie in an interval as independent uniform times: so they are
-    drawn. Lengths keep the count of each bucket and the mean. Raises UserError if the pages lack one of these.
+    Arrivals in an interval are independent uniform times, as in a Poisson process of which the number is known. Lengths
+    keep the count of each bucket and the mean. Raises UserError if the pages lack one of these.
     """
     _check_counts(scrapes)
     _check_sums(scrapes)
@@ -298,7 +298,7 @@ def drawn(scrapes: Scrapes, seed: int) -> RequestLog:
 
 
 def _check_counts(scrapes: Scrapes) -> None:
-    """UserError where a histogram of the requests that finished counts far more or fewer of them than their counter."""
+    """Raise UserError if a histogram of finished requests counts far more or fewer of them than their counter."""
     done = grown(scrapes, _FINISHED)
     for name in _LENGTHS.values():
         counted = grown(scrapes, f"{name}_count")
@@ -319,7 +319,7 @@ def _check_counts(scrapes: Scrapes) -> None:
 
 
 def _check_sums(scrapes: Scrapes) -> None:
-    """UserError where the sum of a histogram of times is not what its buckets can hold."""
+    """Raise UserError if the sum of a histogram of times is not what its buckets can hold."""
     for name in (name for names in _HISTOGRAMS.values() for name in names if name in scrapes.buckets):
         edges, counts = scrapes.buckets[name]
         whole, total = counts[~np.isnan(counts).any(axis=1)], grown(scrapes, f"{name}_sum")
@@ -335,7 +335,7 @@ def _check_sums(scrapes: Scrapes) -> None:
 
 
 def _arrivals(scrapes: Scrapes) -> tuple[NDArray[np.float64], IntColumn]:
-    """Edges of the intervals, (k,) in seconds, and how many requests came in each, (k - 1,)."""
+    """Edges of the intervals, (k,) in seconds, and the arrivals in each, (k - 1,)."""
     finished = scrapes.values.get(_FINISHED)
     if finished is None or np.count_nonzero(~np.isnan(finished)) < 2:
         raise UserError(scrapes.source, None, f"{_FINISHED} in at least 2 scrapes", "scrape the whole page")
@@ -349,9 +349,9 @@ def _arrivals(scrapes: Scrapes) -> tuple[NDArray[np.float64], IntColumn]:
 
 
 def drawn_lengths(scrapes: Scrapes, name: str, n: int, rng: np.random.Generator) -> IntColumn:
-    """Lengths of n requests, (n,): each bucket has its share to one request, and the mean is that of the page.
+    """Lengths of n requests, (n,): each bucket has its share to within one request, and the mean is the page's.
 
-    The mean is kept to half a token where so many requests in these buckets can have it at all.
+    The mean is kept to half a token if n requests in these buckets can have it.
     """
     if name not in scrapes.buckets:
         raise UserError(scrapes.source, None, f"the histogram {name}", "scrape the whole page")

@@ -1,8 +1,8 @@
 """ServeGen's clients (chunk-N-trace.csv and chunk-N-dataset.json): requests drawn as ServeGen draws them.
 
-They are no log: for windows of ten minutes each client has a rate, a distribution of the gaps between its requests, and
-every six hours distributions of lengths. As in servegen/construct.py, the gaps of a window are drawn and scaled so that
-they fill it, and lengths are drawn one by one.
+They are not a log: each client has a rate and a distribution of gaps for windows of ten minutes, and distributions of
+lengths for six hours. As in servegen/construct.py, the gaps of a window are drawn and scaled to fill it, and lengths
+are drawn one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from helios_sim.untrusted import MIB, parse_json, read_text, reading, shortened
 NAME = "ServeGen clients"
 _TRACE = re.compile(r"chunk-(\d+)-trace\.csv(\.gz)?$")
 _MOST_CLIENTS, _MOST_REQUESTS, _WINDOW_S = 20_000, 5_000_000, 600
-_PROMPTS = ("input_tokens", "text_tokens")  # of language and reasoning models, of multimodal ones
+_PROMPTS = ("input_tokens", "text_tokens")  # of language and reasoning models, and of multimodal ones
 _OF_NO_MATTER = ("reason_ratio",)  # the part of an answer that is reasoning: tokens all the same
 _EFFECTS = dict.fromkeys(
     ("image_tokens", "audio_tokens", "video_tokens"), "prompts had more than text, which is left out of their lengths"
@@ -38,7 +38,7 @@ _Pdf = tuple[NDArray[np.int64], NDArray[np.float64]]  # lengths, and the share u
 
 
 def of_folder(folder: Path) -> list[Path]:
-    """The traces of clients in it; none: it is not one of ServeGen."""
+    """The traces of clients in a folder; empty if it is not ServeGen's."""
     found = sorted((p for p in folder.iterdir() if _TRACE.search(p.name)), key=_number)[:_MOST_CLIENTS]
     for before, after in pairwise(found):
         if _number(before) == _number(after):
@@ -54,7 +54,7 @@ def _number(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """What a client does in one span of time."""
+    """The requests of a client in one window of time."""
 
     start_s: int
     rate_per_s: float
@@ -63,7 +63,7 @@ class _Window:
 
 
 def read_folder(folder: Path, span_s: tuple[float, float] | None, seed: int) -> RequestLog:
-    """The requests of these seconds, counted as the folder counts them. Raises UserError if it has none then."""
+    """The requests of these seconds of the folder's time. Raises UserError if there are none."""
     if span_s is None:
         allowed = "the seconds to draw requests for: the folder holds days"
         raise UserError("from_log.span_s", None, allowed, "set from_log.span_s=[BEGIN,END], such as [64800,65400]")
@@ -117,7 +117,7 @@ def _windows(path: Path) -> list[_Window]:
 
 
 def _lengths(path: Path) -> tuple[dict[int, Mapping[str, _Pdf]], list[str]]:
-    """Distributions of prompt and output lengths by the time from which they hold; names of what is not read."""
+    """Distributions of prompt and output lengths by the time from which they hold, and names that are not read."""
     found: dict[int, Mapping[str, _Pdf]] = {}
     others: dict[str, None] = {}
     with reading(path.name, "damaged", "a JSON object of distributions by time", FIX):
@@ -126,7 +126,7 @@ def _lengths(path: Path) -> tuple[dict[int, Mapping[str, _Pdf]], list[str]]:
             if not prompt or "output_tokens" not in fields:
                 raise ValueError(f"{_PROMPTS[0]} (or {_PROMPTS[1]}) and output_tokens at {time}")
             known = {"prompt": _pdf(fields[prompt]), "output": _pdf(fields["output_tokens"])}
-            # an empty one: the client sent nothing then
+            # if empty, the client sent nothing then
             if all(len(values) for values, _ in known.values()):
                 found[int(time)] = known
             others |= dict.fromkeys(set(fields) - {prompt, "output_tokens", *_OF_NO_MATTER, *_COUNTS})
@@ -134,7 +134,7 @@ def _lengths(path: Path) -> tuple[dict[int, Mapping[str, _Pdf]], list[str]]:
 
 
 def _pdf(text: Any) -> _Pdf:
-    """A text such as {224: 0.0003, 225: 0.0008}: shares by length. ValueError where it is none."""
+    """Parse shares by length, such as {224: 0.0003, 225: 0.0008}. Raises ValueError for other texts."""
     shares = ast.literal_eval(text) if isinstance(text, str) else text
     for value in shares:
         if not isinstance(value, int | float) or not 0 <= value <= LONGEST or value != int(value):

@@ -1,6 +1,6 @@
 """OpenTelemetry spans of generative AI as JSON lines: OTLP/JSON as the collector's file exporter writes it.
 
-Each line is a batch `{"resourceSpans": [...]}`. A span is a request where it counts tokens: gen_ai.usage.input_tokens
+Each line is a batch `{"resourceSpans": [...]}`. A span is a request if it counts tokens: gen_ai.usage.input_tokens
 and output_tokens (the semantic conventions), or prompt_tokens and completion_tokens (vLLM, and older conventions). vLLM
 adds gen_ai.latency.time_to_first_token, e2e and time_in_queue (s, from its arrival at the server).
 """
@@ -94,7 +94,7 @@ def is_it(document: Document) -> bool:
 
 
 def read(document: Document, part: int | None = None) -> RequestLog:
-    """UserError for a line that is no batch of spans, a span that cannot be, or where no span counts tokens."""
+    """Read a log. Raises UserError for a line that is no batch, an impossible span, or if no span counts tokens."""
     document.chosen(part or 1, ["the file"], "runs")
     spans, servers = list[_Told](), dict[str, str]()
     for place, span, server in _spans(document):
@@ -138,19 +138,19 @@ def read(document: Document, part: int | None = None) -> RequestLog:
 
 
 def _of_sampling(source: str, inner: list[_Told]) -> list[str]:
-    """A sentence where the trace state says that only a part of all spans was kept (th: the share that was not)."""
+    """A sentence if the trace state says that only a part of all spans was kept (th: the share that was not)."""
     part = [str(state) for _, span, _ in inner if _SAMPLED.search(state := str(span.get("traceState") or ""))]
     told = f"{len(part)} of {len(inner)} spans are those of a sample (traceState {part[0][:40]})" if part else ""
     return [f"{source}: {told}: the requests beside them are missing, so the load was higher."] if part else []
 
 
 def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Each with its place, and the service and instance that its resource names."""
+    """Yield spans with their places, and the service and instance that their resource names."""
     for place, batch in document.numbered_objects():
         found = 0
         for resource in _list(place, batch, "resourceSpans"):
             server = _service(resource.get("resource"))
-            # by the name of today, and that before OTLP 1.0
+            # by today's name, and the name before OTLP 1.0
             scopes = _list(place, resource, "scopeSpans") + _list(place, resource, "instrumentationLibrarySpans")
             for scope in scopes:
                 for span in _list(place, scope, "spans"):
@@ -159,7 +159,7 @@ def _spans(document: Document) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _service(resource: Any) -> str:
-    """The names of a server; empty where it has none."""
+    """The names of a server; empty if it has none."""
     said = resource.get("attributes") if isinstance(resource, dict) else None
     named = {str(one.get("key")): one.get("value") for one in said or () if isinstance(one, dict)}
     return " ".join(str(*value.values()) for name in _SERVICE
@@ -206,7 +206,7 @@ _Told = tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def _once(told: list[_Told]) -> tuple[list[_Told], int]:
-    """The spans without those of an id that was there before, and how many these are."""
+    """The spans without repeated ids, and the number of those left out."""
     seen, found = set(), []
     for one in told:
         name = one[1].get("traceId"), one[1].get("spanId")

@@ -1,4 +1,4 @@
-"""Which tool wrote a file or folder, by what stands in it, and its requests."""
+"""Recognises the tool that wrote a file or folder by its content, and reads its requests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from helios_sim.untrusted import read_text, reading
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """How files of one benchmark tool are recognised and read."""
+    """A benchmark tool: how its files are recognised and read."""
 
     name: str
     is_it: Callable[[Document], bool]
-    read: Callable[[Document, int | None, int], RequestLog]  # which of its runs, and the seed of what is drawn
+    read: Callable[[Document, int | None, int], RequestLog]  # document, run, seed
 
 
 def _tool(name: str, module: ModuleType) -> Tool:
@@ -37,10 +37,10 @@ TOOLS = (
     _tool("inference-perf", inference_perf), _tool("BLIS TraceV2", blis), _tool("OpenTelemetry spans", spans),
     Tool(scrapes.NAME, lambda document: scrapes.is_text(document.head), _scraped),
 )  # fmt: skip
-_NAMES = ("benchmarks.json", "benchmarks.yaml", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf and observe
+_NAMES = ("benchmarks.json", "benchmarks.yaml", "profile_export.jsonl", "log.jsonl")  # of guidellm, aiperf, observe
 _OBSERVE = "drive the server with python -m helios_sim.observe, or vllm bench serve --save-result --save-detailed"
 _PAGES = "save the page itself, twice or more in one folder: curl -s http://SERVER/metrics > metrics_$(date +%s).prom"
-_OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # by keys: files of tools that are known and not read
+_OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (  # keys of files of known tools that are not read
     (("sharegpt_output_len", "random_input_len"), "a report of SGLang's bench_serving, without arrivals", _OBSERVE),
     (("elapsed_time", "num_requests", "tokens_per_second"), "a summary of vllm bench throughput", _OBSERVE),
     (("avg_latency", "percentiles"), "a summary of vllm bench latency", _OBSERVE),
@@ -58,7 +58,7 @@ FORMATS = (*(tool.name for tool in TOOLS), "ServeGen", "LLMServingSim", "Azure",
 
 
 def tool_of(document: Document) -> Tool | None:
-    """The tool by the beginning of the text; None: a table of requests, or nothing that is known.
+    """The tool, by the beginning of the text; None for a table of requests, or an unknown file.
 
     Raises UserError for a file of another tool, which is not read.
     """
@@ -86,9 +86,9 @@ def tool_of(document: Document) -> Tool | None:
 
 
 def read_tool(document: Document, part: int | None = None, seed: int = 0) -> RequestLog | None:
-    """The requests of a file that one of the tools wrote; None where none did. `part`: of several runs, from 1.
+    """The requests of a file, or None if none of the tools wrote it. `part` chooses one of several runs, from 1.
 
-    `seed`: of requests that are drawn, where the file has only their sums.
+    `seed` is for requests that are drawn, if the file has only their sums.
     """
     with reading(document.name, "damaged", "a whole log of one of the tools", FIX):
         tool = tool_of(document)
@@ -96,7 +96,7 @@ def read_tool(document: Document, part: int | None = None, seed: int = 0) -> Req
 
 
 def opened(path: Path) -> Document:
-    """UserError for what is no text, or too large for a log of a tool."""
+    """Open a file. Raises UserError if it is not text, or too large for a log of a tool."""
     return Document(path, read_text(path, MOST_BYTES, FIX))
 
 

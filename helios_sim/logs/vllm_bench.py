@@ -55,7 +55,7 @@ def _of_times(run: _Run, name: re.Match[str]) -> Ours:
 
 
 def _most_tokens(run: _Run, _: re.Match[str]) -> Ours:
-    """Chunks in the fullest second since the first request that was answered was sent."""
+    """Chunks in the fullest second, counted from the sending of the first answered request."""
     if run.times is None or any(row.arrival_s is None for row in run.done):
         return None
     first_s = min(row.arrival_s or 0.0 for row in run.done)
@@ -88,7 +88,7 @@ def _took(run: _Run, _: re.Match[str]) -> Ours:
 
 
 def _took_at_most(run: _Run, _: re.Match[str]) -> Ours:
-    """Twice the time of its requests and a minute; None where some failed, which have no end."""
+    """The longest plausible time: twice that of the requests plus a minute; None if some failed and have no end."""
     ends = [row.arrival_s + row.e2e_s for row in run.done if row.arrival_s is not None and row.e2e_s is not None]
     starts = [row.arrival_s for row in run.done if row.arrival_s is not None]
     return (0.0, 2 * (max(ends) - min(starts)) + 60.0) if ends and len(ends) == len(run.rows) else None
@@ -128,7 +128,7 @@ _KNOWN = Known(
 )  # fmt: skip
 
 
-DECLARED = (("", _KNOWN),)  # by where the mapping stands
+DECLARED = (("", _KNOWN),)  # by the place of the mapping
 
 
 def is_it(document: Document) -> bool:
@@ -181,7 +181,7 @@ def _row(where: str, lists: Mapping[str, Sequence[Any]], i: int) -> Row:
     starts = lists.get("start_times")
     arrival_s = None if starts is None else number(place, "start_times", starts[i])
     planned_s = None
-    if arrival_s is not None and "queue_times" in lists:  # of the client, before it sends
+    if arrival_s is not None and "queue_times" in lists:  # the client's wait before it sends
         planned_s = arrival_s - number(place, "queue_times", lists["queue_times"][i])
     prompt, output = (whole(place, name, lists[name][i]) for name in ("input_lens", "output_lens"))
     error = lists["errors"][i]

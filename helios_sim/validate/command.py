@@ -27,11 +27,11 @@ from helios_sim.validate.silicon_gates import result_of
 from helios_sim.vary.runner import at_work_in
 from helios_sim.vary.settings import with_settings
 
-PRINTED = ("mean", "median", "p95", "p99")  # latencies of live serving in the terminal's tables; the page has all
+PRINTED = ("mean", "median", "p95", "p99")  # statistics of live latencies on a terminal; the page has all
 
 
 def run_fidelity(config: Config, folder: Path) -> int:
-    """Compares a log. Returns 0, or 2 when a gate failed. UserError before anything is written."""
+    """Compare a log. Returns 0, or 2 if a gate failed. Raises UserError before anything is written."""
     if config.fidelity.folder is None:
         raise UserError("fidelity.folder", None, "the folder of a log", "set fidelity.folder")
     _check_no_sweeps(config, "a log")
@@ -42,11 +42,11 @@ def run_fidelity(config: Config, folder: Path) -> int:
 
 
 def run_fidelity_live(config: Config, folder: Path, left: TimeLeft | None = None) -> int:
-    """Compares live serving. Returns 0, or 2 when a gate failed. UserError before anything is written.
+    """Compare live serving. Returns 0, or 2 if a gate failed. Raises UserError before anything is written.
 
-    Every run that is finished is kept in the folder: after a kill the same folder goes on with what is missing.
-    `left`: the time, where there is a limit. The last loads are left out where these do not suffice, and
-    the result says so; NoTimeLeft where they suffice for none.
+    Finished runs are kept in the folder: after a kill the same folder goes on with the missing ones. `left` is the time
+    if it is limited. If it does not suffice, the last loads are left out and the result says so. Raises NoTimeLeft if
+    it does not suffice for any load.
     """
     _check_no_sweeps(config, "live serving")
     check_study(plan_study(with_settings(config, {"mode": "live"})))
@@ -64,9 +64,9 @@ def run_fidelity_live(config: Config, folder: Path, left: TimeLeft | None = None
 
 
 def run_fidelity_silicon(config: Config, folder: Path) -> int:
-    """Predicts published measurements. Returns 0, or 2 when a gate failed. UserError before anything is written.
+    """Predict published measurements. Returns 0, or 2 if a gate failed. Raises UserError before anything is written.
 
-    Rows that are finished are kept in the folder: after a kill the same folder goes on with what is missing.
+    Finished rows are kept in the folder: after a kill the same folder goes on with the missing ones.
     """
     path = SHIPPED if config.fidelity.rows is None else Path(config.fidelity.rows).expanduser()
     rows = read_rows(path)
@@ -81,7 +81,7 @@ def run_fidelity_silicon(config: Config, folder: Path) -> int:
 
 
 def _is_shown_of_log(part: int, row: ComparedRow) -> bool:
-    """Whether the terminal has the row: all figures of all requests, and a few of the parts."""
+    """Whether the terminal shows the row: all figures of all requests, and a few of the parts."""
     return part == 0 or row.statistic in ("mean", "median", "p99")
 
 
@@ -109,7 +109,7 @@ def compare(config: Config) -> ExperimentResult:
 
 
 def _load_errors(log: ServingLog, setup: Setup, factors: Sequence[float], error: float) -> list[LoadError]:
-    """The log's requests at other rates, with the profile as it is and slower by `error`."""
+    """Changes of figures at other rates if the profile is slower by `error`, with the log's requests."""
     slower = setup.with_profile(setup.profile.scaled(1.0 + error))
     found = []
     for factor in sorted(factors):

@@ -1,6 +1,6 @@
 """One comparison of measured runs with simulated ones: rows, gates, arms and a verdict as one result.
 
-What is measured is a serving log (`of_log`) or live serving by this program in several passes (`of_live`).
+Measured runs are a serving log (`of_log`), or live serving by this program in several passes (`of_live`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ MEASURED, SIMULATED, LIVE = "measured", "simulated", "live"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The difference either way that is allowed in one row, and what is thought to be missing where it is larger.
+    """The allowed difference of one row, and the likely cause if it is larger.
 
-    `unshared`: the same where prompts share no prefixes.
+    `unshared` is the allowed difference if prompts share no prefixes.
     """
 
     group: str
@@ -81,7 +81,7 @@ OF_LOG = (
     Target("E2E", "mean", "ms", 0.015, _BOTH),
     Target("E2E", "p99", "ms", 0.015, _BOTH),
 )  # fmt: skip
-OF_LIVE = (  # where two live runs differ by less
+OF_LIVE = (  # if two live runs differ by less
     Target("TPOT", "mean", "ms", 0.05),
     Target("system", "throughput", "requests/s", 0.05),
     Target("TTFT", "p95", "ms", 0.10),
@@ -98,7 +98,7 @@ def of_log(
     config: Config,
     provenance: Mapping[str, Any],
 ) -> ExperimentResult:
-    """A logged run beside its simulation. `quantities`: estimated from the first `n` requests; None: nothing was."""
+    """Compare a logged run with its simulation. `quantities` are estimated from the first `n` requests, or None."""
     simulated = Records.of(run.records)
     measured = Records.of(stamped(record, log.measured, i) for i, record in enumerate(run.records))
     measured = replace(measured, preemptions=np.zeros(len(log), np.int32))
@@ -116,7 +116,7 @@ def of_log(
     if setup.own_types:
         fix = "correct the kernel tables, or fidelity.hardware"
         require_possible(metrics, setup.profile.hardware.name, fix)
-    else:  # the times of one type are no share of the time that another's bytes take
+    else:  # times in one type cannot be compared with the floor of another type
         metrics["roofline_fraction"] = None
     ours = Replicate(0, simulated, run.stats, metrics)
     logged = Replicate(0, measured, RunStats(), _measured_metrics(measured))
@@ -157,9 +157,9 @@ def of_log(
 def of_live(
     found: Sequence[Compared], config: Config, provenance: Mapping[str, Any], profiled: Profiled = AS_SHIPPED
 ) -> ExperimentResult:
-    """Cells of live serving beside their simulations. `found` is in the order to show, at least one cell.
+    """Compare cells of live serving with their simulations. `found` is in display order, with at least one cell.
 
-    A gate is no narrower than the times of the profiles are known.
+    A gate is at least as wide as the uncertainty of the profiles' times.
     """
     rows = {c.cell.name: c.rows for c in found}
     fidelity = Fidelity(
@@ -167,7 +167,7 @@ def of_live(
         spreads=tuple(spread for c in found for spread in c.spreads),
     )  # fmt: skip
     loads = sorted({c.cell.load for c in found})
-    load = max((load for load in loads if load < 1), default=loads[0])  # the highest under saturation is shown
+    load = max((load for load in loads if load < 1), default=loads[0])  # show the highest load below saturation
     shown = [c for c in found if c.cell.load == load]
     first = shown[0].passes[0].live.replicate.records
     rates = {c.cell.rate_per_s for c in shown}
@@ -211,7 +211,7 @@ def _result(
     arms: Sequence[ArmResult],
     **rest: Any,
 ) -> ExperimentResult:
-    """What both comparisons have alike; the first arm is the measured one."""
+    """The parts of the result that both comparisons share. The first arm is the measured one."""
     return ExperimentResult(
         experiment=config.name,
         title=config.title or config.name,
@@ -226,23 +226,23 @@ def _result(
 
 
 def _gate(name: str, row: ComparedRow, allowed: float, bound: str) -> Gate:
-    """`bound`: in words what is allowed."""
+    """Make a gate. `bound` is the allowed value in words."""
     value, beyond = _beyond(row, allowed)
     return Gate(name, value, bound, beyond <= 0)
 
 
 def _beyond(row: ComparedRow, allowed: float) -> tuple[float | None, float]:
-    """What is judged, and how far it is off beyond what is allowed.
+    """The judged difference, and by how much it exceeds the allowed one.
 
-    What is judged is the simulation at the device's pace where that was timed: who else is on a machine is no part of
-    its profile, and no part of what is served makes the pace.
+    If the device's pace was timed, the simulation at that pace is judged: other users of a machine are not part of its
+    profile, and serving itself does not change the pace.
     """
     value = row.difference if row.paced is None else row.paced_difference
     return value, float("inf") if value is None else abs(value) - allowed
 
 
 def _measured_metrics(records: Records) -> dict[str, MetricValue]:
-    """What request times alone tell; the rest is not known of a log."""
+    """Metrics that follow from request times; all others are not known for a log."""
     known = ("ttft_s", "tpot_s", "e2e_s", "queue_s", "throughput", "requests", "span_s")
     metrics = compute_metrics(records, RunStats())
     return {name: value if name.startswith(known) else None for name, value in metrics.items()}
@@ -259,9 +259,9 @@ def _parts(
 
 
 def _counts(log: ServingLog, run: Simulated) -> tuple[Count, ...]:
-    """The log's samples, and what the simulation had at those times: what was queued and is not done runs or waits.
+    """The log's samples, and the simulation's running and waiting requests at the same times.
 
-    The number running changes only where the simulation notes it; requests may arrive in between.
+    The number running changes only when the simulation samples it; requests may arrive in between.
     """
     if log.series is None or not run.timeline.rows:
         return ()
@@ -345,7 +345,7 @@ def _of_preemptions(log: ServingLog, run: Simulated) -> list[str]:
 def _gates_of_live(
     found: Sequence[Compared], rows: Mapping[str, Sequence[ComparedRow]], within: float
 ) -> list[Gate]:
-    """One for each arm and target: the cell under saturation that is furthest off beyond what is allowed there."""
+    """A gate for each arm and target: the cell below saturation that exceeds the allowed difference most."""
     below = [c.cell for c in found if c.cell.load < 1]
     gates = []
     for arm in dict.fromkeys(cell.arm for cell in below):
@@ -363,8 +363,9 @@ def _gates_of_live(
 
 
 def _noise(rows: Iterable[ComparedRow]) -> float:
-    """How far two live runs of the same lie apart: the root of the mean square over the rows of all arms, since a few
-    runs of one arm hardly tell. 0 where nothing is known.
+    """The difference between two live runs of the same cell: the root mean square over the rows of all arms.
+
+    A few runs of one arm would be too few. 0 if nothing is known.
     """
     known = [row.noise for row in rows if row.noise is not None]
     return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
@@ -446,7 +447,7 @@ def _off(rows: Sequence[ComparedRow], name: str) -> str:
 
 
 def energy_told(pairs: Iterable[Sequence[MetricValue]]) -> list[str]:
-    """`pairs`: (live, simulated) energies. The simulated one is a band: what counts is whether the other lies in it."""
+    """Compare (live, simulated) energies. The simulated one is a band; the live one should lie within it."""
     both = [(live, band) for live, band in pairs if isinstance(live, float) and isinstance(band, Band)]
     if not both:
         return []

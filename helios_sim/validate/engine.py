@@ -1,9 +1,9 @@
-"""Settings of a vLLM engine as a log has them: honoured, known not to matter, or not modelled.
+"""Settings of a vLLM engine in a log: followed, known not to matter, or not modelled.
 
-A log says a setting up to three times: as it was asked for (`engine_kwargs`), as the engine resolved it
-(`resolved_config`, by section) and as it was carried out (`kv_cache`). All places are read and compared. The tables
-below declare what is made of each name. A setting that would change the result is refused where the simulation cannot
-follow it, or named in the report where it can only say so; a name that stands in no table is named too.
+A log has a setting up to three times: as requested (`engine_kwargs`), as resolved by the engine (`resolved_config`, by
+section), and as carried out (`kv_cache`). All places are read and compared. The tables below declare each name. A
+setting that would change the result and cannot be followed raises an error or is named in the report; so is a name that
+is in no table.
 
 Names and defaults are those of vLLM's EngineArgs (vllm/engine/arg_utils.py) and configs (vllm/config/), 0.8 to 0.19.
 """
@@ -29,7 +29,7 @@ HONOURED = _words(
     "scheduling_policy async_scheduling enforce_eager cudagraph_mode cudagraph_capture_sizes "
     "max_cudagraph_capture_size optimization_level enable_chunked_prefill"
 )
-# What the engine may have resolved otherwise than it was asked, without a contradiction.
+# Settings that the engine may resolve differently from the request, without a contradiction.
 _RESOLVED_FREELY = _words(
     "kv_cache_dtype max_model_len block_size enable_prefix_caching async_scheduling enforce_eager cudagraph_mode "
     "cudagraph_capture_sizes max_cudagraph_capture_size optimization_level enable_chunked_prefill"
@@ -38,7 +38,7 @@ _RESOLVED_FREELY = _words(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A setting that the simulation does not follow, the values that change nothing, and what the others mean."""
+    """A setting that the simulation does not follow, its harmless values, and the meaning of all others."""
 
     off: tuple[Any, ...]
     why: str
@@ -181,7 +181,7 @@ DOES_NOT_MATTER = {
         "kv_cache_max_concurrency swap_space_bytes attn_group_size scheduler_reserve_full_isl"
     ),
 }
-# Sections of resolved_config that are read or refused as a whole, or left as they are for the reason given.
+# Sections of resolved_config that are read, or refused as a whole, or ignored for the reason given.
 _WHOLE = ("quant_config", "lora_config", "speculative_config", "kv_transfer_config", "ec_transfer_config",
           "diffusion_config", "additional_config", "kv_events_config", "weight_transfer_config", "eplb_config",
           "profiler_config", "structured_outputs_config", "multimodal_config", "pooler_config")  # fmt: skip
@@ -203,13 +203,13 @@ _OTHER_NAMES = {
 }  # fmt: skip
 # Sections with kernels that may differ from the tables': what the engine resolved there is reported like settings.
 _OF_KERNELS = ("compilation_config", "kernel_config", "attention_config")
-# A config inside of a section is logged as Python shows it, such as UVAOffloadConfig(cpu_offload_gb=0).
+# A config inside a section is logged as its Python repr, such as UVAOffloadConfig(cpu_offload_gb=0).
 _OBJECT = re.compile(r"[A-Z]\w*\(.*\)")
 _FIELD = re.compile(r"(\w+)=(True|False|None|'[^']*'|-?\d+(?:\.\d+)?\b)")
 # Levels of compilation, called modes since 0.11. Below the last one no graph can be captured piece by piece.
 _MODES = {"none": 0, "stock_torch_compile": 1, "dynamo_trace_once": 2, "vllm_compile": 3}
 _PIECEWISE = 3
-# What may stand in a section that is left as it is, without a change of what is computed.
+# Names in ignored sections that do not change what is computed.
 _ASKED_OF_NO_MATTER = _words(
     "cache_dir local_cache_dir debug_dump_path compile_sizes compile_cache_save_format traced_files "
     "cudagraph_num_of_warmups cudagraph_copy_inputs bs_to_padded_graph_size max_capture_size full_cuda_graph "
@@ -237,7 +237,7 @@ _FIX = "take another log"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One setting as one place of the log has it; null only where its name is not known."""
+    """A setting in one place of the log. It is null only if its name is not known."""
 
     name: str
     place: str  # engine_kwargs, kv_cache, resolved_config.SECTION
@@ -253,14 +253,14 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The settings by name, and the sentences about those that the simulation does not follow."""
+    """The settings by name, and sentences on those that the simulation does not follow."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Engine:
-        """UserError where two places contradict each other, or a setting cannot be honoured."""
+        """Read the settings. Raises UserError if two places contradict each other, or a setting cannot be followed."""
         places: dict[str, list[Said]] = {}
         for said in _said(meta):
             places.setdefault(said.name, []).append(said)
@@ -291,11 +291,11 @@ class Engine:
         return name in self.settings
 
     def value(self, name: str, default: Any = None) -> Any:
-        """The value in force; the default where no place has the setting, or says only null."""
+        """The value in force; the default if no place has the setting or all are null."""
         return self.settings.get(name, default)
 
     def whole(self, name: str, least: int, most: int, default: int | None = None) -> int:
-        """A whole number. Raises UserError if it is none, or is missing and has no default."""
+        """The value as a whole number. Raises UserError if it is not one, or is missing without a default."""
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             fix = "add it to meta.json" if value is None else "correct the log"
@@ -341,7 +341,7 @@ def _said(meta: Mapping[str, Any]) -> Iterator[Said]:
 
 
 def _of_section(place: str, values: Mapping[str, Any]) -> Iterator[Said]:
-    """The settings of one section by their names in EngineArgs; of one that is left as it is, those with a use."""
+    """The settings of one section by their names in EngineArgs; of an ignored section only those that are used."""
     section = place.rpartition(".")[2]
     asked = place.startswith("engine_kwargs")
     for key, value in (_with_graphs(values, asked) if section == "compilation_config" else values).items():
@@ -376,9 +376,9 @@ def _is_unknown(name: str) -> bool:
 
 
 def _is_told(place: str, name: str, value: Any, asked: bool) -> bool:
-    """Whether a setting without a use is looked at.
+    """Whether a setting without a use is reported.
 
-    Of a section that is left, those for which a user asked, and those of other kernels than the usual ones.
+    In an ignored section these are settings that the user requested, and settings of unusual kernels.
     """
     left = next((part for part in place.split(".") if part in _LEFT), None)
     if left is None:
@@ -394,7 +394,7 @@ def _is_told(place: str, name: str, value: Any, asked: bool) -> bool:
 
 
 def _fields_of(value: str) -> dict[str, Any]:
-    """The fields of a config as Python shows it that are numbers, texts, true, false or null."""
+    """The fields of a config's Python repr that are numbers, texts, true, false or null."""
     return {name: _plain(text) for name, text in _FIELD.findall(value)}
 
 
@@ -419,7 +419,7 @@ def _with_graphs(values: Mapping[str, Any], asked: bool) -> dict[str, Any]:
 
 
 def _of_compilation(place: str, value: Any) -> Iterator[Said]:
-    """A compilation_config that is a text of JSON, as on a command line, or a level, as until 0.10."""
+    """A compilation_config that is JSON text, as on a command line, or a level, as until 0.10."""
     name = "compilation_config"
     if type(value) is int:
         if value < _PIECEWISE:  # graphs are captured from this level on
@@ -443,7 +443,7 @@ def _check_budget(budget: Any, planned: list[Said]) -> None:
 
 
 def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
-    """Whether the value is one of these, or without any one of those that usually mean nothing."""
+    """Whether the value is one of these; without any, one of the values that usually mean off."""
     if isinstance(value, list | dict):
         return not value
     plain = value.lower().removeprefix("<class '").removesuffix("'>") if isinstance(value, str) else value
@@ -457,7 +457,7 @@ def _refuse(all_said: list[Said], rule: Rule) -> None:
 
 
 def _compared(all_said: list[Said]) -> list[str]:
-    """A sentence where the engine resolved a setting otherwise than it was asked, as it may; else UserError."""
+    """A sentence if the engine resolved a setting differently and may do so; raises UserError if it may not."""
     given = [said for said in all_said if said.value != "auto" or said.name == "kv_cache_dtype"] or all_said[:1]
     first, notices = given[0], []
     for other in given[1:]:
@@ -472,7 +472,7 @@ def _compared(all_said: list[Said]) -> list[str]:
 
 
 def _alike(name: str, value: Any) -> Any:
-    """What two places must have alike: text in lower case, types by one name."""
+    """A value in the form in which two places are compared: text in lower case, types by one name."""
     if name == "cudagraph_mode":
         return graph_mode(value)
     if not isinstance(value, str):
@@ -492,7 +492,7 @@ def graph_mode(value: Any) -> str:
 
 
 def _check_model(meta: Mapping[str, Any], all_said: list[Said]) -> None:
-    """Paths of one model may differ but for their last part; what the engine resolves may be a copy elsewhere."""
+    """Check that both places name one model. Paths may differ except for the last part, since copies are common."""
     asked = [str(said.value) for said in all_said if not said.resolved]
     names = {name.rstrip("/").rpartition("/")[2].lower() for name in (str(meta["model"]), *asked)}
     if len(names) > 1:

@@ -1,15 +1,14 @@
-"""What no profile knows of a logged engine, estimated from the first requests of its log.
+"""Estimates quantities of a logged engine that profiles lack, from the first requests of its log.
 
-- `host`: time of the host that shows in each iteration. Above 0: so many milliseconds more than the engine's preset
-  has; below 0: the share of the preset's own that is taken away.
-- `prefill_gap_s`: what an iteration with a prompt takes beyond that.
-- `decode_factor`, `prompt_factor`: prices of what computes few tokens, and many, over those of the profile.
-- `warm_up_s`: how much longer the first iteration takes. Seen in the first request alone.
+- `host`: time of the host in each iteration. Above 0: milliseconds more than in the engine's preset; below 0: the share
+  of the preset's host time that is taken away.
+- `prefill_gap_s`: additional time of an iteration with a prompt.
+- `decode_factor`, `prompt_factor`: times of work with few tokens, and with many, divided by the profile's.
+- `warm_up_s`: additional time of the first iteration, seen in the first request alone.
 
-The first two are times that are added, the factors go with the work, so that requests in quiet and in busy times, with
-short and with long prompts, tell them apart as far as a log has both. What a log does not tell apart is shared out by
-how likely each is beforehand (`PRIOR`). Every figure that is fitted is a mean over many requests, since single ones
-hang on which iteration they meet.
+The first two are added times and the factors scale with the work, so requests in quiet and busy times, with short and
+long prompts, tell them apart as far as a log has both. Otherwise the difference is shared out by prior likelihood
+(`PRIOR`). Every fitted figure is a mean over many requests, since single ones depend on which iteration they meet.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from helios_sim.validate.replay import stamp_times
 from helios_sim.vary.settings import with_settings
 
 FloatArray = NDArray[np.float64]
-CLOSE = 0.01  # of a figure that is fitted: as far off counts as much as one unit of PRIOR
-CLOSE_IN_A_QUEUE = 0.04  # of a wait, in which errors of all iterations before add up
+CLOSE = 0.01  # a relative miss of a fitted figure that counts as much as one unit of PRIOR
+CLOSE_IN_A_QUEUE = 0.04  # the same for waits, in which errors of all earlier iterations add up
 PRIOR = {"host": 1.0, "prefill_gap_s": 4e-3, "decode_factor": 0.1, "prompt_factor": 0.1}
-_STEPS = np.array([1.0, 1.0, 2.0, 2.0])  # in units of PRIOR, long enough to outweigh what single arrivals do
+_STEPS = np.array([1.0, 1.0, 2.0, 2.0])  # in units of PRIOR, large enough to outweigh the effect of single arrivals
 _LEAST, _MOST = np.array([-1.0, 0.0, -7.5, -7.5]), np.array([50.0, 20.0, 30.0, 30.0])
-ROUNDS, STILL, ENOUGH = 6, 0.03, 0.97  # a round that leaves more than this part of the misses is the last
-MOST = 1500  # requests that are fitted
-FEWEST = 5  # requests that a figure is made of
+ROUNDS, STILL, ENOUGH = 6, 0.03, 0.97  # a round that leaves more than this share of the misses is the last
+MOST = 1500  # most requests that are fitted
+FEWEST = 5  # fewest requests of a figure
 LEAST_WARM_UP_S = 0.02
 _HOST = ("host_overhead_s", "host_s_per_request", "gap_s", "gap_s_per_request")
 
@@ -57,7 +56,7 @@ class Quantities:
     warm_up_s: float = 0.0
 
     def settings(self, base: Runtime, config: Config) -> dict[str, float]:
-        """The study's settings with these, by path; `base` is the runtime without them."""
+        """The study's settings with these quantities, by path; `base` is the runtime without them."""
         kept = 1.0 + min(self.host, 0.0)
         costs = {name: getattr(base, name) * kept for name in _HOST if getattr(base, name) > 0 and kept != 1.0}
         costs["gap_s"] = base.gap_s * kept + max(self.host, 0.0) * 1e-3
@@ -69,7 +68,7 @@ class Quantities:
         return found
 
     def told(self) -> tuple[tuple[str, str], ...]:
-        """Each by its name, and in words what it came to."""
+        """The quantities by name, with their values in words."""
         more, less = f"{self.host:.2f} ms more in each iteration", f"{1 + self.host:.0%} of the preset's"
         return (
             ("host time", more if self.host >= 0 else less),
@@ -80,7 +79,7 @@ class Quantities:
         )
 
     def at_limits(self) -> tuple[str, ...]:
-        """The quantities that are as large, or as small, as they may be."""
+        """The quantities at their upper or lower limit."""
         most = {name: share * unit for (name, unit), share in zip(PRIOR.items(), _MOST, strict=True)}
         least = {name: share * unit for (name, unit), share in zip(PRIOR.items(), _LEAST, strict=True)}
         found = {"host": self.host, "prefill_gap_s": self.prefill_gap_s, "decode_factor": self.decode_factor - 1.0,
@@ -100,11 +99,11 @@ class Quantities:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What n requests experienced in the simulation, s since the moment that the log counts from, (n,) each."""
+    """Times of n requests in the simulation, in s since the moment from which the log counts, (n,) each."""
 
     ttft_s: FloatArray
     e2e_s: FloatArray
-    service_s: FloatArray  # from the plan in which it first runs to the first token
+    service_s: FloatArray  # from the first scheduling to the first token
     preemptions: int
 
     def tpot_s(self, output_tokens: NDArray[np.int64]) -> FloatArray:
@@ -113,7 +112,7 @@ class Replayed:
 
 
 def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) -> Replayed:
-    """The log's requests, in its order. Raises UserError if one of them cannot be served."""
+    """Simulate the log's requests, in its order. Raises UserError if one of them cannot be served."""
     (job, *_) = jobs_of(config, arm)
     fleet = shared_fleet(job.config, job.seed)
     records: list[RequestRecord] = []
@@ -157,7 +156,7 @@ def replayed(log: RequestLog, config: Config, arm: str, warm_up_s: float = 0.0) 
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """A mean that is fitted: which requests, and of which time."""
+    """A fitted mean: its requests, and its time."""
 
     name: str  # TPOT, service, TTFT, E2E
     rows: NDArray[np.bool_]
@@ -166,13 +165,13 @@ class _Figure:
 
 
 def figures_of(log: RequestLog, n: int) -> list[_Figure]:
-    """What the first n requests show, as far as the log has times."""
+    """The figures of the first n requests, as far as the log has times."""
     found: list[_Figure] = []
     busy, early = _in_flight(log), np.arange(len(log)) < n
     tpot_s = log.tpot_s()
     if tpot_s is not None:
         found += _thirds("TPOT", tpot_s, early & ~np.isnan(tpot_s), busy)
-    elif log.e2e_s is not None:  # nothing was streamed
+    elif log.e2e_s is not None:  # answers were not streamed
         found += _thirds("E2E", log.e2e_s, early & ~np.isnan(log.e2e_s), log.output_tokens)
     if log.ttft_s is not None:
         several = early.copy()
@@ -190,7 +189,7 @@ def figures_of(log: RequestLog, n: int) -> list[_Figure]:
 
 
 def _thirds(name: str, times: FloatArray, rows: NDArray[np.bool_], by: NDArray[np.int64]) -> list[_Figure]:
-    """A figure for each third of the rows by a number; for fewer parts where there are few or the number is one."""
+    """A figure for each third of the rows by a number; fewer parts if there are few rows or values."""
     if rows.sum() < FEWEST:
         return []
     for parts in (3, 2, 1):
@@ -202,7 +201,7 @@ def _thirds(name: str, times: FloatArray, rows: NDArray[np.bool_], by: NDArray[n
 
 
 def _in_flight(log: RequestLog) -> NDArray[np.int64]:
-    """Requests of the log that were there when each came, (n,)."""
+    """The number of the log's requests in flight at each arrival, (n,)."""
     assert log.arrival_s is not None
     took_s = np.zeros(len(log)) if log.e2e_s is None else np.nan_to_num(log.e2e_s)
     ends = np.sort(log.arrival_s + took_s)
@@ -213,9 +212,9 @@ def _in_flight(log: RequestLog) -> NDArray[np.int64]:
 def estimate(
     log: RequestLog, config: Config, arm: str, n: int, note: Callable[[str], None] = lambda text: None
 ) -> Quantities:
-    """Fit the first n requests, or the first MOST of them where there are more, to the `figures_of` them.
+    """Fit the quantities to the `figures_of` the first n requests, at most MOST.
 
-    Those that come after them are served too, as far as they can matter.
+    Later requests are served too, as far as they can matter.
     """
     n = min(n, MOST)
     log, config = _beginning(log, config, n)
@@ -271,7 +270,7 @@ def estimate(
 
 
 def _beginning(log: RequestLog, config: Config, n: int) -> tuple[RequestLog, Config]:
-    """The log without the requests that came when the first n were answered: the others ran beside them."""
+    """The log without requests that arrived after the first n were answered, and so did not run beside them."""
     assert log.arrival_s is not None
     kept = min(len(log), 2 * n)
     if log.e2e_s is not None:
@@ -309,9 +308,9 @@ def _next(
     limits: tuple[FloatArray, FloatArray],
     free: NDArray[np.bool_],
 ) -> FloatArray:
-    """The point at which the misses, as the slopes tell them, and the distance from 0 are smallest together.
+    """The point with the smallest sum of misses, by their slopes, and distance from 0.
 
-    Misses and slopes are in parts of how close each figure is to come.
+    Misses and slopes are in units of each figure's closeness.
     """
     rows = np.vstack([slopes[:, free], np.eye(int(free.sum()))])
     wanted = np.concatenate([slopes @ point - missed, np.zeros(int(free.sum()))])
@@ -323,7 +322,7 @@ def _next(
 
 
 def _miss(found: list[_Figure], log: RequestLog, run: Replayed) -> FloatArray:
-    """How far each figure is off, as a part of what was measured."""
+    """The relative error of each figure."""
     times: Mapping[str, FloatArray] = {
         "TPOT": run.tpot_s(log.output_tokens), "service": run.service_s, "TTFT": run.ttft_s, "E2E": run.e2e_s,
     }  # fmt: skip
@@ -331,7 +330,7 @@ def _miss(found: list[_Figure], log: RequestLog, run: Replayed) -> FloatArray:
 
 
 def _warm_up_s(log: RequestLog, run: Replayed) -> float:
-    """What the first request waited longer than in the fitted simulation; a little is no warm-up."""
+    """The additional wait of the first request over the fitted simulation; small values count as no warm-up."""
     first = int(np.argmin(log.arrival_s)) if log.arrival_s is not None else 0
     if log.ttft_s is None or np.isnan(log.ttft_s[first]):
         return 0.0

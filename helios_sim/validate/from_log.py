@@ -1,7 +1,7 @@
 """`+experiment=from_log`: a log's requests replayed, its engine fitted to the first part, the second part predicted.
 
-Then the question: what other policies, models or cards would have done with the same requests. The arm `as_logged` is
-the fitted engine; all others have its settings but for what they change.
+Then other policies, models or cards serve the same requests. The arm `as_logged` is the fitted engine; all others have
+its settings except for those that they change.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from helios_sim.vary.settings import with_settings
 AS_LOGGED = "as_logged"
 STATISTICS = (("mean", None), ("p50", 50), ("p90", 90), ("p99", 99))
 TIMES = ("TTFT", "TPOT", "E2E")
-DRAWS, LEVEL = 1000, 95  # of the band around an error, and per cent of them that it holds
-FEWEST = 8  # requests in the log
+DRAWS, LEVEL = 1000, 95  # bootstrap draws for the band of an error, and its level in per cent
+FEWEST = 8  # fewest requests in a log
 FloatArray = NDArray[np.float64]
 
 
 def run_from_log(config: Config, folder: Path) -> int:
-    """Runs, writes and prints. Returns 0, or 2 when a gate failed. UserError before any result is written."""
+    """Run, write and print. Returns 0, or 2 if a gate failed. Raises UserError before any result is written."""
     _check_kind(config)
     opened = open_log(config)
     with at_work_in(folder), redirect_stdout(sys.stderr), _nothing_of_a_mistake(folder):
@@ -82,7 +82,7 @@ def run_from_log(config: Config, folder: Path) -> int:
 
 @contextmanager
 def _nothing_of_a_mistake(folder: Path) -> Iterator[None]:
-    """Takes what was written for the replay out of the folder again where the study cannot be run."""
+    """Remove the files for the replay from the folder if the study cannot be run."""
     try:
         yield
     except UserError:
@@ -106,7 +106,7 @@ def _of_the_log(log: RequestLog, quantities: Quantities | None) -> Iterator[None
 
 
 def _about(opened: Opened) -> dict[str, Any]:
-    """The log for programs: what it is, what failed, what it does not say and what of it is not read."""
+    """The log for programs: its source and format, failures, missing data, and data that are not used."""
     log = opened.log
     failed = Counter(why for why, done in zip(log.status, log.completed, strict=True) if not done)
     return {
@@ -130,7 +130,7 @@ def _check_kind(config: Config) -> None:
 
 
 def _fitted(log: RequestLog, config: Config, n: int) -> tuple[Quantities | None, Replayed]:
-    """The quantities, None where nothing was to be estimated or the log has no times, and the replay with them."""
+    """The quantities, None if nothing is to be estimated or the log has no times, and the replay with them."""
     plain = _plain(config)
     (job, *_) = jobs_of(plain, AS_LOGGED)
     requests = shared_fleet(job.config, job.seed).parts.workload.requests
@@ -144,13 +144,13 @@ def _fitted(log: RequestLog, config: Config, n: int) -> tuple[Quantities | None,
 
 
 def _plain(config: Config) -> Config:
-    """The engine of the log alone: full depth, without exits."""
+    """The settings of the log's engine alone: full depth, without exits."""
     arm = {AS_LOGGED: dict(config.arms.get(AS_LOGGED) or {"policy": "full_depth"})}
     return replace(with_settings(config, {"exits.source": NONE}), arms=arm, policy=None, baseline="", subject=None)
 
 
 def asked(changed: Config, given: Config, quantities: Quantities | None) -> Config:
-    """The study of the question: the fitted engine, the arms that were asked for, other models and other cards."""
+    """The study: the fitted engine, the requested arms, other models and other cards."""
     config = changed
     if quantities is not None:
         base = build_profile(changed, changed.models[0]).runtime
@@ -191,7 +191,7 @@ def _told(
     result: ExperimentResult, opened: Opened, log: RequestLog, quantities: Quantities | None, run: Replayed, n: int,
     told: tuple[str, ...],
 ) -> ExperimentResult:  # fmt: skip
-    """The result with the comparison before the answer."""
+    """The result, with the comparison before the answer."""
     fidelity = _compared(log, run, quantities, n)
     warnings = [*opened.log.failures, *opened.log.missing, *_of_loop(opened.log), *opened.log.notices, *opened.notices]
     warnings += [*told, *_of_blocks(opened)]
@@ -229,7 +229,7 @@ def _of_blocks(opened: Opened) -> list[str]:
 
 
 def _compared(log: RequestLog, run: Replayed, quantities: Quantities | None, n: int) -> Fidelity | None:
-    """The second part first: that is the test. None where the log has no times at all."""
+    """The comparison, the predicted part first, which is the test. None if the log has no times."""
     measured = {"TTFT": log.ttft_s, "TPOT": log.tpot_s(), "E2E": log.e2e_s}
     simulated = {"TTFT": run.ttft_s, "TPOT": run.tpot_s(log.output_tokens), "E2E": run.e2e_s}
     both = {

@@ -1,7 +1,7 @@
 """The runs of a comparison with live serving: every arm at every load, simulated, and served in each pass.
 
-All runs of a cell have the same requests, the same profile, and so the same KV blocks: what differs is where iterations
-are computed.
+All runs of a cell have the same requests and the same profile, and so the same KV blocks. They differ in where
+iterations are computed.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ CALIBRATION = "calibration"  # the folder of profiles that were measured just be
 
 @dataclass(frozen=True, slots=True)
 class TimeLeft:
-    """Seconds that are left of what a comparison should take, and of all that it may."""
+    """Seconds left of the time that a comparison should take, and of the time that it may take."""
 
     share_s: Callable[[], float]
     most_s: Callable[[], float]
 
 
 class NoTimeLeft(UserError):
-    """The time suffices for no load in every pass."""
+    """The time does not suffice for any load in every pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Cell:
 
     arm: str
     about: str
-    load: float  # over the arm's capacity
+    load: float  # share of the arm's capacity
     rate_per_s: float
 
     @property
@@ -81,13 +81,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A cell's runs of one pass."""
+    """The runs of a cell in one pass."""
 
     simulated: Job
     live: Job
 
     def paced(self, decode: float, prompt: float | None) -> Job:
-        """The simulation with what is timed by a decode step, or by a prompt, taking so many times as long."""
+        """The simulation with the times of decodes and of prompts scaled by the device's pace."""
         config = self.simulated.config
         known, of_prompts = config.profile_time_factor, config.profile_prompt_time_factor
         if prompt is not None or of_prompts is not None:
@@ -98,7 +98,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One cell's runs of one pass."""
+    """The results of a cell in one pass."""
 
     simulated: JobResult
     live: JobResult
@@ -107,7 +107,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One cell with all that was run of it."""
+    """A cell with the results of all passes."""
 
     cell: Cell
     passes: tuple[Pass, ...] = ()
@@ -133,10 +133,10 @@ class Compared:
 def compared_cells(
     config: Config, changes: Mapping[str, Any], folder: Path, left: TimeLeft | None = None
 ) -> list[Compared]:
-    """Every cell with all of its passes; `changes` hold for every run. Runs that the folder holds are not run again.
+    """Run every cell in all passes. `changes` apply to every run. Runs that the folder holds are not run again.
 
-    Where `left` does not suffice, by what runs have taken so far, the last loads are left out; NoTimeLeft where not one
-    of them can be served in every pass.
+    If `left` does not suffice, judging by the runs so far, the last loads are left out. Raises NoTimeLeft if no load
+    can be served in every pass.
     """
     full = _capacity_jobs(config, changes)
     results = run_jobs(list(full.values()), journal_of(folder), 1, _tell)
@@ -152,10 +152,9 @@ def compared_cells(
 def _as_time_allows(
     config: Config, found: Sequence[Compared], turn: int, run: Callable[[Compared], Compared], left: TimeLeft
 ) -> list[Compared]:
-    """One pass more of the loads, the lowest first, as long as they can also be served in the passes to come.
+    """Run one more pass of the loads, the lowest first, while they can also be served in the passes to come.
 
-    The first load may take all the time that there is. A load is expected to take as long as it took before, or as the
-    dearest of its pass so far.
+    The first load may take all the time. A load is expected to take as long as before, or as the longest of this pass.
     """
     later = config.fidelity_live.passes - turn - 1
     done: list[Compared] = []
@@ -176,19 +175,19 @@ def _as_time_allows(
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """The profiles of a comparison: the settings that name them, and how well they are known."""
+    """The profiles of a comparison: the settings that name them, and their uncertainty."""
 
     changes: Mapping[str, Any]
-    within: float = 0.0  # how far times may be off, as a share, where there was too little time; 0: as profiles are
-    notices: tuple[str, ...] = ()  # why
+    within: float = 0.0  # relative error of times, if there was too little time to measure; 0: the usual
+    notices: tuple[str, ...] = ()  # sentences on the reasons
 
 
 def measured_profiles(config: Config, folder: Path) -> Profiled:
-    """Profiles of every model, measured now on the device that will serve.
+    """Measure profiles of all models now, on the device that will serve.
 
-    In a process of its own: measuring is another program (`python -m calibrate`), which resumes what it has begun. It
-    keeps to `calibrate_s`, and a profile for which that was short says how far it may be off. Where nothing could be
-    measured, the profiles that the study names are used; UserError before anything is served where there are none.
+    Measuring is another program (`python -m calibrate`) in its own process, which resumes earlier work and keeps to
+    `calibrate_s`. A profile says how far it may be off if that was short. If nothing could be measured, the profiles
+    that the study names are used. Raises UserError before anything is served if there are none.
     """
     seconds = config.fidelity_live.calibrate_s
     if seconds is None:
@@ -224,10 +223,10 @@ def measured_profiles(config: Config, folder: Path) -> Profiled:
 
 
 def _as_known(config: Config) -> Profiled:
-    """The profiles that the study names, as well as they are known: some were measured in little time."""
+    """The profiles that the study names, with their uncertainty if they were measured in little time."""
     within: dict[str, float] = {}
     for model in dict.fromkeys((*config.models, *_models_of_arms(config))):
-        with suppress(UserError):  # the study says what is wrong with it
+        with suppress(UserError):  # the study reports what is wrong
             share = build_profile(config, model).times_within
             if share is not None:
                 within[model] = share
@@ -269,14 +268,14 @@ def _capacity_per_s(result: JobResult) -> float:
 
 
 def _cells(config: Config, capacities: Mapping[str, float]) -> list[Cell]:
-    """Arms in their order, each at its loads in ascending order."""
+    """The cells: arms in order, each at its loads in ascending order."""
     loads, entries = sorted(config.fidelity_live.loads), entries_of(config)
     about = {arm: str(entry.get("description") or entry["policy"]) for arm, entry in entries.items()}
     return [Cell(arm, about[arm], load, capacity * load) for arm, capacity in capacities.items() for load in loads]
 
 
 def _pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> Pair:
-    """The cell's runs in one pass. `changes` hold for every run."""
+    """Run the cell in one pass. `changes` apply to every run."""
     wanted = config.fidelity_live
     served = {
         "workload.n_requests": max(ceil(cell.rate_per_s * wanted.seconds), wanted.least_requests),
@@ -290,7 +289,7 @@ def _pair(config: Config, cell: Cell, turn: int, changes: Mapping[str, Any]) -> 
 
 
 def _with_pass(config: Config, so_far: Compared, turn: int, changes: Mapping[str, Any], folder: Path) -> Compared:
-    """Run one pass more, simulated also at the pace that the device had in the live run, where that is known."""
+    """Run one more pass. It is also simulated at the device's pace in the live run, if that is known."""
     jobs = _pair(config, so_far.cell, turn, changes)
     results = run_jobs([jobs.simulated, jobs.live], journal_of(folder), 1, _tell)
     live, paced = results[jobs.live.key], None
@@ -301,7 +300,7 @@ def _with_pass(config: Config, so_far: Compared, turn: int, changes: Mapping[str
 
 
 def _models_of_arms(config: Config) -> Sequence[str]:
-    """Models that only an arm's overrides name."""
+    """The models that only overrides of arms name."""
     overrides = [(entry or {}).get("overrides") or {} for entry in config.arms.values()]
     return [model for one in overrides for model in one.get("models", ())]
 
@@ -324,8 +323,9 @@ def _tpots_s(run: JobResult) -> FloatArray:
 
 
 def rows_of(*runs: Sequence[Metrics | None]) -> tuple[ComparedRow, ...]:
-    """`runs`: metrics measured, simulated, and simulated at the device's pace, in each pass. The rows are latencies in
-    ms, then the server as a whole; a row is unknown where one of its passes is.
+    """The compared rows: latencies in ms, then the server as a whole. A row is unknown if one of its passes is.
+
+    `runs` are metrics measured, simulated, and simulated at the device's pace, in each pass.
     """
     rows = []
     for name, group in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "E2E")):
@@ -349,7 +349,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _number_of(metrics: Metrics | None, name: str, factor: float = 1.0) -> float | None:
-    """The metric in another unit; a band is taken by its middle."""
+    """The metric in another unit; of a band the middle."""
     value = None if metrics is None else metrics.get(name)
     if value is None:
         return None

@@ -1,11 +1,11 @@
-"""Reads the log of a real vLLM run and compares what it says twice.
+"""Reads the log of a real vLLM run, and compares data that it has twice.
 
 A folder holds `meta.json`: model, vllm_version, engine_kwargs and, where logged, kv_cache, hardware and
 resolved_config; `requests.jsonl`: one request a line with input_toks, output_toks, queued_ts, scheduled_ts,
 first_token_ts, last_token_ts (one monotonic clock, s), arrival_time (another clock, s) and, where known, priority and
 num_cached_tokens. `workload.csv` (optional): idx, arrival_ns, input_toks, output_toks. `timeseries.csv` (optional): t,
-running, waiting and others at 1 Hz from a start that is not logged. What is read of each is declared in the tables
-below; what is not, and could matter, is named in `ServingLog.notices`.
+running, waiting and others at 1 Hz from a start that is not logged. The tables below declare what is read of each.
+Other data that could matter are named in `ServingLog.notices`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from helios_sim.validate.engine import Engine
 IntColumn = NDArray[np.int64]
 _COUNTS = ("input_toks", "output_toks")
 _TIMES = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
-_CACHED = "num_cached_tokens"  # of a prompt, found in the prefix cache
+_CACHED = "num_cached_tokens"  # prompt tokens found in the prefix cache
 _LONG_AGO_S = 4e9  # no clock of seconds shows more, until 2096
-_NUMBERS = {  # by key of a line: whether every line must have it, and its range
+_NUMBERS = {  # for each key of a line whether it is required, and its range
     **dict.fromkeys(_COUNTS, (True, 1, LONGEST)), **dict.fromkeys(_TIMES, (True, -_LONG_AGO_S, _LONG_AGO_S)),
     "scheduled_ts": (False, -_LONG_AGO_S, _LONG_AGO_S), "arrival_time": (False, -_LONG_AGO_S, _LONG_AGO_S),
     "priority": (False, -LONGEST, LONGEST), _CACHED: (False, 0, LONGEST),
 }  # fmt: skip
-_OF_NO_MATTER = {  # observations and labels, of which nothing is made
+_OF_NO_MATTER = {  # observations and labels that are not used
     "requests.jsonl": {"request_id", "finish_reason", "idx", "prompt", "text", "model", "task"},
     "timeseries.csv": {"gen_throughput", "prompt_compute_throughput", "kv_cache_pct"},
     "workload.csv": {"idx", "request_id"},
@@ -47,27 +47,27 @@ _OF_NO_MATTER = {  # observations and labels, of which nothing is made
         "resolve_only", "status",
     },
 }  # fmt: skip
-_ENDED = ("stop", "length", "eos", "stop_sequence")  # of a request that was answered
-_OF_HARDWARE = {  # read, or of no matter
+_ENDED = ("stop", "length", "eos", "stop_sequence")  # reasons of answered requests
+_OF_HARDWARE = {  # read, or harmless
     "device_name", "device_count", "device_total_memory_bytes", "driver_version", "cuda_version", "compute_capability",
     "cpu", "cpu_model", "cpu_count", "host_memory_bytes", "hostname", "os", "kernel", "python", "torch_version",
     "device_uuid", "pci_bus_id", "multi_processor_count",
 }  # fmt: skip
-_SLOWEST_S = 5.0  # of a token, on average: above, times are in another unit
+_SLOWEST_S = 5.0  # mean time of a token, above which times are in another unit
 _READ_OF_META = {"model", "vllm_version", "engine_kwargs", "kv_cache", "hardware", "resolved_config"}
 _SERIES = ("t", "prompt_throughput", "running", "waiting")
-_AT_ONCE_S = 1e-3  # two stamps of one token may lie so far apart
-_APART_S = 10.0  # or half of the run: how far a request's two stamps may lie from those of the others
-_LATE_S = 1.0  # how much later than planned a request may have been sent before it is said
+_AT_ONCE_S = 1e-3  # allowed difference of two stamps of one token
+_APART_S = 10.0  # or half of the run: allowed difference of the clocks' offset between requests
+_LATE_S = 1.0  # delay of sending from which it is reported
 _FIX, _MOST_BYTES = "correct the log", 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What n requests experienced, ns since the first was queued, each (n,). One order of requests everywhere."""
+    """Times of n requests in ns since the first was queued, each (n,), in the order of the log's requests."""
 
-    queued_ns: IntColumn  # the engine has seen it
-    scheduled_ns: IntColumn  # the plan in which it first runs was made
+    queued_ns: IntColumn  # the engine received it
+    scheduled_ns: IntColumn  # it was first scheduled
     first_ns: IntColumn
     last_ns: IntColumn
 
@@ -79,33 +79,33 @@ class Series:
     time_s: NDArray[np.float64]  # since the first request was queued
     running: NDArray[np.float64]
     waiting: NDArray[np.float64]
-    cached_share: float | None  # of prompt tokens, served from the prefix cache; None: not logged
-    preemptions: int | None  # None: not logged
+    cached_share: float | None  # share of prompt tokens from the prefix cache; None if not logged
+    preemptions: int | None  # None if not logged
 
 
 @dataclass(frozen=True, slots=True)
 class ServingLog:
-    """Requests are in order of arrival, those at one time in the order of the file."""
+    """The log of a vLLM run. Requests are in order of arrival; those at one time in the order of the file."""
 
     folder: Path
     meta: Mapping[str, Any]
     engine: Engine
-    arrival_ns: IntColumn  # (n,) since the first
+    arrival_ns: IntColumn  # (n,) since the first arrival
     prompt_tokens: IntColumn
     output_tokens: IntColumn
-    priority: IntColumn | None  # None: the log has none
-    cached_tokens: int | None  # of all prompts, by requests.jsonl; None: not logged
+    priority: IntColumn | None  # None if not logged
+    cached_tokens: int | None  # of all prompts, by requests.jsonl; None if not logged
     measured: Times
     series: Series | None
-    arrivals_from: str  # which file and column
-    notices: tuple[str, ...]  # what the log holds and nothing is made of, in sentences
+    arrivals_from: str  # file and column of the arrivals
+    notices: tuple[str, ...]  # sentences on data that are not used
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
 
     @property
     def cached_share(self) -> float | None:
-        """The share of prompt tokens that the prefix cache served; None: not logged."""
+        """The share of prompt tokens from the prefix cache; None if not logged."""
         if self.cached_tokens is not None:
             return self.cached_tokens / int(self.prompt_tokens.sum())
         return None if self.series is None else self.series.cached_share
@@ -118,7 +118,7 @@ class ServingLog:
 
 
 def read_log(folder: Path) -> ServingLog:
-    """UserError for a folder, a file, a key or a value that is not there or cannot be, or contradicts another."""
+    """Read a log. Raises UserError for missing or impossible data, and for contradictions."""
     if not folder.is_dir():
         raise UserError(
             "fidelity.folder", str(folder), "a folder with meta.json, requests.jsonl, profile/", "correct it"
@@ -166,14 +166,14 @@ def _not_read(file: str, names: Iterable[str], read: Collection[str]) -> list[st
 
 
 def _of_hardware(meta: Mapping[str, Any]) -> list[str]:
-    """A sentence about what is said of the device and not read, such as a limit of its power or a part of it."""
+    """A sentence on data of the device that are not used, such as a power limit or a part of the card."""
     said = (meta.get("hardware") or {}).items()
     left = [f"{key} ({str(value)[:40]})" for key, value in said if value and key not in _OF_HARDWARE]
     return [f"meta.json: hardware: not read: {', '.join(left[:12])}."] if left else []
 
 
 def _of_ends(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence about requests that ended otherwise than with an answer; they are simulated as far as they came."""
+    """A sentence on requests that did not end with an answer; they are simulated up to their last token."""
     ends = Counter(str(row["finish_reason"]) for row in rows if row.get("finish_reason") not in (None, *_ENDED))
     told = ", ".join(f"{count} of {len(rows)} requests ended by {why[:40]}" for why, count in ends.most_common(3))
     return [f"requests.jsonl: {told}: they are simulated to be answered as long as they were."] if told else []
@@ -197,7 +197,7 @@ def _meta(path: Path) -> dict[str, Any]:
 
 
 def _check_meta(meta: Mapping[str, Any], rows: list[dict[str, Any]], span_s: float) -> None:
-    """UserError where the header says otherwise than the requests."""
+    """Raise UserError if the header contradicts the requests."""
     if meta.get("resolve_only"):
         raise UserError("meta.json: resolve_only", True, "false: such a run served nothing", "take another log")
     number = meta.get("num_requests")
@@ -212,7 +212,7 @@ def _check_meta(meta: Mapping[str, Any], rows: list[dict[str, Any]], span_s: flo
 
 
 def _check_rows(meta: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """UserError for a request of another model than the header's, and for times that cannot be in seconds."""
+    """Raise UserError for a request of another model than the header's, and for times that cannot be in seconds."""
     served = meta["engine_kwargs"].get("served_model_name") or []
     names = {str(meta["model"]), *([served] if isinstance(served, str) else served if isinstance(served, list) else [])}
     known = {str(name).rstrip("/").rpartition("/")[2].lower() for name in names}
@@ -229,7 +229,7 @@ def _check_rows(meta: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _date(meta: Mapping[str, Any], key: str) -> datetime | None:
-    """A time without an offset is taken to be in UTC. Raises UserError for what is no time."""
+    """Parse a time; one without an offset is in UTC. Raises UserError for other texts."""
     value = meta.get(key)
     if value is None:
         return None
@@ -263,7 +263,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
         rows.append(row)
     if len(rows) < 4:
         raise UserError(str(path), len(rows), "at least 4 requests", "take a longer log")
-    for key in ("scheduled_ts", "arrival_time", "priority", _CACHED):  # all of them, or none
+    for key in ("scheduled_ts", "arrival_time", "priority", _CACHED):  # all requests must have it, or none
         having = [row.get(key) is not None for row in rows]
         if any(having) and not all(having):
             number = [n for n, line in enumerate(lines, 1) if line.strip()][having.index(False)]
@@ -272,7 +272,7 @@ def _requests(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_row(where: str, row: dict[str, Any]) -> None:
-    """UserError for a value that is missing, no number, out of range, or contradicts another of the line."""
+    """Raise UserError for a value that is missing, not a number, out of range, or contradicts another."""
     for key, (needed, low, high) in _NUMBERS.items():
         value = row.get(key)
         if value is None and not needed:
@@ -304,8 +304,9 @@ def _check_row(where: str, row: dict[str, Any]) -> None:
 def _arrivals(
     folder: Path, rows: list[dict[str, Any]], counts: dict[str, IntColumn], queued_ns: IntColumn
 ) -> tuple[IntColumn, str, list[str]]:
-    """When the engine's front end got each request, since the first; its clock's offset cancels. And from where, and
-    sentences about differences.
+    """Arrivals at the engine's front end since the first, in which its clock's offset cancels.
+
+    Also returns their source, and sentences on differences between sources.
     """
     planned = _planned(find_table([folder], "workload"), counts)
     if "arrival_time" in rows[0]:
@@ -341,7 +342,7 @@ def _planned(path: Path | None, counts: dict[str, IntColumn]) -> IntColumn | Non
 
 
 def _check_clocks(arrival_ns: IntColumn, queued_ns: IntColumn) -> None:
-    """UserError where a request was queued long before or after it came, compared with the others."""
+    """Raise UserError if a request was queued long before or after its arrival, compared with the others."""
     after = queued_ns - arrival_ns
     away_ns = np.abs(after - int(np.median(after)))
     row = int(np.argmax(away_ns))
@@ -362,7 +363,7 @@ def _series(
     _check_series(path, columns, meta, engine)
     time_s, rate = columns["t"], columns["prompt_throughput"]
     tick_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else 1.0
-    # The series counts a prompt's tokens when its first token comes: that tells when its clock began.
+    # The series counts a prompt's tokens at its first token, which shows when the series' clock began.
     counted = np.cumsum(rate * tick_s)
     order = np.argsort(measured.first_ns)
     first_s, tokens = measured.first_ns[order] / NS_PER_S, np.cumsum(prompt_tokens[order])
@@ -383,7 +384,7 @@ def _series(
 def _check_series(
     path: Path, columns: Mapping[str, NDArray[np.float64]], meta: Mapping[str, Any], engine: Engine
 ) -> None:
-    """UserError for a row that cannot be, or that the settings contradict."""
+    """Raise UserError for an impossible row, or one that contradicts the settings."""
     for name, values in columns.items():
         bad = np.flatnonzero(~((values >= 0) & (values <= 1e12)))  # true for NaN
         if len(bad):

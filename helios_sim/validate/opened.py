@@ -1,7 +1,7 @@
-"""Opens a log for a study: its requests in one form, what it states of the engine, and what prices them.
+"""Opens a log for a study: its requests in one form, its engine's settings, and a profile if it has kernel times.
 
-The requests are written once more, as a trace that every arm replays. The log's own statements about the engine count
-in place of the study's settings; where both say something else, the report tells both.
+The requests are written as a trace that every arm replays. The log's settings of the engine replace the study's; if
+they differ, the report names both.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from helios_sim.vary.settings import with_settings
 from helios_sim.workload import RequestTrace, read_trace
 from helios_sim.workload.traces import locate
 
-OF_THE_LOG = "of_the_log"  # as model or hardware: the one that the log states
+OF_THE_LOG = "of_the_log"  # value of model or hardware: the one stated in the log
 TRACE, PROFILES = "replayed.jsonl", "profiles"  # in the output folder
-LIMITS = ("server.max_batch_tokens", "server.max_running_requests")  # which times hang on
+LIMITS = ("server.max_batch_tokens", "server.max_running_requests")  # settings on which times depend
 _HALF_A_BLOCK = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A log, and what it says beside its requests."""
+    """A log with its settings and profile."""
 
     log: RequestLog
-    settings: Mapping[str, Any]  # of the study, by path, as the log states the engine
-    model: str | None = None  # stated
+    settings: Mapping[str, Any]  # settings of the study by path, from the log's engine
+    model: str | None = None  # stated in the log
     hardware: str | None = None
-    profile: Profile | None = None  # from kernel times that lie beside the log
+    profile: Profile | None = None  # from kernel times beside the log
     kv_blocks: int | None = None
     blocks_from: str = ""
-    table: Path | None = None  # the file itself, where it is a table that every workload reads
+    table: Path | None = None  # the file itself, if it is a table that workloads read
     is_folder: bool = False
-    has_kernels: bool = False  # kernel times lie beside it, whether they price the replay or not
+    has_kernels: bool = False  # there are kernel times beside it, even if they do not price the replay
     notices: tuple[str, ...] = ()
 
 
 def open_log(config: Config) -> Opened:
-    """UserError where there is no log, or it cannot be read, or holds nothing to replay."""
+    """Open a log. Raises UserError if it is missing, cannot be read, or holds nothing to replay."""
     wanted = config.from_log
     if wanted.log is None:
         raise UserError("log", None, "a file or folder of requests that were served", "set log=FILE")
@@ -92,7 +92,7 @@ def _opened(config: Config, path: Path) -> Opened:
 
 
 def _found(text: str) -> Path:
-    """The path itself, or that one in the folder of shared data."""
+    """The path itself, or the path within the folder of shared data."""
     for path in (Path(text).expanduser(), shared_data_folder() / text):
         if is_there(path, Path.is_dir):
             return path
@@ -103,7 +103,7 @@ def _found(text: str) -> Path:
 
 
 def _stated_engine(log: RequestLog) -> dict[str, Any]:
-    """What a tool's header says of the server."""
+    """Settings of the server in a tool's header."""
     names = {"max_num_seqs": "server.max_running_requests", "block_size": "server.block_tokens",
              "gpu_memory_utilization": "server.memory_utilisation",
              "tensor_parallel": "server.tensor_parallel"}  # fmt: skip
@@ -130,7 +130,7 @@ def _of_table(trace: RequestTrace) -> RequestLog:
 
 
 def _of_vllm(serving: ServingLog, config: Config) -> Opened:
-    """The folder of a vLLM run: all of its stamps are of the engine, and its settings lie beside them."""
+    """Open the folder of a vLLM run, which has stamps and settings of the engine."""
     wanted = config.from_log
     times = serving.measured
     log = RequestLog(
@@ -172,9 +172,9 @@ def _of_vllm(serving: ServingLog, config: Config) -> Opened:
 
 
 def prepared(opened: Opened, config: Config, folder: Path) -> tuple[Config, tuple[str, ...]]:
-    """The study's settings with the log's requests and engine, and sentences about what differs from those given.
+    """The study's settings with the log's requests and engine, and sentences on differences from the given ones.
 
-    Writes the requests, and the profile where the log has kernel times, into the folder.
+    Writes the requests, and the profile if the log has kernel times, into the folder.
     """
     wanted, log = config.from_log, opened.log
     if log.arrival_s is None:
@@ -224,7 +224,7 @@ def _at(config: Config, path: str) -> Any:
 
 
 def _of_models(opened: Opened, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Model and hardware: those that are set, else those that the log states. Raises UserError if neither says one."""
+    """Model and hardware from the settings, else from the log. Raises UserError if neither has one."""
     notices: list[str] = []
     if len(config.models) > 1:
         fix = "name one; models that are asked on the same arrivals are from_log.models=[...]"
@@ -248,7 +248,7 @@ def _of_models(opened: Opened, config: Config) -> tuple[dict[str, Any], list[str
 
 
 def _as_lines(log: RequestLog, model: str) -> str:
-    """The requests that were answered, as a log of our own form."""
+    """The answered requests as lines of this project's own log format."""
     assert log.arrival_s is not None
     lines = [own.header(model=model)]
     for i in np.flatnonzero(log.completed):
@@ -260,7 +260,7 @@ def _as_lines(log: RequestLog, model: str) -> str:
 
 
 def _share_of(config: Config, blocks: int) -> float:
-    """The share of the card's memory with which so many KV blocks are there. Raises UserError if it has less."""
+    """The share of the card's memory that gives so many KV blocks. Raises UserError if it has too little."""
     from helios_sim.study.build import build_profile
 
     profile = build_profile(config, config.models[0])
@@ -275,7 +275,7 @@ def _share_of(config: Config, blocks: int) -> float:
 
 
 def answered(log: RequestLog, most: int | None) -> RequestLog:
-    """Only the requests that were answered, the first `most` of them, arrivals since the first."""
+    """The first `most` answered requests, with arrivals counted from the first."""
     rows = np.flatnonzero(log.completed)[:most]
 
     def part(column: Any) -> Any:

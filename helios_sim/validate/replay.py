@@ -1,15 +1,15 @@
-"""Simulates a logged run, and estimates from its first requests the quantities that no kernel table has.
+"""Simulates a logged run, and estimates quantities that kernel tables lack from its first requests.
 
-- `warm_up_s`: the first iteration of all is slower (lazy loading, first use of kernels). Seen in the first request's
-  time to first token.
-- `prefill_gap_s`: what an iteration with prefill takes beyond its kernels: it is launched without a captured graph.
-  Seen in the time from a request's schedule to its first token, which does not hold the wait in the queue.
+- `warm_up_s`: the very first iteration is slower (lazy loading, first use of kernels). Seen in the first request's time
+  to first token.
+- `prefill_gap_s`: additional time of an iteration with prefill, which is launched without a captured graph. Seen in the
+  time from a request's scheduling to its first token, which does not include its wait in the queue.
 - `gap_s`: time between two iterations in which the device waits for the host. Seen in the time per output token.
-- `unequal_kv_part`: how much of the measured excess of unequal KV lengths shows. The profiler's batches have two
-  lengths, the long ones first; a served batch has many, in any order. All of it unless time per output token is longer
-  in the simulation than in the log even without any gap.
+- `unequal_kv_part`: the share of the measured excess of unequal KV lengths that applies. The profiler's batches have
+  two lengths, the long ones first; a served batch has many, in any order. It is 1 unless time per output token is
+  longer in the simulation than in the log even without any gap.
 
-The last two answer to the same figure, so only one of them departs from its default (no gap, the whole excess)."""
+The last two affect the same figure, so only one of them differs from its default (no gap, the whole excess)."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from helios_sim.workload.prefixes import SharedPrefixes
 
 TASK = "log"
 ROUNDS = 7
-CLOSE = 3e-3  # of the measured figure
-PLAIN = 4e-3  # a miss of the time per output token below which the last two keep their defaults
-STEP_S = 4e-3  # long enough that the slope is not lost in what single arrivals do
+CLOSE = 3e-3  # relative miss of a measured figure that is close enough
+PLAIN = 4e-3  # relative miss of the time per output token below which the last two keep their defaults
+STEP_S = 4e-3  # large enough for the slope to outweigh the effect of single arrivals
 _FROM = "estimated from the first {n} requests: {seen}"
 
 
@@ -56,10 +56,10 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What prompts of a log have in common, which the log itself does not say."""
+    """Shared prefixes of a log's prompts, which the log itself does not contain."""
 
     prefixes: SharedPrefixes
-    rows: IntColumn  # of each request: its row there, -1 for none
+    rows: IntColumn  # row of each request, -1 for none
 
 
 def run_once(
@@ -124,8 +124,8 @@ def _blocks(log: ServingLog, rate: float, shared: Shared | None) -> Iterator[Req
 def stamp_times(
     records: Sequence[RequestRecord], starts: IntColumn, ends: IntColumn
 ) -> tuple[Times, tuple[RequestRecord, ...]]:
-    """vLLM's stamps. Its loop takes in new requests between iterations only: that is when one is queued. It is
-    scheduled when the plan is made, which is one iteration before it runs unless the engine was idle."""
+    """The stamps that vLLM would make. A request is queued between two iterations, when vLLM's loop takes in new ones,
+    and scheduled when the plan is made, one iteration before it runs unless the engine was idle."""
     turns = np.unique(np.concatenate([starts, ends]))
     arrival = np.array([record.arrival_ns for record in records])
     queued = np.maximum(turns[np.minimum(np.searchsorted(turns, arrival), len(turns) - 1)], arrival)
@@ -143,7 +143,7 @@ def stamp_times(
 
 
 def stamped(record: RequestRecord, times: Times, i: int) -> RequestRecord:
-    """The record with these times; what counts as its arrival is when it was queued."""
+    """The record with these times. Its arrival is the time at which it was queued."""
     return replace(
         record, arrival_ns=int(times.queued_ns[i]), scheduled_ns=int(times.scheduled_ns[i]),
         first_token_ns=int(times.first_ns[i]), last_token_ns=int(times.last_ns[i]),
@@ -158,7 +158,7 @@ class Quantities:
     unequal_kv_part: float = 1.0
 
     def applied(self, setup: Setup) -> Setup:
-        """The setup with these in its profile; the warm-up belongs to a run."""
+        """The setup with these quantities in its profile, except for the warm-up, which belongs to a run."""
         profile = setup.profile
         runtime = replace(profile.runtime, gap_s=self.gap_s, prefill_gap_s=self.prefill_gap_s)
         tables = tuple(
@@ -168,7 +168,7 @@ class Quantities:
         return setup.with_profile(replace(profile, runtime=runtime, layer_tables=tables))
 
     def assumptions(self, n: int) -> tuple[Assumption, ...]:
-        """Each quantity for the report, with what it was seen in."""
+        """The quantities as assumptions for the report, with the figures that they are estimated from."""
         first_token, output = "their time from schedule to first token", "their time per output token"
         seen = {
             "warm_up_s": "the first one's time to first token", "prefill_gap_s": first_token, "gap_s": output,

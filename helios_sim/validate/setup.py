@@ -1,4 +1,4 @@
-"""What the simulation of a logged run needs, from its settings and tables: profile, KV blocks, limits, rules."""
+"""Makes the setup for simulating a logged run from its settings and tables: profile, KV blocks, limits, rules."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _OF_A_KERNEL = {"block_size": 16, "attention_backend": None, "quantization": Non
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything but the quantities that are estimated. The cards of a group are one device here."""
+    """The setup without estimated quantities. The cards of a group are one device."""
 
     profile: Profile
     kv_blocks: int
@@ -53,19 +53,19 @@ class Setup:
     schedule_ahead: int
     vllm_v1: bool
     whole_prompts: bool
-    prefix_caching: bool  # of the engine; here only a preempted request finds its own blocks again
+    prefix_caching: bool  # of the engine; the simulation lets only preempted requests find their own blocks again
     order: str  # of the waiting line
-    facts: tuple[tuple[str, str], ...]  # (what, value and where it is from), for the reader
+    facts: tuple[tuple[str, str], ...]  # (name, value and source), for the reader
     assumptions: tuple[Assumption, ...]
-    notices: tuple[str, ...]  # what the run did and the simulation does not, in sentences
-    own_types: bool = True  # kernels were measured in the types of the run, so their times have its roofline
+    notices: tuple[str, ...]  # sentences on features of the run that are not simulated
+    own_types: bool = True  # kernels were measured in the run's types, so that its roofline applies
 
     def with_profile(self, profile: Profile) -> Setup:
         return replace(self, profile=profile)
 
 
 def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
-    """UserError where a setting, a table, a shape or a size is missing, with the parameter that gives it."""
+    """Raise UserError if a setting, a table, a shape or a size is missing, with the parameter that gives it."""
     version, engine = log.version, log.engine
     if version is not None and version < V1_SINCE:
         allowed = "0.8 or later: earlier ones schedule otherwise (engine v0)"
@@ -118,7 +118,7 @@ def set_up(log: ServingLog, config: FidelityConfig) -> Setup:
 
 
 def _check_counts(config: FidelityConfig, degree: int) -> None:
-    """UserError for a setting that would do nothing beside the others and this log."""
+    """Raise UserError for a setting that would do nothing beside the others and this log."""
     for key, value, counts, where in (
         ("link.latency_s", config.link.latency_s, degree > 1, "only between the cards of a tensor-parallel group"),
         ("link.bytes_per_s", config.link.bytes_per_s, degree > 1, "only between the cards of a tensor-parallel group"),
@@ -201,7 +201,7 @@ def _kv_bytes(log: ServingLog, value_bytes: int) -> int:
 
 
 def _check_tables(log: ServingLog, config: FidelityConfig, stated: Mapping[str, Any]) -> None:
-    """UserError where the tables are of another model than the log, unless a setting says which shape to use."""
+    """Raise UserError if the tables are of another model than the log, unless a setting says which shape to use."""
     logged, measured = str(log.meta["model"]), stated.get("model")
     if config.model is not None or not isinstance(measured, str):
         return
@@ -332,7 +332,7 @@ def _counted(log: ServingLog) -> tuple[int, str] | None:
 
 
 def _check_counted(blocks: int, name: str, block: int, given: int | None, card: Card) -> None:
-    """UserError where the blocks are not those of the bytes that the log gives, or do not fit into the card."""
+    """Raise UserError if the blocks are not those of the bytes that the log gives, or do not fit into the card."""
     if given is not None and abs(blocks * block - given) > max(_CLOSE * given, block):
         told = f"{blocks:,} blocks of {block:,} bytes ({name}), kv_cache_memory_bytes {given:,}"
         raise UserError("meta.json: KV cache", told, "one size", _FIX)

@@ -141,7 +141,7 @@ def _row(path: Path, number: int, values: Mapping[str, Any]) -> Row:
 
 
 def preset_for(row: Row) -> str:
-    """UserError for an engine of which there is no preset."""
+    """Raise UserError for an engine of which there is no preset."""
     found = preset_of(row.backend.lower(), row.backend_version)
     if found is None:
         raise UserError("backend", row.backend, "vllm, trtllm or sglang", "leave the row out")

@@ -146,7 +146,7 @@ def read_kernels(source: KernelSource, kind: str, name: str, keep: Keep | None =
 
 
 def _check_alike(path: Path, columns: Mapping[str, Any], others: list[str]) -> None:
-    """UserError where the rows that are used differ in a column that nothing is made of."""
+    """Raise UserError if the rows that are used differ in a column that nothing is made of."""
     for name in others:
         values = columns[name]
         if len(values) and (other := values != values[0]).any():

@@ -167,7 +167,7 @@ def layer_profile(
 def _check_unit(
     what: str, rows: FloatArray, time_s: FloatArray, width: int, model: ModelSpec, card: Card, degree: int
 ) -> None:
-    """UserError where a product of `width` outputs takes far more or less than the card's limits let it."""
+    """Raise UserError if a product of `width` outputs takes far more or less than the card's limits let it."""
     if card.bytes_per_s >= UNLIMITED:  # a card that is not known
         return
     moved = model.weight_bytes_per_value * (width * model.d_model + rows[-1] * (width + model.d_model)) / degree
@@ -188,7 +188,7 @@ def unread_columns(folder: Path, tensor_parallel: int) -> list[str]:
 
 
 def _check_degree(folder: Path, degree: int) -> None:
-    """UserError where meta.yaml says that the tables are of another tensor-parallel degree."""
+    """Raise UserError if meta.yaml says that the tables are of another tensor-parallel degree."""
     meta = read_meta(folder)
     degrees, engine = meta.get("tp_degrees"), meta.get("engine_effective")
     if isinstance(degrees, list) and degree not in degrees:

@@ -49,7 +49,7 @@ def need_table(folders: Sequence[Path], name: str) -> Path:
 
 
 def refuse_other_tables(folders: Sequence[Path], known: Collection[str], reasons: dict[str, str]) -> None:
-    """UserError for a table in one of the folders that is not among the known ones; `reasons` say what some hold."""
+    """Raise UserError for an unknown table in one of the folders; `reasons` say what some tables hold."""
     for folder in folders:
         for path in sorted(folder.glob("*.csv*")) if folder.is_dir() else ():
             name = path.name.removesuffix(".gz").removesuffix(".csv")

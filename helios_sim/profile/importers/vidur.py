@@ -193,7 +193,7 @@ def _attention(path: Path, model: ModelSpec, degree: int) -> tuple[GridTable, Gr
 
 
 def _check_units(decode: GridTable, model: ModelSpec, card: Card, degree: int) -> None:
-    """UserError where the largest decode takes far more or less than its KV cache takes to be read once."""
+    """Raise UserError if the largest decode takes far more or less than its KV cache takes to be read once."""
     batch, kv, time_s = int(decode.first[-1]), int(decode.second[-1]), float(decode.time_s[-1, -1])
     floor_s = batch * kv * model.kv_bytes_per_token_layer / degree / card.bytes_per_s
     if not _OF_ATTENTION[0] * time_s <= max(floor_s, _LAUNCHED_S) or floor_s > _OF_ATTENTION[1] * time_s:

@@ -116,7 +116,7 @@ def ranked_arms(spec: PhaseFigure, point: SweepPoint, baseline: str) -> list[tup
 
 
 def gains(spec: PhaseFigure, point: SweepPoint, baseline: str) -> Iterator[tuple[str, float, bool]]:
-    """For each arm of a point, how many times better than the baseline it is, and whether it keeps the agreement.
+    """The improvement over the baseline of each arm of a point, as a factor, and whether it keeps the agreement.
 
     Arms for which either is not known are left out.
     """
