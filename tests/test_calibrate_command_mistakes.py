@@ -62,6 +62,7 @@ MISTAKES = [
     ("model=TINY colour=red", ["colour='red'", "no such setting"]),
     ("model=TINY budget=5", ["budget='5'", "budget_s"]),
     ("model=TINY +task=potential card=nope", ["card='nope'", "a card of the catalogue", "card=card.yaml"]),
+    ("model=TINY +task=potential card=8xh100", ["card='8 cards'", "cards that divide", "cards a group"]),
     ("model=TINY quickly", ["argument='quickly'", "key=value", "python -m calibrate --help"]),
     ("+campaign=rehearsal live.round_requests=0", ["live.round_requests=0", "at least 1"]),
     ("--faster", ["--faster", "Fix"]),

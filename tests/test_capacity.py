@@ -258,6 +258,7 @@ MISTAKES = [
     ("trace=true", ["does nothing here", "capacity plan"]),
     ("capacity.most_replicas=0", ["capacity.most_replicas=0", "from 1"]),
     ("capacity.search=random", ["capacity.search='random'", "bisection"]),
+    ("models=[smollm2-360m] capacity.cards=[4xh100]", ["capacity.cards='4 cards'", "that divide n_heads"]),
     ("hardware=l40s", ["hardware='l40s'", "capacity.cards"]),
     ("server.replicas=2", ["server.replicas='2'", "finds their number"]),
     ("workload.n_requests=9", ["workload.n_requests='9'", "capacity.seconds=null"]),

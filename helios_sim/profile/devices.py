@@ -194,7 +194,7 @@ def shard(model: ModelSpec, cards: int, key: str = "hardware") -> ModelSpec:
     """The part of each layer that one card of a group computes: its share of heads, MLP and vocabulary.
 
     If there are fewer KV heads than cards, several cards keep the same KV head, as in vLLM. Norms run on every card.
-    Raises UserError if the model cannot be split so.
+    Raises HardwareError if the model cannot be split so.
     """
     check_groups(model, cards)
     if cards == 1:
@@ -202,10 +202,10 @@ def shard(model: ModelSpec, cards: int, key: str = "hardware") -> ModelSpec:
     for what, size in (("n_heads", model.n_heads), ("d_ff", model.d_ff)):
         if size % cards:
             allowed = f"cards that divide {what} of {model.name}, {size}"
-            raise UserError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
+            raise HardwareError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
     if model.n_kv_heads % cards and cards % model.n_kv_heads:
         allowed = f"cards that divide the {model.n_kv_heads} KV heads of {model.name}, or a multiple of them"
-        raise UserError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
+        raise HardwareError(key, f"{cards} cards", allowed, f"use {_divisors(model)} cards a group")
     return replace(
         model, n_heads=model.n_heads // cards, n_kv_heads=max(1, model.n_kv_heads // cards), d_ff=model.d_ff // cards,
         vocab_size=-(-model.vocab_size // cards),
