@@ -34,17 +34,16 @@ from helios_sim.report.terminal import TextTable, say
 from helios_sim.study.command import end
 
 MOST_FOR_PAGE_S, PAGE_SHARE = 20.0, 0.08  # of the budget, for the page and its figures
-UNFINISHED = "f-unfinished"  # the archive of what interrupted stages have left
-ENOUGH = 3  # times the budget, where that was too little
+UNFINISHED = "f-unfinished"  # the archive of interrupted stages' drafts
+ENOUGH = 3  # a budget that was too short: the message proposes this many times as much
 
 
 def run_calibration(config: CalibrateConfig, folder: Path, began_s: float | None = None) -> int:
     """Measure, write the outputs and print a summary. Returns 0, or 1 if a stage failed by a defect.
 
-    The budget runs since `began_s` on the monotonic clock (None: now). Where it suffices for nothing that can be used,
-    that is a UserError, and what was measured is kept for the next call.
-    Mistakes of the user raise UserError before anything is measured, if possible, and so does a folder in which another
-    process is at work.
+    The budget runs from `began_s` on the monotonic clock (None: now). Raises UserError if the budget was too short for
+    any usable result; the measurements are kept for the next call. Raises UserError, if possible before anything is
+    measured, for a mistake of the user and for a folder in which another process is at work.
     """
     with at_work(folder):
         return _calibrated(config, folder, time.monotonic() if began_s is None else began_s)
@@ -81,7 +80,7 @@ def check_budget(budget_s: float | None, stages: Sequence[Timed]) -> None:
 
 
 def _for_stages(budget_s: float | None) -> tuple[float | None, float]:
-    """The budget without what the page and its figures take at the end, and how much of that a stage may overdraw."""
+    """The stages' budget without the time of the page and its figures, and the part of that time a stage may use."""
     page_s = 0.0 if budget_s is None else min(MOST_FOR_PAGE_S, PAGE_SHARE * budget_s)
     return None if budget_s is None else budget_s - page_s, page_s / 2
 
@@ -89,7 +88,7 @@ def _for_stages(budget_s: float | None) -> tuple[float | None, float]:
 def _check_useful(
     budget_s: float | None, folder: Path, finished: Mapping[str, Finished], outcomes: Sequence[StageOutcome]
 ) -> None:
-    """Raise UserError if the time sufficed for nothing that can be simulated from or served with."""
+    """Raise UserError if there was no time for any result that can be simulated from or served with."""
     skipped = [outcome for outcome in outcomes if outcome.status is StageStatus.SKIPPED]
     failed = any(outcome.status is StageStatus.FAILED for outcome in outcomes)
     if budget_s is not None and skipped and not failed and not {*finished} - {CEILINGS}:
@@ -259,7 +258,7 @@ def _result(outcome: StageOutcome) -> Mapping[str, Any]:
 
 
 def _show_plan(config: CampaignConfig) -> None:
-    """Print when each stage would begin, if each takes what it is allowed."""
+    """Print when each stage would begin if each uses its whole allowance."""
     plan = CampaignPlan(config)
     whole_s = sum(planned.estimate_s for planned in plan.planned)
     budget_s, _ = _for_stages(config.budget_s)

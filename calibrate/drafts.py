@@ -1,4 +1,4 @@
-"""Reads what an interrupted call has left; what is damaged is removed, with a warning, and measured again."""
+"""Reads files of an interrupted call. A damaged file is removed, with a warning, and its content measured again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _log = logging.getLogger(__name__)
 
 
 def kept(path: Path, read: Callable[[Path], _Kind]) -> _Kind | None:
-    """What `read` finds in the file; None if there is none, or it is damaged.
+    """Read a file of an interrupted call with `read`; None if the file is missing or damaged.
 
-    Lack of memory, of a disk or of open files is no damage: the error is raised and the file stays.
+    Errors from a lack of memory, disk or open files are raised, and the file stays: it is not damaged.
     """
     try:
         return read(path)

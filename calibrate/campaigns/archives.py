@@ -1,8 +1,8 @@
 """Writes finished stages into archives and reads them back.
 
 An archive holds one group of stages: `manifest.json` first (the campaign, the stages, a sha256 of every file), then the
-stages' folders. It is written atomically, and again whenever a stage of its group is finished. What interrupted stages
-have left is in an archive of its own, so that a later call goes on with their samples.
+stages' folders. It is written atomically, and again whenever a stage of its group is finished. Drafts of interrupted
+stages are in a separate archive, so that a later call continues from their samples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_archive(path: Path, campaign: str, state: Path, stages: Sequence[str],
 
 
 def write_drafts(path: Path, campaign: str, state: Path) -> None:
-    """Archive what interrupted stages have left in `state`; without any, there is no archive."""
+    """Archive the drafts of interrupted stages in `state`; write no archive if there are no drafts."""
     drafts = drafts_in(state)
     path.unlink(missing_ok=True)
     if drafts:
@@ -80,7 +80,7 @@ def campaign_of(path: Path) -> str:
 
 
 def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
-    """Unpack the archive's stages into `state` and return their names, without stages of which a file was left out.
+    """Unpack the archive's stages into `state` and return their names. Stages that lack a left-out file are skipped.
 
     If `state` has a stage already, the one that was finished later is kept. Raises UserError for a damaged archive or
     one of another campaign, before anything is written.
@@ -114,7 +114,7 @@ def read_archive(path: Path, campaign: str, state: Path) -> list[str]:
 
 
 def _draft_of(name: str) -> str:
-    """The stage of a draft's file, or of the file that says what the draft is of."""
+    """The stage that a file of a draft belongs to: one of its outputs, or the record of its settings."""
     parts = name.split("/")
     return parts[1].removesuffix(".json") if len(parts) == 2 else parts[1]
 
@@ -199,7 +199,7 @@ def _checked(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 class _Limited:
-    """A stream that gives at most so many bytes, then an error."""
+    """A stream that gives a limited number of bytes, then raises an error."""
 
     def __init__(self, file: gzip.GzipFile, most_bytes: int) -> None:
         self._file, self._left = file, most_bytes

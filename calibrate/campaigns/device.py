@@ -1,9 +1,8 @@
 """The device report of a campaign (ceilings, buses, launches, waits, power), and recorded devices.
 
-Everything is measured through a device and a clock that are passed in. `RecordingDevice` writes down each of a device's
-answers as a line of JSON. `ReplayedDevice` gives the same answers again without the device, so that everything that was
-computed from them is reproduced to the last bit: code for a card that is not available is tested with the card's
-recorded answers.
+Everything is measured through a device and a clock that are passed in. `RecordingDevice` writes each answer of a device
+as a line of JSON. `ReplayedDevice` gives the recorded answers without the device, which reproduces all results computed
+from them to the last bit. So code for a card that is not available is tested with the card's recorded answers.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def measure_device(
     copy_bytes: int | None = None,
     power: bool = True,
 ) -> dict[str, Any]:
-    """The report as JSON values in seconds, bytes and watts. None for what the device lacks or does not tell.
+    """The report as JSON values in seconds, bytes and watts; None for a figure that the device cannot give.
 
     `power`: measure it here, which takes half a minute on a card.
     """
@@ -69,7 +68,7 @@ def measure_device(
 def measure_card_energy(models: Sequence[Inputs], dtype: str, stage: StageRun) -> dict[str, Any]:
     """Joules of the device's heaviest loads and of iterations of each model, each model loaded by itself.
 
-    What there is no time for is left out, and `short` says so.
+    Measurements for which there is no time are left out, and `short` names them.
     """
     from calibrate.measure.profile import energy_steps
     from calibrate.measure.subject import Subject

@@ -1,4 +1,4 @@
-"""Studies over what a campaign has measured: their exits and settings, live serving, and the headline comparison.
+"""Studies on the measurements of a campaign: their exits and settings, live serving, and the headline comparison.
 
 Exits are measured if the campaign traced the model, published if the literature has shares for it, carried over from
 another model's published shares, or synthetic in a rehearsal.
@@ -58,7 +58,7 @@ MADE_UP = "text"  # the task of synthetic exits
 SURE_HEAD, SURE_CHECK = 0.9, 0.8  # thresholds of a head's probability, and of a classifier's check
 SURE_MADE_UP = 0.6
 LENDER = "opt-6.7b"  # its published exits are used for models without published ones
-# By model: the published layer of its early exit, and the share of tokens not confident there that deeper layers leave
+# By model: the published layer of its early exit, and the share of its unconfident tokens that deeper layers leave
 # unchanged (HELIOS, arXiv 2504.10724, by reading notes). How many tokens are confident there is not published.
 CARRIED: Mapping[str, tuple[int, float]] = {"codellama-34b": (16, 0.90)}
 SCRATCH = "scratch"  # folder in a stage that is not archived
@@ -148,7 +148,7 @@ def _measured(traces: Finished, profile: Profile) -> StudyExits:
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """The settings of a study, its exits, and how far the times of its profiles may be off (0: none was cut short)."""
+    """The settings of a study, its exits, and how far its profiles' times may be off (0 if none was cut short)."""
 
     config: Config
     exits: StudyExits
@@ -260,13 +260,13 @@ METRICS = (
 GAINS = ("throughput_requests_per_s", "e2e_s_mean", "energy_wh_per_request", "batch_mean")
 
 
-STEADY_USERS = (1, 8, 32)  # each with a request all the time
+STEADY_USERS = (1, 8, 32)  # each user always has one request in the system
 
 
 def steady(config: CampaignConfig, model: str, stage: StageRun) -> Mapping[str, Any]:
     """Serve the model at full depth to a constant number of users, live and simulated: the time of a token alone.
 
-    Raises NotEnoughTime if the least number of requests takes longer than there is time for.
+    Raises NotEnoughTime if there is no time for the least number of requests.
     """
     made = basis(config, [model], stage, {model: weights_of(config, model)}, exits_known=False)
     users = [n for n in STEADY_USERS if n <= config.live.max_running_requests]

@@ -6,7 +6,7 @@ all archives; FOLDER is a checkout of this project (default: the current folder)
 - `helios_sim/data/profiles/MODEL@CARD/`, every profile;
 - `conf/experiment/measured_CARD.yaml`, a study on these profiles: `python -m helios_sim +experiment=measured_CARD`;
 - `experiments/card_campaign/CARD/`, the report, its figures, pages of its studies, and the device's recorded answers;
-- the part of that folder's page between its marks: a row for each card.
+- a row for each card, between the marks in the page of `experiments/card_campaign`.
 
 Earlier results of the same card are replaced. A rehearsal is refused unless `trial=true`, since its figures are not
 meaningful.
@@ -226,7 +226,7 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
 
 
 def _add_idle_power(profiles: Sequence[Path], energy: Finished | None) -> None:
-    """Add to these profiles the idle power of their card, which was measured after them."""
+    """Add the idle power of the card, which was measured after these profiles."""
     measured = {} if energy is None else energy.result["found"]
     if measured:
         idle_w = float(next(iter(measured.values()))["idle_w"])

@@ -1,4 +1,4 @@
-"""The stages of a campaign: their order of worth, how long each should take, and the archive that it belongs to."""
+"""The stages of a campaign: their order of worth, how long each should take, and the archive of each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EFFORTS = {
     JOULES: Effort(60, 25),
 }
 REHEARSED = Effort(4, 0.5)
-TRAINED_WIDTH = 128  # of trained exits' adapters at most, so that an archive holds them beside the change
+TRAINED_WIDTH = 128  # largest width of trained exits' adapters, so that they fit into an archive with the change
 QUICK_SIZES = {"buffer_bytes": 16 << 20, "matrix_rows": 128, "copy_bytes": 4 << 20}
 
 
@@ -51,7 +51,7 @@ def profile_stage(model: str) -> str:
 class Planned:
     """One stage of the plan: its name, archive, time, and the stages that it needs.
 
-    `make` builds it, for which the device must be there.
+    `make` builds the stage and needs the device.
     """
 
     name: str
@@ -96,7 +96,7 @@ class CampaignPlan:
         ]  # fmt: skip
 
     def timetable(self, budget_s: float) -> list[tuple[Planned, float, float | None]]:
-        """When each stage begins and for how many seconds, if each takes what it is allowed; None: it is not begun."""
+        """(stage, start, seconds) if each stage uses its whole allowance; None as seconds if the stage is not begun."""
         found: list[tuple[Planned, float, float | None]] = []
         at_s, waiting, begun = 0.0, list(self.planned), set[str]()
         for planned in self.planned:
@@ -132,7 +132,7 @@ class CampaignPlan:
         return self._inputs[self.config.models[0]].device.facts.name
 
     def _add_all(self) -> None:
-        """The claim first: one model's profile, and how far its simulation is from serving it. Then exits and gains."""
+        """Add the stages: first one model's profile and its simulation against live serving, then exits and gains."""
         config, (first, *others) = self.config, self.config.models
         pair, text, last = config.live.pair, config.text_model, config.last_model
         self._add(CEILINGS, DEVICE, DEVICE, (), self._ceilings)
@@ -160,7 +160,7 @@ class CampaignPlan:
             self._study(f"headline-{last}", HEADLINE, SIMULATED, [last], partial(headline, config, [last]))
 
     def _served(self, models: Sequence[str]) -> None:
-        """What HELIOS gains over these models, simulated and live, and all arms under load."""
+        """Add the stages for HELIOS's gains with these models, simulated and live, and for all arms under load."""
         config, largest = self.config, models[-1]
         simulated = f"headline-{largest}"
         self._study(simulated, HEADLINE, SIMULATED, models, partial(headline, config, models))
@@ -176,7 +176,7 @@ class CampaignPlan:
     def _study(
         self, name: str, group: str, kind: str, models: Sequence[str], run: Run, *more: str, exits: bool = True
     ) -> None:
-        """Add a stage that needs the models' profiles, with `exits` the text model's traces, and `more` stages."""
+        """Add a stage that needs the models' profiles, the text model's traces if `exits`, and the stages in `more`."""
 
         needs = tuple(profile_stage(model) for model in models)
         needs += (ADAPTERS, TRACES) if exits and self.config.text_model in models else ()
@@ -207,7 +207,7 @@ class CampaignPlan:
         return Stage(CEILINGS, run, 0, 0, settings=settings)
 
     def _energy(self) -> Stage:
-        """Joules of the device and of the first two models' iterations."""
+        """The stage that measures the energy of the device and of the first two models' iterations."""
         config, models = self.config, self.config.models[:2]
 
         def run(stage: StageRun) -> Mapping[str, Any]:

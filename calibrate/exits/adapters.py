@@ -3,8 +3,8 @@
 Steps: hidden states of training and calibration texts at all candidate depths (kept in files, so that an interrupted
 run can be resumed); adapters; checks, trained on whether an adapter's token equals full depth's; then, on the
 calibration texts, a temperature and a calibration of the check for each exit. Finally the exits are chosen: starting
-from all candidates, exits are dropped one by one, each time the one that is missed least by the mean net saving of the
-three domains, as long as the saving rises or the files are too large.
+from all candidates, exits are dropped one by one while the mean net saving of the three domains rises or the files are
+too large; each time, the exit that costs the least saving is dropped.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def fit_heads(
 ) -> ExitHeads:
     """Run the steps after the hidden states. Writes heads to `folder` and returns them as loaded from there.
 
-    `trained`: adapters by depth that are trained already, in place of new ones.
+    `trained`: adapters by depth that are already trained; they replace new ones.
     """
     from safetensors.torch import save
 

@@ -1,7 +1,7 @@
-"""Greedy answers of a real model to held-out prompts, with what its exits say of every token, and the trace of them.
+"""Greedy answers of a real model to held-out prompts, with the exits' outputs at every token, and their exit trace.
 
-The answers to a task's prompts are one batch, kept in one file as token ids: an interrupted run goes on after it, and
-what another model predicts of the same answers is read from there (`calibrate.exits.drafters`). No ids go into a trace.
+The answers to a task's prompts are one batch, kept in one file as token ids. An interrupted run resumes after its last
+file, and `calibrate.exits.drafters` reads the answers from these files. No ids go into a trace.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from helios_sim.live.model.heads import ExitHeads
 
 GENERATED_TASKS = ("news", "fiction", "learned", "code", "humaneval", "dialogue", "qa", "writing")
-_ASKED = "asked"  # in a kept file: a digest of what was asked
-_OWN = ("prompt", "token", "chars", "prompt_ends", "ends")  # its columns that are none of a trace
+_ASKED = "asked"  # key in a kept file: a digest of the prompts and settings
+_OWN = ("prompt", "token", "chars", "prompt_ends", "ends")  # columns of a kept file that a trace does not have
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +51,7 @@ class GreedyAnswer:
     prompt: NDArray[np.int64]  # (m,)
     tokens: NDArray[np.int64]  # (n,)
     chars: NDArray[np.int32]  # (n,), characters that each token adds to the decoded answer
-    columns: dict[str, NDArray[Any]]  # those of a trace by name, (n, E) each
+    columns: dict[str, NDArray[Any]]  # columns of a trace by name, (n, E) each
 
 
 def answers(
@@ -135,10 +135,10 @@ def generated_trace(
 ) -> tuple[ExitTrace, str]:
     """The trace of greedy full-depth answers to held-out prompts of the tasks. A task's prompts are one batch.
 
-    Also what it lacks, in words: tasks for which there was no time, by what the slowest so far took of the seconds that
-    `left_s` says are left (None: no limit). Tasks with only empty answers are left out. Raises TimeSpent where there
-    was time for none, and UserError if all answers are empty. Each batch is kept in a file in `scratch`, so that an
-    interrupted run goes on.
+    Also returns, in words, what the trace lacks: tasks for which there was no time. A task is not begun if the slowest
+    task so far took more than the `left_s()` seconds that are left (`left_s` None: no limit). Tasks with only empty
+    answers are left out. Raises TimeSpent if there was no time for any task, and UserError if all answers are empty.
+    Each batch is kept in a file in `scratch`, from which an interrupted run resumes.
     """
     depths = (*heads.exits, model.architecture.n_layers)
     found: dict[str, list[GreedyAnswer]] = {}
@@ -175,7 +175,7 @@ def generated_trace(
 
 
 def read_answers(scratch: Path, tasks: Sequence[str]) -> list[GreedyAnswer]:
-    """What `generated_trace` kept of these tasks, in the order of its trace."""
+    """The answers of these tasks that `generated_trace` kept, in the order of its trace."""
     return [answer for task in tasks for answer in _read(_file_of(scratch, task))[1]]
 
 

@@ -1,8 +1,9 @@
-"""What training a model for early exit did, from traces of both on the same held-out text: how often exits agree with
-full depth, bits per character, and how deep tokens run where so many may change.
+"""The effect of training a model for early exit: how often exits agree with full depth, bits per character, and how
+many layers tokens run if a given share of them may change.
 
-Before: the frozen model with exits attached on the same tokens. After: the trained model. Figures have intervals by
-leaving out one of ten groups of passages in turn (`helios_sim.report.intervals`); differences are of the same passages.
+"Before" is the frozen model with exits attached, trained on the same tokens; "after" is the trained model. Both are
+traced on the same held-out text. Intervals come from leaving out one of ten groups of passages in turn
+(`helios_sim.report.intervals`); a difference compares the same passages.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ AGREEMENTS = (0.95, 0.98)  # shares of tokens that must stay what full depth giv
 CONFIDENCES = (Confidence.CLASSIFIER, Confidence.MAX_PROBABILITY)
 GROUPS = 10  # of passages
 BEFORE, AFTER = "before", "after"
-CHANGE = "change"  # a folder of the stage, with the change of the weights, as the next ones
-HEADS = {BEFORE: "scratch/heads-before", AFTER: "heads"}  # those before are of no use once they are traced
+CHANGE = "change"  # folder in the stage with the change of the weights
+HEADS = {BEFORE: "scratch/heads-before", AFTER: "heads"}  # folders in the stage; scratch is not kept
 TRACES = {BEFORE: "trace-before", AFTER: "trace"}
 
-Figure = list[float | None]  # the figure, and the ends of its interval
+Figure = list[float | None]  # a value, and the two ends of its interval
 Floats = NDArray[np.float64]
 
 
@@ -46,7 +47,7 @@ class Sums:
         return [_number(whole), _number(low), _number(high)]
 
     def less(self, other: Sums) -> Figure:
-        """This figure less the other one, both without the same group in turn."""
+        """This figure minus the other one, with an interval from leaving the same group out of both in turn."""
         (ours, our_without), (theirs, their_without) = self._left_out(), other._left_out()
         low, high = _signed(ours - theirs, our_without - their_without)
         return [_number(ours - theirs), low, high]
@@ -58,9 +59,9 @@ class Sums:
 
 
 def _signed(whole: Floats, without: Floats) -> tuple[float | None, float | None]:
-    """Bounds of a difference, by Student's t on the difference itself whatever its sign.
+    """Bounds of a difference by Student's t, whatever the sign of the difference.
 
-    Below zero that is what `bounds` does, and a shift does not change it.
+    `bounds` uses Student's t directly only below zero, so values are shifted below zero, and bounds shifted back.
     """
     shift = 1.0 + 2 * max(float(np.abs(whole).max()), float(np.abs(without).max()))
     low, high = bounds(whole - shift, without - shift)
@@ -72,8 +73,9 @@ def _number(value: Any) -> float | None:
 
 
 def compared(before: ExitTrace, after: ExitTrace, kept: NDArray[np.bool_]) -> dict[str, Any]:
-    """All figures as JSON values. `kept` (T, E): where the trained model gives the token that the frozen one gives at
-    full depth. Raises UserError for traces of different exits or texts.
+    """All figures as JSON values. Raises UserError for traces of different exits or texts.
+
+    `kept` (T, E): whether the trained model gives the frozen model's full-depth token at each exit.
     """
     same = before.exits == after.exits and np.array_equal(before.chars, after.chars)
     if not same or not np.array_equal(before.prompt, after.prompt):
@@ -117,9 +119,9 @@ def _sums(values: NDArray[Any], group: NDArray[Any]) -> Floats:
 
 
 def sure_of(trace: ExitTrace, confidence: Confidence, fitted: NDArray[np.bool_]) -> Floats:
-    """(T, E) how sure exits are, 1 at full depth: of a trained check what it says, which is calibrated already.
+    """The calibrated confidence (T, E) of each exit, 1 at full depth. A trained check's is already calibrated.
 
-    Another confidence is calibrated on the tokens `fitted` (T,), exit by exit, and its risk weighed as that of a check.
+    Another confidence is calibrated on the tokens `fitted` (T,), exit by exit, and its risk weighted like a check's.
     """
     sure = trace.recorded(confidence).astype(np.float64)
     sure[:, -1] = 1.0
@@ -134,9 +136,9 @@ def sure_of(trace: ExitTrace, confidence: Confidence, fitted: NDArray[np.bool_])
 
 
 def _at(trace: ExitTrace, confidence: Confidence, least: float, group: NDArray[Any]) -> tuple[dict[str, Any], Sums]:
-    """The exits of tokens at the lowest threshold that keeps a share `least` of tokens on one half of the passages.
+    """Figures, and layers per token, at the lowest threshold that keeps a share `least` of tokens unchanged.
 
-    Both the exits and the layers that tokens run are judged on the other half.
+    The threshold is chosen on one half of the passages; the figures and the layers are of the other half.
     """
     assert trace.bits is not None
     fitted = halves(trace)
@@ -161,7 +163,7 @@ def _at(trace: ExitTrace, confidence: Confidence, least: float, group: NDArray[A
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
-    """What it did, in sentences made from the figures alone."""
+    """Sentences that say what training changed, made from the figures alone."""
     exits, before, after, change = found["exits"], found[BEFORE], found[AFTER], found["change"]
     told = [
         f"Full depth gives the frozen model's token for {share(after['kept'][-1])} of the tokens; its bits per "
@@ -189,7 +191,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
 
 
 def shown(figure: Figure, how: str) -> str:
-    """The figure in this format with its interval, or a mark that it has none."""
+    """The figure in this format with its interval, or with [–] if it has no interval."""
     value, low, high = figure
     return f"{value:{how}} [{low:{how}}, {high:{how}}]" if low is not None else f"{value:{how}} [–]"
 

@@ -1,8 +1,8 @@
 """What other models predict for the tokens of a model's answers: a joint trace, from which their drafts are replayed.
 
 A drafter reads prompt and answer in one pass and predicts each token of the answer from the true text before it. That
-is what it would have drafted: where drafts are verified greedily, every draft up to the first that is refused follows
-the true text. Beside it stands how sure the drafter was, by which drafts of several are fused.
+is the token that it would have drafted: with greedy verification, every draft up to the first rejected one follows the
+true text. The trace also holds the drafter's confidence, by which the drafts of several drafters are fused.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _COLUMNS = ("right", "sure", "bits")
 class Predicted:
     """What a drafter predicts for N tokens of answers."""
 
-    right: NDArray[np.bool_]  # (N,) it is the answer's token
-    sure: NDArray[np.float32]  # (N,) probability of what it predicts
-    bits: NDArray[np.float32]  # (N,) -log2 of its probability of the answer's token
+    right: NDArray[np.bool_]  # (N,) whether the predicted token is the answer's token
+    sure: NDArray[np.float32]  # (N,) probability of the predicted token
+    bits: NDArray[np.float32]  # (N,) -log2 of the probability of the answer's token
 
 
 def predictions(
@@ -78,7 +78,7 @@ def predictions(
 def joint_trace(
     trace: ExitTrace, drafters: Mapping[str, Predicted], weights_sha256: Mapping[str, str], command: str
 ) -> ExitTrace:
-    """The trace of answers, with what each of these models predicts for their tokens."""
+    """The trace of answers, with each drafter's predictions for their tokens."""
     origin, names = trace.provenance, ", ".join(drafters)
     return replace(
         trace,
@@ -96,7 +96,7 @@ def joint_trace(
 def drafters_trace(
     trace: ExitTrace, name: str, layers: int, predicted: Predicted, weights_sha256: str, command: str
 ) -> ExitTrace:
-    """The trace of a drafter of so many layers, of the same answers, which it reads and the other model wrote."""
+    """The trace of a drafter with `layers` layers on the same answers, which it reads but did not write."""
     origin = trace.provenance
     return replace(
         trace,

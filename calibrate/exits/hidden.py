@@ -41,7 +41,7 @@ class Passage:
 
 
 class Tokens(Protocol):
-    """A text as far as its length goes."""
+    """Anything with a number of tokens, for batching by length."""
 
     @property
     def tokens(self) -> NDArray[np.int64]: ...
@@ -101,7 +101,7 @@ def states(
 
 
 def read_rows(model: SegmentedModel, rows: Sequence[NDArray[np.int64]], depths: Sequence[int]) -> list[Tensor]:
-    """Hidden states (sum of n, d) at each depth, of rows of n token ids that are read as they are, as one batch."""
+    """Hidden states (sum of n, d) at each depth, of rows of n token ids each, read unchanged as one batch."""
     import torch
 
     from helios_sim.live.memory.kv import Packed

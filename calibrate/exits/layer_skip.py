@@ -4,15 +4,15 @@ model is trained, which exits are trained in a step, and how much each counts.
 Layers are counted from 0 to L - 1; the exit at depth d is after layer d - 1, and full depth is after layer L - 1.
 
 Layer dropout (section 4.1): a text leaves layer l out with probability D(l) p_max, D(l) = exp(l ln 2 / (L - 1)) - 1, so
-that the first layer always runs and the last is left out most often. The factor of time S(t) is 1, as the paper has it
-for a model that is trained already.
+that the first layer always runs and the last is left out most often. The time factor S(t) is 1, as in the paper for a
+model that is already trained.
 
 Early exit loss (section 4.2): the sum over exits of C(t, l) e(l) / sum C(t, i) e(i) times the loss there, with
 e(l) = e_scale (0 + 1 + ... + l) below the last layer, and e(L - 1) = L - 1 + e_scale (0 + 1 + ... + (L - 2)).
 
-Curriculum C(t, l): in the rotational one every R-th exit is trained, each step the next ones; in the gradual one exits
-join from the deepest to the first, one every T / 2L of T steps, here with the exits and full depth in the place of the
-L layers. Full depth is trained in every step.
+Curriculum C(t, l): the rotational one trains every R-th exit and shifts by one exit each step. In the gradual one exits
+join from the deepest to the first, one every T / 2L of T steps; here the exits and full depth take the place of the L
+layers. Full depth is trained in every step.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from enum import StrEnum
 class Curriculum(StrEnum):
     """Which exits are trained in a step."""
 
-    ROTATIONAL = "rotational"  # every so many-th, in turn
-    GRADUAL = "gradual"  # from the deepest on, more and more
+    ROTATIONAL = "rotational"  # every R-th exit, in turn
+    GRADUAL = "gradual"  # exits join from the deepest on
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,6 @@ def rotated(exits: Sequence[int], step: int, every: int) -> tuple[int, ...]:
 
 
 def joined(exits: Sequence[int], progress: float) -> tuple[int, ...]:
-    """The exits that are trained when this share of the gradual curriculum is over."""
+    """The exits that are trained once the share `progress` of the gradual curriculum is over."""
     count = min(len(exits), int(2 * (len(exits) + 1) * progress))
     return tuple(exits[len(exits) - count :])

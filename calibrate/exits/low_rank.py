@@ -1,4 +1,4 @@
-"""Two alternatives that experiments compare with adapters: low-rank changes of the trunk, and a check on a shortlist.
+"""Two alternatives to adapters, for experiments: low-rank changes of the trunk, and a check on a shortlist.
 
 LayerSkip (Elhoushi et al. 2024, https://arxiv.org/abs/2404.16710) trains a whole model so that its early layers answer
 better. Here the trunk stays frozen except for W + B A with A (rank, in) and B (out, rank) in the last layers before
@@ -6,7 +6,7 @@ each exit. Deeper layers then read other hidden states, so full depth is trained
 
     loss = KL(original full depth || full depth with changes) + mean over exits of KL(original full depth || exit)
 
-Adapters at the exits are trained along. With rank 0 only they are trained, as the baseline.
+Adapters at the exits are trained together with the changes. With rank 0 only adapters are trained, as the baseline.
 
 A shortlist check is the largest probability among the N most frequent tokens alone, read through the exit's adapter. It
 is too high if the exit's own token is not on the list, so it is calibrated against agreement like every other check.
@@ -75,7 +75,7 @@ class LowRankPlan:
     learning_rate: float = 2e-3
     adapter_learning_rate: float = 3e-4
     batch_texts: int = 3
-    vocabulary: int = 6_144  # this and the next two as in calibrate.exits.training.Recipe
+    vocabulary: int = 6_144  # vocabulary, drawn and considered are as in calibrate.exits.training.Recipe
     drawn: int = 1_024
     considered: int = 8
     seed: int = 0
@@ -133,8 +133,8 @@ def train_low_rank(
 ) -> tuple[dict[Place, Factors], dict[int, Tensors], int]:
     """Train factors and adapters on texts (n, T) of token ids. Returns both, and the number of tokens read.
 
-    Every text follows the token `start`. Every text is read once, or fewer if the time budget ends earlier; the
-    learning rate falls to zero by then.
+    Every text follows the token `start` and is read once; fewer texts are read if the time budget ends earlier. The
+    learning rate falls to zero by the end.
     """
     import torch
 
@@ -184,7 +184,7 @@ def exit_losses(
 ) -> Tensor:
     """KL divergence from the original full depth for each exit and, last, for full depth: (E + 1,), nats per token.
 
-    Computed over the frequent tokens, those that full depth considers, and others drawn at random.
+    It is computed over the frequent tokens, the first choices of full depth, and further tokens drawn at random.
     """
     import torch
 
@@ -201,15 +201,15 @@ def exit_losses(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """What a full depth says of N tokens, over a part of the vocabulary."""
+    """The full-depth distribution at N tokens, over a part of the vocabulary."""
 
     words: Tensor  # (V, d), rows of the LM head
     logs: Tensor  # (N, V) log probabilities among them, float32
 
     def divergence(self, model: SegmentedModel, adapter: Tensors | None, hidden: Tensor) -> Tensor:
-        """KL divergence from it of what the model says at hidden states (N, d), in nats per token.
+        """KL divergence from this target of the model's distribution at hidden states (N, d), in nats per token.
 
-        They go through the adapter, if there is one, and the model's own norm and head.
+        The states go through the adapter, if there is one, and the model's own norm and head.
         """
         import torch
         import torch.nn.functional as F
@@ -222,7 +222,7 @@ class Target:
 def target_of(model: SegmentedModel, last: Tensor, considered: int, frequent: Tensor, others: Tensor) -> Target:
     """The target from hidden states (N, d) after the last layer.
 
-    Over the frequent tokens, the `considered` first choices of full depth, and `others`.
+    It covers the frequent tokens, the `considered` first choices of full depth, and `others`.
     """
     import torch
 

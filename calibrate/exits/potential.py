@@ -1,8 +1,8 @@
 """Whether a model exits at all: how many tokens could leave where, and what that could save on a card.
 
-From an exit trace at evenly spaced depths through the model's own head (logit lens). A check is fitted on one half of
-the texts and judged on the other: a logistic regression of agreement with full depth on what the exit can see (its
-confidences). A threshold is the lowest at which, on the fitted half, the tokens that leave change at most an allowed
+The input is an exit trace at evenly spaced depths through the model's own head (logit lens). A check is a logistic
+regression of agreement with full depth on the exit's confidences, fitted on one half of the texts and judged on the
+other. A threshold is the lowest at which, on the fitted half, the tokens that leave change at most an allowed
 share of all tokens.
 """
 
@@ -22,11 +22,11 @@ from helios_sim.policy.prediction import Depths, decode_time_s, fixed_depth
 from helios_sim.profile.profile import MemoryBudget, Profile
 
 ALLOWED = (0.01, 0.02, 0.05)  # shares of all tokens that may differ from full depth's
-CONTEXT_TOKENS = 1_000  # of each request, where speed is told
-UTILISATION = 0.9  # of the card's memory
-MOST_REQUESTS = 256  # that run at once
-WORTH = 1.05  # times as fast, from which leaving early is worth its trouble
-PULL = 1e-3  # of the prior that keeps a check finite where all or none agree
+CONTEXT_TOKENS = 1_000  # context of each request in the speed estimates
+UTILISATION = 0.9  # share of the card's memory that is used
+MOST_REQUESTS = 256  # largest batch
+WORTH = 1.05  # least speed-up at which early exit is worthwhile
+PULL = 1e-3  # strength of the prior that keeps a check finite if all or no tokens agree
 
 Floats = NDArray[np.float64]
 
@@ -36,20 +36,20 @@ class AtExit:
     """One exit alone: a token leaves there or runs to the end."""
 
     depth: int
-    unchanged: float  # share of tokens that full depth would give as well
-    alike: float | None  # correlation of being unchanged with that at the exit before; None at the first
+    unchanged: float  # share of tokens that equal full depth's
+    alike: float | None  # correlation of being unchanged here and at the exit before; None at the first
     leave: tuple[float, ...]  # by ALLOWED: share of the judged half that the check lets go
     changed: tuple[float, ...]  # by ALLOWED: share of the judged half that this changes
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How many times as fast decodes are, per token, as with full depth throughout."""
+    """Speed-ups of decoding over full depth throughout, per token."""
 
     batch: int
-    at_most: float  # every token leaves at the first exit that is right, and nothing tells it so at any cost
-    checked: tuple[float, ...]  # by ALLOWED: with the check, at the exit that is best alone or at all of them
-    at: tuple[int | None, ...]  # by ALLOWED: the depth of that exit; None: all of them
+    at_most: float  # every token leaves at the first exit that is right, found by a free oracle
+    checked: tuple[float, ...]  # by ALLOWED: with the check, at the best single exit or at all exits
+    at: tuple[int | None, ...]  # by ALLOWED: the depth of the single exit; None: all exits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Potential:
     tokens: int
     exits: tuple[AtExit, ...]  # below full depth
     layers: int
-    mean_layers: tuple[float, ...]  # by ALLOWED: run per token with all exits together
-    changed: tuple[float, ...]  # by ALLOWED: share of the judged half that differs then
+    mean_layers: tuple[float, ...]  # by ALLOWED: mean layers run per token with all exits together
+    changed: tuple[float, ...]  # by ALLOWED: share of the judged half that all exits together change
     card: str
     speeds: tuple[Speed, ...]  # at batch 1 and with as many requests as fit
 
@@ -69,7 +69,10 @@ class Potential:
 
 
 def potential(trace: ExitTrace, profile: Profile) -> Potential:
-    """Raise UserError if the trace has a single token, or no exit below full depth."""
+    """The potential of the traced model, with the profile's costs.
+
+    Raises UserError if the trace has a single token, or no exit below full depth.
+    """
     fitted = halves(trace)
     if len(trace.exits) < 2 or not fitted.any() or fitted.all():
         allowed = "at least two tokens and one exit below full depth"
@@ -103,7 +106,7 @@ def potential(trace: ExitTrace, profile: Profile) -> Potential:
 
 
 def halves(trace: ExitTrace) -> NDArray[np.bool_]:
-    """(T,) true for every other text, in reading order: tokens of one text are alike and stay together.
+    """A mask (T,) of every other text, in reading order. Tokens of one text are alike, so they stay together.
 
     A single text is cut in the middle.
     """
@@ -125,14 +128,14 @@ def threshold(scores: Floats, agree: NDArray[np.bool_], most_changed: float) -> 
 
 
 def alike(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
-    """The correlation of two exits' being unchanged, from -1 to 1; None where one of them always or never is."""
+    """The correlation, from -1 to 1, of tokens being unchanged at two exits; None if all or none are at one of them."""
     if a.all() or b.all() or not a.any() or not b.any():
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
 
 def _seen(trace: ExitTrace, e: int) -> Floats:
-    """(T, K) what an exit knows of its own token: its confidences, on a scale without ends."""
+    """The confidences (T, K) of an exit, on an unbounded scale."""
     columns = []
     for confidence, values in trace.confidences.items():
         if confidence is not Confidence.CLASSIFIER:
@@ -144,7 +147,7 @@ def _seen(trace: ExitTrace, e: int) -> Floats:
 
 
 def _check(seen: Floats, agree: NDArray[np.bool_], fitted: NDArray[np.bool_]) -> Floats:
-    """(T,) the fitted probability of agreement: logistic regression by Newton's method on standardized columns."""
+    """The fitted probability of agreement (T,), by logistic regression with Newton's method on standardized columns."""
     spread = seen[fitted].std(axis=0)
     x = (seen - seen[fitted].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     x = np.column_stack([x, np.ones(len(x))])
@@ -166,7 +169,7 @@ def _check(seen: Floats, agree: NDArray[np.bool_], fitted: NDArray[np.bool_]) ->
 def _together(
     trace: ExitTrace, scores: Floats, agree: NDArray[np.bool_], fitted: NDArray[np.bool_], most: float
 ) -> tuple[NDArray[np.int64], float]:
-    """The exits (J,) of tokens of the judged half with one threshold for all exits, and the share that changes."""
+    """The exits (J,) where tokens of the judged half leave with one threshold for all exits, and the share changed."""
     last = agree.shape[1]
 
     def leaves(rows: NDArray[np.bool_], at: float) -> tuple[NDArray[np.int64], float]:
@@ -183,7 +186,7 @@ def _together(
 
 
 def full_queue(profile: Profile) -> int:
-    """Requests of that context that fit on the card. Raises UserError if none does."""
+    """The number of requests of `CONTEXT_TOKENS` that fit on the card. Raises UserError if not even one does."""
     memory = MemoryBudget(profile.hardware.hbm_bytes, UTILISATION)
     layers = profile.model.n_layers
     blocks = memory.pool_blocks([(profile, layers)], (profile, layers))
@@ -219,7 +222,7 @@ def _speed(
 
 
 def _checked(bounds: tuple[int, ...], reach: tuple[float, ...]) -> Depths:
-    """Every exit below the last takes a pass through the head, and what leaves is propagated."""
+    """Depths with a check through the head at every exit below the last, and K and V of leaving tokens propagated."""
     return Depths(bounds, reach, checked=Confidence.MAX_PROBABILITY, propagated=True)
 
 

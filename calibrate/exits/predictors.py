@@ -1,7 +1,7 @@
 """Trains predictors that look at a few words in place of the head (`helios_sim/live/model/predictors.py`).
 
-A predictor is a network of two layers, as in SpecEE's code, trained on texts that are not traced: on whether the exit's
-own word is full depth's and among the words, so that the token leaves rightly where the head is asked.
+A predictor is a network of two layers, as in SpecEE's code, trained on texts that are not traced. Its target is whether
+the exit's own word equals full depth's and is among the proposed words: then the head confirms the token's exit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 _CHUNK_TOKENS = 512
 _LEARNING_RATE, _BATCH, _MOST_STEPS, _EPOCHS = 2e-3, 512, 4_000, 40
-SURE = 0.5  # from which SpecEE asks the head
+SURE = 0.5  # probability from which SpecEE runs the head
 
 
 def proposed(model: SegmentedModel, heads: ExitHeads, first: Tensor) -> Tensor:
-    """The words (n, WORDS) that the first exit finds likeliest, from the states (n, d) there."""
+    """The likeliest words (n, WORDS) of the first exit, from the states (n, d) there."""
     return likeliest(normed(model, heads, 0, first) @ model.outer.head.T)
 
 
@@ -44,11 +44,11 @@ class PredictorPlan:
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """What was read of N tokens, by exit."""
+    """Features and targets of N tokens, by exit."""
 
     seen: list[list[Tensor]]  # (n, FEATURES) of each batch
-    agree: list[list[Tensor]]  # (n,) the exit's word is full depth's
-    among: list[list[Tensor]]  # (n,) it is one of the words
+    agree: list[list[Tensor]]  # (n,) whether the exit's word is full depth's
+    among: list[list[Tensor]]  # (n,) whether the exit's word is one of the proposed words
 
 
 def train_predictors(
@@ -60,9 +60,9 @@ def train_predictors(
     tell: Callable[[str, float | None], None],
     spent_s: Callable[[], float],
 ) -> tuple[Predictors, dict[str, Any]]:
-    """The predictors, and what they reach on every fifth batch of the texts, which was kept from them.
+    """Train predictors. Returns them and their results on every fifth batch of the texts, which is held out.
 
-    Raises NotEnoughTime where no two batches could be read.
+    Raises NotEnoughTime if fewer than two batches could be read.
     """
     import torch
 
@@ -106,7 +106,7 @@ def train_predictors(
 
 
 def _look(model: SegmentedModel, heads: ExitHeads, hidden: Sequence[Tensor], read: _Read) -> None:
-    """Features and truth at every exit, from states (n, d) at the exits and after the last layer."""
+    """Add features and targets at every exit to `read`, from states (n, d) at the exits and after the last layer."""
     choices = [(normed(model, heads, e, state) @ model.outer.head.T).argmax(-1) for e, state in enumerate(hidden)]
     words = proposed(model, heads, hidden[0])
     for e, state in enumerate(hidden[:-1]):
@@ -116,7 +116,7 @@ def _look(model: SegmentedModel, heads: ExitHeads, hidden: Sequence[Tensor], rea
 
 
 def _trained(seen: Tensor, rightly: Tensor, plan: PredictorPlan) -> Tensors:
-    """A predictor fitted to N tokens, rounded to float16 as it is kept."""
+    """A predictor fitted to N tokens, rounded to float16 as in the saved file."""
     import torch
     import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""Figures of exits: reliability of confidences, what exits save at an agreement, and what a trace says.
+"""Figures of exits: reliability of confidences, layers saved at a given agreement, and statistics of a trace.
 
 Reliability compares a confidence with how often the exit's token equals full depth's. Tokens are put into bins of equal
 width by their confidence. The expected calibration error (ECE) is the mean over tokens of the gap between the two in
@@ -88,7 +88,7 @@ def risk_scale(exits: Sequence[int], n_layers: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """What one threshold gives on a set of texts. The cost of a check is expressed in layers of the model."""
+    """Results of one threshold on a set of texts. The cost of a check is expressed in layers of the model."""
 
     threshold: float
     agreement: float  # share of all tokens that equal full depth's

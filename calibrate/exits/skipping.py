@@ -51,9 +51,9 @@ def without_some(
     left_in: NDArray[np.bool_],
     attend: Callable[[int, int], Packed],
 ) -> list[Tensor]:
-    """Hidden states (B T, d) at each depth for texts (B, T), where `left_in` (L, B) says which run which layer.
+    """Hidden states (B T, d) at each depth for texts (B, T). `left_in` (L, B): whether a text runs a layer.
 
-    A text that leaves a layer out keeps its state. `attend(B, T)` gives the attention of so many texts.
+    A text that leaves a layer out keeps its state. `attend(B, T)` gives the attention of B texts of T tokens.
     """
     import torch
 

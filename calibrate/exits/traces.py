@@ -1,4 +1,4 @@
-"""Exit traces of a real model with its heads, on texts; `calibrate.exits.answers` has those on its own answers.
+"""Exit traces of a real model with its heads on texts; `calibrate.exits.answers` traces the model's own answers.
 
 A reference trace reads held-out text as it stands: every token is predicted from the text before it. The traces of all
 models cover the same passages, so that they can be aligned by characters.
@@ -116,7 +116,7 @@ def observe(
 
 
 class _ExactView:
-    """What exit `e` shows of n states (n, d), as `MEASURES` read it; the state one layer earlier is `before`."""
+    """The outputs of exit `e` at states (n, d), as `MEASURES` read them; `before` is the state one layer earlier."""
 
     def __init__(
         self, model: SegmentedModel, heads: ExitHeads, e: int, state: Tensor, before: Tensor, reference: Tensor
@@ -143,7 +143,7 @@ class _ExactView:
         self.choice = tokens[:, :_EXACT].gather(1, self._best.indices[:, :1])[:, 0]
 
     def proposes(self, predictors: Predictors, first: Tensor, at_exit_before: Tensor) -> None:
-        """Let predictors check. Takes the states (n, d) at the first exit, and at the exit before this one."""
+        """Run the predictors' check, from the states (n, d) at the first exit and at the exit before this one."""
         self._words = predictors, proposed(self._model, self._heads, first), at_exit_before
 
     def foreseen(self) -> Tensor:
@@ -187,19 +187,19 @@ class _ExactView:
 
 
 def neighbours(exits: Sequence[int]) -> list[int]:
-    """Each exit's depth, behind the depth one layer before it."""
+    """Two depths for each exit, in one list: one layer before it, and its own."""
     return [depth - back for depth in exits for back in (1, 0)]
 
 
 class TimeSpent(Exception):
-    """The time did not suffice for a trace; what was read is kept."""
+    """There was not enough time for a trace; the passages read so far are kept."""
 
 
-Tell = Callable[[str, float | None], None]  # told what was done, and what share of the whole
+Tell = Callable[[str, float | None], None]  # called with the current activity and the share done
 
 
 def quiet(text: str, share: float | None) -> None:
-    """Tells it to no one."""
+    """Discards progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +224,10 @@ def reference_trace(
 ) -> tuple[ExitTrace, str]:
     """The trace on held-out text, with at least one passage of every task in `chars` (characters of each).
 
-    Also what it lacks, in words. `left_s` says how many seconds are left (None: no limit): one passage of each task is
-    read first, and no batch is begun that would take longer, by the pace so far; a task of which nothing was read is
-    left out. Raises TimeSpent if there is no time for one passage. Every passage is kept in a file in `scratch`, so
-    that an interrupted run, or one with more text or time, continues.
+    Also returns, in words, what the trace lacks. `left_s()` gives the seconds that are left (`left_s` None: no limit).
+    One passage of each task is read first. A batch is not begun if it would take longer than the time left, going by
+    the pace so far; a task without any passage read is left out. Raises TimeSpent if there is no time for one passage.
+    Every passage is kept in a file in `scratch`, so that an interrupted run, or one with more text or time, continues.
     """
     depths = (*heads.exits, model.architecture.n_layers)
     chosen = tokenized_passages(tokenizer, dict(chars or HELDOUT_CHARS), Split.HELDOUT, PASSAGE_CHARS)
@@ -239,7 +239,7 @@ def reference_trace(
     firsts = set({chosen[i].task: i for i in reversed(range(len(chosen)))}.values())
     parts = [left] if left_s is None else [[i for i in left if (i in firsts) is first] for first in (True, False)]
     groups = [[part[k] for k in group] for part in parts for group in batches([chosen[i] for i in part])]
-    pace_s = 0.0  # of a token, in the slowest batch
+    pace_s = 0.0  # seconds per token in the slowest batch
     for b, group in enumerate(groups):
         tokens, began_s = sum(len(chosen[i].tokens) for i in group), time.monotonic()
         if left_s is not None and left_s() < pace_s * tokens:

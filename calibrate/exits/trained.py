@@ -1,6 +1,5 @@
-"""Exits that were trained, not attached: texts, the change of the trunk as it is served, heads, and choices.
-
-The steps of `calibrate.train_exits` around the training itself (`calibrate.exits.trunk`).
+"""Steps of `calibrate.train_exits` around the training itself (`calibrate.exits.trunk`): texts, the change of the trunk
+as it is served, heads, and choices at each exit.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
     from helios_sim.live.model.decoder import SegmentedModel
     from helios_sim.live.model.heads import ExitHeads
 
-FOR_CHECKS = 8  # every so many-th passage
+FOR_CHECKS = 8  # every 8th passage is set apart for checks
 
 
 def trunk_texts(
     tokenizer: Any, chars: int, text_tokens: int, shares: Mapping[str, int]
 ) -> tuple[Tensor, list[Passage]]:
-    """Texts (n, text_tokens) for the trunk, of passages of about so many characters, and passages set apart for checks.
+    """Texts (n, text_tokens) for the trunk, from about `chars` characters, and passages set apart for checks.
 
     Raises UserError if the tasks have no text of that length.
     """
@@ -64,7 +63,7 @@ class TrainedPlan:
     trunk: TrunkPlan
     train_chars: int
     text_tokens: int
-    check_chars: int  # of the training split, for the checks; from texts that the trunk does not see
+    check_chars: int  # characters of the training split for the checks; the trunk is not trained on them
     calibration_chars: int
     check_width: int
     shares: Mapping[str, int]
@@ -80,7 +79,7 @@ class Texts:
 
 
 def read_texts(tokenizer: Any, plan: TrainedPlan) -> Texts:
-    """Raise UserError if the tasks have no text as long as one that the trunk is trained on."""
+    """Read the texts of the plan. Raises UserError if the tasks have no text of `plan.text_tokens` tokens."""
     trunk, apart = trunk_texts(tokenizer, plan.train_chars, plan.text_tokens, plan.shares)
     share = min(1.0, plan.check_chars / max(1, sum(int(p.chars.sum()) for p in apart)))
     number = max(1, round(share * len(apart)))
@@ -90,7 +89,7 @@ def read_texts(tokenizer: Any, plan: TrainedPlan) -> Texts:
 
 
 def write_change(checkpoint: Checkpoint, weights: str, found: TrainedTrunk, plan: TrainedPlan, folder: Path) -> None:
-    """Write the trunk's change as a folder that can be named in the place of weights."""
+    """Write the trunk's change as a folder that can be used as `model.weights`."""
     path = Path(weights).expanduser()
     header = {
         "weights": str(path.resolve()) if path.exists() else weights,
@@ -121,7 +120,7 @@ def checked_heads(
     scratch: Path,
     say: Say,
 ) -> ExitHeads:
-    """Heads from adapters that are trained already: with checks, calibrated, at all of their exits."""
+    """Heads at all exits of already trained adapters, with trained and calibrated checks."""
     exits = plan.trunk.exits
     recipe = Recipe(plan.trunk.width, check_width=plan.check_width, adapter_share=0.5, seed=plan.trunk.seed)
     config = AdapterConfig(
@@ -135,7 +134,7 @@ def checked_heads(
 def choices_at(
     model: SegmentedModel, heads: ExitHeads | None, start: int, chosen: Sequence[Passage]
 ) -> NDArray[np.int64]:
-    """The first choice (N, E) at every exit of the heads and at full depth (None: there alone), passage by passage."""
+    """First choices (N, E) at every exit of the heads and at full depth, passage by passage; without heads, (N, 1)."""
     import torch
 
     depths = (*(heads.exits if heads else ()), model.architecture.n_layers)
