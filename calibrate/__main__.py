@@ -125,12 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started.append(folder)
         try:
             config = to_config(settings, command, schema)
-            check_packages("a calibration")  # before what needs them is imported
+            check_packages("a calibration")  # before anything that needs them is imported
             for sentence in in_vain(config, command) if isinstance(config, CalibrateConfig) else ():
                 say(f"calibrate: {sentence}", sys.stderr)
             from calibrate.command import run_calibration, run_campaign
 
-            began_s = budget_began_s.pop() if budget_began_s else time.monotonic()  # of several, each has its own
+            began_s = budget_began_s.pop() if budget_began_s else time.monotonic()  # each calibration has its own
             if isinstance(config, CampaignConfig):
                 status = max(status, run_campaign(config, folder, began_s))
             else:
@@ -195,7 +195,7 @@ def _how_to_resume(command: Sequence[str], folder: Path | None) -> str:
 
 
 def _fail(error: UserError, which: str = "") -> int:
-    """Print an error. `which`: the calibration that it belongs to, if there are several."""
+    """Print an error. `which`: the calibration with the error, if there are several."""
     say(f"calibrate: {which}{': ' if which else ''}{error}", sys.stderr)
     return 1
 

@@ -35,7 +35,7 @@ from helios_sim.shared_data import cache_folder
 
 SUMS, RUN, WHEELS, MODELS, PART = "SHA256SUMS", "run.py", "wheels", "models", ".part"
 MIB = 1 << 20
-# Packages that GPU images often lack. The others are expected there, or named by `with`.
+# Packages that GPU images often lack. Other packages are expected there, or named by `with`.
 PACKAGES = ("simpy", "hydra-core", "omegaconf", "jinja2", "markupsafe", "pyyaml", "gguf", "nvidia-ml-py")
 SOURCES = ("antlr4-python3-runtime",)  # pure Python without a wheel on the index: built here
 GLIBCS = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux_2_N exactly, so each is named
@@ -105,12 +105,12 @@ def make_bundle(wanted: BundleSettings) -> Path:
 def fetch_wheels(folder: Path, python: str, packages: Sequence[str], sources: Sequence[str]) -> None:
     """Fetch wheels of this project and of `packages`, without their dependencies.
 
-    Packages that the checkout pins have that version and are checked against their digests; others get the version that
-    is installed here, if any. `sources` are built here.
+    Packages that the checkout pins get the pinned version and are checked against their digests. Other packages get the
+    version that is installed here, if any. `sources` are built here.
     """
     folder.mkdir(parents=True)
     into: tuple[str, ...] = ("--no-deps", "--wheel-dir", str(folder))
-    # Without isolation what builds is what is installed here; with it pip fetches it.
+    # Without isolation pip builds with the tools installed here; with isolation it fetches them.
     there = find_spec("hatchling") is not None and find_spec("setuptools") is not None
     into += ("--no-build-isolation",) if there else ()
     _pip("wheel", *into, str(_PINS.parent))
@@ -177,7 +177,7 @@ def _suits(wheel: str, python: str) -> bool:
 
 
 def _fetch(command: str, options: Sequence[str], packages: Sequence[str]) -> None:
-    """Run pip for the packages: those that the checkout pins by their digests, then the others."""
+    """Run pip for the packages: first packages that the checkout pins, by their digests, then the others."""
     pins = _pins()
     pinned, others = [pins[p] for p in packages if p in pins], [_installed(p) for p in packages if p not in pins]
     with tempfile.TemporaryDirectory() as scratch:
@@ -207,7 +207,7 @@ def _pip(command: str, *arguments: str) -> None:
 
 
 def _installed(package: str) -> str:
-    """The package with the version that is installed here, since that one was tested."""
+    """The package with the version that is installed here, since this version was tested."""
     if "=" in package:
         return package
     with suppress(PackageNotFoundError):

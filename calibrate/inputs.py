@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 QUICK_MODELS = 16  # memory in a quick run, in multiples of the weights in float32
 EVEN_EXITS = 5  # early exits of a model without heads, spread evenly
-DEPTHS_OF_POTENTIAL = 8  # and where there are predictors; reading more takes as long as the model itself
-# What measures, and what is measured: the rest writes pages, or only passes on what was found.
+DEPTHS_OF_POTENTIAL = 8  # also used for predictors; reading more takes as long as the model itself
+# Code that measures and code that is measured. The rest only writes pages or passes on results.
 MEASURING = (
     "measure", "exits", "campaigns/device.py", "campaigns/headline.py", "inputs.py", "train_exits.py", "work.py",
 )  # fmt: skip
@@ -40,7 +40,7 @@ MEASURED = ("core", "engine", "exits", "live", "policy", "profile", "serving", "
 
 
 class Inputs:
-    """Opens everything lazily, since a resumed call may find that all is finished."""
+    """Opens each input lazily, since a resumed call may need none of them."""
 
     def __init__(self, config: CalibrateConfig) -> None:
         self.config = config
@@ -87,7 +87,7 @@ class Inputs:
             self._check_room(name, spec, "name a smaller drafter, or another dtype")
 
     def _check_name(self) -> None:
-        """Raise WeightsError for weights under the name of a model of another shape, which results would carry."""
+        """Raise WeightsError if the weights have another shape than the model of their name."""
         from helios_sim.profile.catalog import MODELS
 
         name = self.config.model.name
@@ -120,7 +120,7 @@ class Inputs:
 
     @cached_property
     def drafters(self) -> dict[str, Checkpoint]:
-        """Those of `task=drafters` by name. Raises WeightsError for weights that cannot be opened."""
+        """The drafters of `task=drafters` by name. Raises WeightsError for weights that cannot be opened."""
         from helios_sim.live.checkpoint.source import find_checkpoint
 
         found = {}
@@ -132,7 +132,7 @@ class Inputs:
         return found
 
     def drafter(self, name: str) -> SegmentedModel:
-        """That drafter with all its layers on the device, in the model's place, which is loaded anew if asked for."""
+        """The drafter `name` with all its layers on the device. The model is dropped, and loaded again if used."""
         import torch
 
         from helios_sim.live.kernels.choice import kernels_for
@@ -150,7 +150,7 @@ class Inputs:
 
     @cached_property
     def layers(self) -> int:
-        """How many layers are loaded."""
+        """The number of layers that are loaded."""
         most, wanted = self.architecture.n_layers, self.config.model.layers
         if wanted is not None and wanted > most:
             raise UserError("model.layers", wanted, f"1 to {most}, the model's own", "choose a cap within the model")
@@ -225,13 +225,13 @@ class Inputs:
 
     @cached_property
     def heads_folder(self) -> Path | None:
-        """The folder of the named or the shipped heads; None: the model's own head, also if only exits are named."""
+        """The folder of the named or shipped heads; None for the model's own head, also if only exits are named."""
         from helios_sim.live.model.heads import HEADER, SHIPPED
 
         if self.config.heads is not None:
             return Path(self.config.heads).expanduser()
         shipped = SHIPPED / self.config.model.name
-        if self.config.task == POTENTIAL:  # what the model itself can do
+        if self.config.task == POTENTIAL:  # the potential is of the model's own head
             return None
         return shipped if (shipped / HEADER).is_file() and self.config.model.exits is None else None
 
@@ -299,7 +299,7 @@ class Inputs:
 
 @cache
 def measured_by() -> dict[str, str]:
-    """The code that measures and that is measured, and torch's version: samples of different ones are never mixed."""
+    """A digest of the measuring and the measured code, and torch's version. Samples of different versions never mix."""
     ours, theirs = Path(__file__).parent, Path(helios_sim.__file__).parent
     return {CODE: code_of(ours, *MEASURING) + code_of(theirs, *MEASURED), "torch": version("torch")}
 

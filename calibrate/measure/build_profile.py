@@ -38,7 +38,7 @@ TIME_BAND = TimeBand(0.87, 1.14, "24 live runs lie within: experiments/fidelity_
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything that a profile is made of except the tables. `details` go into its provenance unchanged."""
+    """Everything in a profile except the tables. `details` go into its provenance unchanged."""
 
     facts: DeviceFacts
     ceilings: Ceilings
@@ -56,7 +56,7 @@ class Measured:
 def build_profile(spec: ModelSpec, latency: Latency, grids: Grids, measured: Measured) -> Profile:
     """Build the profile. Raises KeyError if a place of the grids was not measured.
 
-    Factors are None until whole iterations give them.
+    Factors are None until they are fitted on whole iterations.
     """
     tables = tuple(_layer(latency, grids, i) for i in range(len(latency.subject.classes)))
     classifier, predictor = (

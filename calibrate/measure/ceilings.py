@@ -1,5 +1,4 @@
-"""Ceilings of a device (bytes and matrix operations per second, measured), and the floors of times that follow from
-them.
+"""Ceilings of a device (measured bytes and matrix operations per second), and the resulting floors of times.
 
 The best of many repeats counts, not the median: nothing exceeds a ceiling. A measured time below its floor is a failed
 measurement. A floor counts the bytes that must be read (weights once, K and V of every token attended to) and two
@@ -25,7 +24,7 @@ ATTENTION = ("decode_attention", "prefill_attention")  # tables of attention
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured ceilings. Reading: the best of several kernels that only read. Copies count bytes read and written."""
+    """Measured ceilings. `read_bytes_per_s` is the best of several read-only kernels; copies count reads and writes."""
 
     dtype: str
     read_bytes_per_s: float

@@ -22,7 +22,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What is known about a device without measuring it. None: the device does not tell."""
+    """Facts about a device that need no measurement; None if the device does not tell."""
 
     kind: str  # cpu or cuda
     name: str  # short, for names of profiles: epyc-2core, h100-80gb-hbm3

@@ -381,7 +381,7 @@ def open_device(name: str, memory_bytes: int | None = None, threads: int | None 
     """The device named `cpu`, `cuda` or `cuda:N`.
 
     `memory_bytes`: memory that the engine may use (None: half of a CPU's available memory, all of a card's). Raises
-    Raises UserError if the device is unknown or absent.
+    UserError if the device is unknown or absent.
     """
     if name == "cpu":
         return TimedCpu.open(memory_bytes, threads)

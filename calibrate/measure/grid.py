@@ -68,7 +68,7 @@ def geometric(low: int, high: int, ratio: float = 2.0) -> tuple[int, ...]:
 
 
 def interpolate(axes: Axes, time_s: Mapping[Place, float], place: Place) -> float:
-    """Linear in one axis, bilinear in two, as profiles are read. Constant outside the grid."""
+    """Interpolate as profiles do: linear in one axis, bilinear in two, constant outside the grid."""
     if len(place) == 1:
         (rows,) = axes.values
         return float(np.interp(place[0], rows, [time_s[(r,)] for r in rows]))

@@ -64,8 +64,8 @@ class HostCosts:
     sync_s: dict[int, float]
     launch_s_per_layer: float  # eager
     launch_s_per_graph: float  # all layers captured as one graph
-    # of the device, to make a step within a captured graph (rotations, masks, rows), where kernels need one made; on a
-    # CPU it is in `overhead_s`
+    # device time to make a step (rotations, masks, rows) within a captured graph, if the kernels need one; on a CPU it
+    # is part of `overhead_s`
     step_s: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -88,7 +88,7 @@ class HostCosts:
 
 
 def measure_host(subject: Subject, repeats: int = REPEATS, batches: Sequence[int] | None = None) -> HostCosts:
-    """Measure the host's costs inside the forward pass, in a second or two. `batches`: None for those of the limits."""
+    """Measure the host's costs inside the forward pass, in a second or two. `batches`: None for a few of the limits."""
     chosen = batches or subject.limits.few_batches
     overheads = {batch: figure(_overheads_s(subject, batch, repeats)) for batch in chosen}
     at_exit = _leaves_s if subject.decides_exits else _syncs_s
@@ -118,7 +118,7 @@ def _lengths(subject: Subject, batch: int) -> list[int]:
 def _overheads_s(subject: Subject, batch: int, repeats: int) -> list[float]:
     """Seconds to make token ids and a decode step from lists, and a list from sampled ids.
 
-    Where steps are captured, their numbers are staged in place of that, as in service.
+    On a device with captured steps, the step's numbers are staged instead, as in service.
     """
     import torch
 
@@ -190,7 +190,7 @@ def _syncs_s(subject: Subject, batch: int, repeats: int) -> list[float]:
 
 
 def _leaves_s(subject: Subject, batch: int, repeats: int) -> list[float]:
-    """Seconds of the card to decide within a captured pass who leaves at an exit."""
+    """Device seconds to decide, within a captured pass, which requests leave at an exit."""
     import torch
 
     from helios_sim.live.kernels.interface import UNKNOWN, Inside
@@ -258,7 +258,7 @@ def measure_serving(
     iterations: int = ITERATIONS,
     batches: Sequence[int] | None = None,
 ) -> ServingCosts:
-    """Serve about 20 iterations of each of three batches. KV memory for as many short requests must be free."""
+    """Serve about 20 iterations at each of three batch sizes. KV memory for the largest batch must be free."""
     host, forward = {}, {}
     for batch in batches or subject.limits.few_batches:
         decodes = serve(subject, spec, ceilings, batch, 1 + WARM_ITERATIONS + iterations).decodes(batch)
@@ -355,7 +355,7 @@ class InPlace(Residents):
 
 
 class Letters:
-    """Prompt text and a tokenizer with one token per letter: times do not depend on what is said."""
+    """Prompt text and a tokenizer with one token per letter: times do not depend on the text."""
 
     bos_token = eos_token = None
 

@@ -3,9 +3,9 @@
 All layers run in one go and the time is divided among them, since a small kernel timed alone looks too fast. Attention
 is how much longer a run with it takes than a run of the same rows without it, lap by lap, so that the parts add up to
 whole iterations. Classes of layers differ only in attention: each class has a run in which only its layers attend. A
-classifier's check is small compared with what the first operation after other work costs, which is paid anyway. So it
-is how much longer a run of some layers takes with a check after each; if noise hides that, the check timed alone is
-used. A predictor's check, of several operations, is timed alone.
+classifier's check is small compared with the overhead of the first operation after other work, which is paid anyway. So
+its time is how much longer a run of some layers takes with a check after each; if noise hides the difference, the check
+timed alone is used. A predictor's check has several operations and is timed alone.
 
 Two anchors are timed all along: a few decodes and a prompt, the same steps as in `helios_sim.live.pace`, so that
 serving from the profile can time them again.
@@ -70,7 +70,7 @@ class OnlyLayers:
 
 
 class OnlyFusedLayers(OnlyLayers, FusedAttend):
-    """The same of a step that norms and turns q and k by itself."""
+    """`OnlyLayers` for a fused step, which normalizes and rotates q and k itself."""
 
     def __init__(self, step: Any, layers: Collection[int], architecture: Architecture) -> None:
         super().__init__(step, layers)
@@ -86,7 +86,7 @@ class OnlyFusedLayers(OnlyLayers, FusedAttend):
 
 
 def only_layers(step: Any, layers: Collection[int], architecture: Architecture) -> OnlyLayers:
-    """The step in these layers alone."""
+    """The step restricted to these layers."""
     if isinstance(step, FusedAttend):
         return OnlyFusedLayers(step, layers, architecture)
     return OnlyLayers(step, layers)
@@ -178,11 +178,11 @@ class Latency:
         return Grids(axes, {})
 
     def sketch_jobs(self, grids: Grids) -> list[TimingJob]:
-        """All jobs of the grids, those of little work first."""
+        """All jobs of the grids, jobs with little work first."""
         return sorted(self._jobs(grids), key=lambda job: job.points[0].first * (1 + job.points[0].second))
 
     def off_axes(self, grids: Grids, table: str) -> list[Place]:
-        """Places that were measured and that the table's axes leave out."""
+        """Measured places between the ends of the table's axes but not on them."""
         layer_class = 0 if table in (DENSE, KV_PROJECTION, DECODE, PREFILL) else WHOLE_MODEL
         dimensions, on = len(grids.axes[table].values), set(grids.axes[table].places())
         found = [place[:dimensions] for place in self.points.of(table, layer_class)]
@@ -252,9 +252,9 @@ class Latency:
         return max(0.0, self.points.figure(self._point(table, layer_class, fits)).median_s) * (first / fits[0])
 
     def scale_s(self, table: str, place: Place) -> float:
-        """The time that an error at the place is a share of.
+        """The time to which an error at the place is relative.
 
-        For attention and the embedding: a whole step with all layers. For a classifier's check: one layer with it.
+        For attention and the embedding it is a whole step with all layers, for a classifier's check one layer with it.
         """
         own_s = self.time_s(table, place)
         if table == CHECK_CLASSIFIER:

@@ -20,7 +20,7 @@ from helios_sim.profile.spec import ModelSpec
 
 Made = TypeVar("Made")
 REPEATS = 7
-COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # about how much to copy, in whole layers
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # approximate size of a copy, in whole layers
 MOST_LAYERS = 128
 MEANWHILE_S = 1.5  # how long iterations and a copy run side by side
 
@@ -167,7 +167,7 @@ def measure_loads(subject: Subject, reload: Callable[[], int] | None = None) -> 
     for kind in device.host_buffers:
         sources = device.host_buffer(moved, kind).split([t.nbytes for t in targets])
         pairs[kind] = list(zip(sources, targets, strict=True))
-        device.wait()  # for what was issued before to the memory of the targets, on another stream
+        device.wait()  # for earlier work on the targets' memory, on another stream
         device.start_copy(pairs[kind]).wait_s()
         times = figure([device.start_copy(pairs[kind]).wait_s() for _ in range(REPEATS)])
         rates[kind], spread[kind] = moved / times.median_s, times.iqr_s / times.median_s
@@ -186,7 +186,7 @@ def measure_loads(subject: Subject, reload: Callable[[], int] | None = None) -> 
 
 
 def loads_by_ceilings(subject: Subject, ceilings: Ceilings) -> Loads:
-    """What `measure_loads` would find if copies ran at their ceiling and took their share of it from iterations."""
+    """Assumed loads: copies run at their ceiling, and iterations lose the share of bandwidth that copies take."""
     rate = ceilings.copy_bytes_per_s / 2  # a copied byte is read and written
     layer_bytes = sum(t.nbytes for t in subject.layer_tensors(0))
     engine = subject.device.host_buffers[0]

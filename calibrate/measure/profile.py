@@ -1,8 +1,8 @@
 """Measures everything that a profile of one model on one device needs, within a budget, and resumes it.
 
 The folder holds points.parquet (every sample) and a JSON file for each finished part (`SavedParts`). A call with the
-same folder continues where the last one stopped. The coarse grids and the small parts take about a minute, and then
-there is a whole profile. What follows refines it, takes more samples and tests it on whole iterations.
+same folder continues where the last one stopped. The coarse grids and the small parts take about a minute and give a
+whole profile. The rest of the time refines it, takes more samples and tests it on whole iterations.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ KEEP_FOR_LONG = 0.35  # share of the budget for everything but decodes
 KEEP_FOR_WHOLE = 0.12  # share of the budget for whole iterations
 TOLERATED = 0.03  # a larger median error of whole iterations is listed among the assumptions
 UNLIMITED_S = 1e9
-# With a budget, by the pace of the anchors:
+# With a budget, times of parts are estimated from the anchors' times:
 REFERENCE_SHARE = 0.04  # of the time, for the first laps of the anchors
-SKETCHES = (1.0, 0.5, 0.25, 0.125)  # shares of the limits that the ends of the tables may reach
+SKETCHES = (1.0, 0.5, 0.25, 0.125)  # shares of the limits at which tables may end
 SKETCH_SHARE = 0.5  # of the time, for the ends of the tables
-VISIT_LAPS, VISIT_S = 6, 0.1  # a brief visit: laps of its step, and making it
+VISIT_LAPS, VISIT_S = 6, 0.1  # cost of a brief visit: laps of its step, and seconds to make it
 PART_SHARE = 0.15  # of the time, for one of the small parts
-HOST_LAPS, SERVING_LAPS, MEMORY_LAPS, LOAD_LAPS = 60, 90, 12, 30  # laps of an anchor that the small parts take about
+HOST_LAPS, SERVING_LAPS, MEMORY_LAPS, LOAD_LAPS = 60, 90, 12, 30  # times of small parts, in laps of an anchor
 LOADS_S, ENERGY_S = 8.0, 60.0
 ENERGY_ELSEWHERE = "it is measured once for the device, in a stage of its own"
 BRIEF, BRIEF_REPEATS = "brief", 3
-ENOUGH_TO_JUDGE = 5  # places or iterations
-UNJUDGED, BY_ENDS_WITHIN, LEAST_WITHIN = 0.5, 0.15, 0.05  # how far times may be off, at least
+ENOUGH_TO_JUDGE = 5  # places or iterations, to estimate the error of times
+UNJUDGED, BY_ENDS_WITHIN, LEAST_WITHIN = 0.5, 0.15, 0.05  # least assumed errors of times
 FIT, TRY = 1, 2  # seeds of the iterations that fit the factor, and of those that test the profile
 
 
@@ -153,11 +153,11 @@ class MeasurePlan:
     """The budget and the required precision."""
 
     budget_s: float | None = None
-    most_s: float | None = None  # that the least with which a profile can be made may take; None: as the budget
+    most_s: float | None = None  # limit for the parts without which there is no profile; None: the budget
     samples: int = 5  # samples of every point of the tables
     tolerance: float = 0.03  # a grid is refined if its interpolation error is larger
     seed: int = 0
-    energy: bool = True  # false: it is measured elsewhere, once for the device
+    energy: bool = True  # false if it is measured once for the device, elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,8 @@ def measure_profile(
 ) -> Profile:
     """Measure what is missing in `folder` and build the profile.
 
-    With a budget, the ends of every table come first, then coarse tables, and small parts are measured briefly or
-    assumed where they would take too much of it: `details["short"]` of the profile's provenance has what is left out.
+    With a budget, the ends of every table come first, then coarse tables. Small parts that would take too much of the
+    budget are measured briefly or assumed; `details["short"]` of the profile's provenance lists these gaps.
 
     `loaded_bytes`: by how much memory grew when the model was loaded. `reload` reads one layer again and returns its
     bytes. Raises BudgetSpent if the time does not suffice for the ends of the tables; what was measured is kept.
@@ -196,7 +196,7 @@ def measure_profile(
 
 
 class BudgetSpent(UserError):
-    """The time does not suffice for a profile; what was measured is kept."""
+    """There was not enough time for a profile; the measurements are kept."""
 
 
 class _Campaign:
@@ -218,7 +218,7 @@ class _Campaign:
         self.parts = SavedParts(folder, settings)
         self.hurried = plan.budget_s is not None
         self.budget_s = UNLIMITED_S if plan.budget_s is None else plan.budget_s
-        # what a profile cannot be made without may overdraw the budget by so much
+        # parts without which there is no profile may overdraw the budget by this
         self.overdraft_s = 0.0 if plan.most_s is None else max(0.0, plan.most_s - self.budget_s)
         clock = Clock(self.budget_s)
         self.brief: list[str] = []  # parts that were measured briefly, or assumed
@@ -259,7 +259,7 @@ class _Campaign:
         fit = self._iterations((whole.FITTED,), FIT)
         tries = self._iterations(whole.KINDS, TRY)
         whole_jobs = [whole.job(self.subject, it) for it in [*tries, *fit]]
-        # Decodes are served most, their attention is a small difference, and they are quick to time.
+        # Decodes come first: they are served most, their attention is a small difference, and they are quick to time.
         decodes = self.latency.decode_jobs(grids)
         self.sampler.measure(decodes, REFINE_SAMPLES, self.budget_s * KEEP_FOR_LONG, more=True)
         self.latency.measure(grids, REFINE_SAMPLES, self.budget_s * KEEP_FOR_WHOLE, more=True)
@@ -270,13 +270,13 @@ class _Campaign:
 
     @property
     def _most_s(self) -> float:
-        """Seconds that are left for what a profile cannot be made without."""
+        """Seconds that are left for the parts without which there is no profile."""
         return self.sampler.clock.left_s + self.overdraft_s
 
     def _sketched(self) -> Grids:
-        """The ends of every table, measured once; up to a part of the limits where the time does not suffice for all.
+        """Measure the ends of every table once; with too little time, tables end at a share of the limits.
 
-        Raises BudgetSpent as soon as it is known that it does not suffice for the smallest part.
+        Raises BudgetSpent as soon as it is known that there is not enough time for the smallest share.
         """
         if (kept := self.parts.get("sketch")) is not None:
             sketch = grids_from_json(kept)
@@ -309,7 +309,7 @@ class _Campaign:
         return sum(VISIT_LAPS * step_s + VISIT_S for step_s in steps_s)
 
     def _coarse(self, grids: Grids) -> Grids:
-        """Coarse axes in place of ends alone, in order of importance, for every table for which there is time."""
+        """Replace ends by coarse axes, in order of the tables' importance, as far as the time allows."""
         coarse, found = self.latency.coarse(), grids
         for table in self._order():
             alone = Grids({table: coarse.axes[table]}, {})
@@ -320,14 +320,14 @@ class _Campaign:
         return found
 
     def _by_ends(self, grids: Grids, table: str) -> bool:
-        """Whether no more is known of a table than the ends of its axes, and more could be."""
+        """Whether only the ends of the table's axes are measured, although its coarse axes have more points."""
         ends, more = (
             any(len(values) > 2 for values in of.axes[table].values) for of in (grids, self.latency.coarse())
         )
         return more and not ends
 
     def _part(self, name: str, make: Callable[[], Any], takes_s: float, brief: Callable[[], Any]) -> Any:
-        """A finished part; measured briefly, or assumed, where it would take too much of the time that is left."""
+        """A finished part. It is measured briefly or assumed if it would take too much of the time that is left."""
         if not self.hurried or self.parts.get(name) is not None or takes_s <= PART_SHARE * self._most_s:
             return self.parts.made(name, make)
         self.brief.append(name)
@@ -434,7 +434,7 @@ class _Campaign:
         return self._missed(grids, table, [h.place for h in grids.held_out.get(table, ())])
 
     def _missed(self, grids: Grids, table: str, places: Sequence[Place]) -> list[HeldOut]:
-        """The errors of the table at places outside of it."""
+        """The errors of the table at measured places that are not on its grid."""
         axes, latency = grids.axes[table], self.latency
         known = {place: latency.time_s(table, place) for place in axes.places()}
         return [
@@ -443,7 +443,7 @@ class _Campaign:
         ]
 
     def _short(self, grids: Grids, tried: Mapping[str, Mapping[str, float | int]]) -> dict[str, Any] | None:
-        """What the budget has cut short, and how far the times of iterations may be off; None if nothing."""
+        """What the budget has cut short, and how far times of iterations may be off; None if nothing was cut short."""
         ends = sorted(table for table in grids.axes if self._by_ends(grids, table))
         if not ends and not self.brief:
             return None
@@ -468,7 +468,7 @@ class _Campaign:
         }  # fmt: skip
 
     def _assumed(self, short: Mapping[str, Any] | None) -> tuple[Assumption, ...]:
-        """What a profile that was cut short assumes."""
+        """The assumptions of a profile that was cut short."""
         if short is None:
             return ()
         again = "measure again, for longer"
@@ -505,7 +505,7 @@ def energy_steps(subject: Subject) -> dict[str, Step]:
 
 
 def in_words(short: Mapping[str, Any]) -> str:
-    """What the time did not suffice for, from `details["short"]` of a profile."""
+    """A text about the gaps of a profile that was cut short, from its `details["short"]`."""
     parts = []
     if short["by_ends_alone"]:
         parts.append(f"known at their ends alone: {', '.join(t.replace('_', ' ') for t in short['by_ends_alone'])}")

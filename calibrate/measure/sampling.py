@@ -2,9 +2,9 @@
 
 A shared machine is faster in one second than in the next. An anchor, a reference step timed before and after every
 sample, shows its current pace, and samples are rescaled to a common pace. Memory-bound and compute-bound work change
-pace in different ways, so every job names the anchor of its kind. Rounds that visit all jobs in random order spread
-what is left. A sample during which other processes had the cores is set aside and taken again, unless that happens too
-often.
+pace in different ways, so every job names the anchor of its kind. Rounds visit all jobs in random order, which spreads
+the remaining drift. A sample during which other processes had the cores is set aside and taken again, unless that
+happens too often.
 
 One Parquet file holds every sample of every point and is replaced as a whole, so that an interrupted measurement can be
 resumed.
@@ -163,14 +163,14 @@ class Points:
 
 
 def _rows(path: Path) -> list[tuple[Any, ...]]:
-    """A row for each point: what it is, its anchor and its samples. Raises ValueError for other values."""
+    """A row for each point: its table and place, its anchor and its samples. Raises ValueError for other values."""
     table = pq.read_table(path, use_threads=False, schema=None)
     names = (*TimingPoint._fields, "anchor", "samples_s", "contended_s")
     rows = list(zip(*(table[name].to_pylist() for name in names), strict=True))
     for name, layer_class, first, second, anchor, *samples in rows:
         plain = isinstance(name, str) and isinstance(anchor, str)
         plain = plain and all(isinstance(value, int) for value in (layer_class, first, second))
-        # A sample may be below 0: attention is what a step takes beyond its products, on a machine that others use.
+        # A sample may be below 0: attention is a difference of two times, and others may use the machine.
         if not plain or not all(-inf < time_s < inf for of in samples for time_s in of):
             raise ValueError(f"{name!r} at {first!r} is no point with its samples")
     return rows
@@ -233,7 +233,7 @@ class Sampler:
         self._turns: dict[TimingPoint, int] = {}  # samples per visit
         self._totals_s: dict[TimingPoint, list[float]] = {}
         self._anchor_steps: dict[str, list[Step]] = {}
-        self._steps: dict[TimingPoint, list[Step]] = {}  # of a card, where preparing a step is capturing it
+        self._steps: dict[TimingPoint, list[Step]] = {}  # kept on a card, where preparing a step captures a graph
         self._last_save_s = self._last_look_s = -np.inf
 
     def sketch(self, jobs: Sequence[TimingJob], until_left_s: float = 0.0) -> bool:
@@ -252,9 +252,9 @@ class Sampler:
     def measure(self, jobs: Sequence[TimingJob], samples: int, until_left_s: float = 0.0, more: bool = False) -> bool:
         """Visit the jobs in rounds until each has `samples` or proved too contended. Returns False if time ran out.
 
-        A job with several turns per visit gets as many times the samples. With `more`, short jobs that scatter get more
-        again: small steps cost little to time and are served most. A sample is not begun if it would leave less than
-        `until_left_s` of the budget, going by its last cost, or by what others of its table cost.
+        A job with several turns per visit gets as many times the samples. With `more`, short jobs that scatter get even
+        more: small steps cost little to time and are served most. A sample is not begun if it would leave less than
+        `until_left_s` of the budget, going by the job's last cost, or by the cost of other jobs of its table.
         """
         waiting = list(jobs)
         while True:
@@ -285,7 +285,7 @@ class Sampler:
     def _steady(self, job: TimingJob) -> bool:
         """Whether the sum of the job's laps is known precisely enough in this call."""
         totals_s = self._totals_s.get(job.points[0])
-        if totals_s is None:  # there was time to warm it up, but for no sample
+        if totals_s is None:  # there was time for a warm-up, but for no sample
             return False
         whole = figure(totals_s)
         return whole.standard_error_s <= STEADY * whole.median_s
@@ -295,14 +295,14 @@ class Sampler:
         return {name: _moved(laps_s) for name, laps_s in self.anchor_laps_s.items() if len(laps_s) > 1}
 
     def _expected_s(self, job: TimingJob) -> float:
-        """What a visit costs: as the last time, or else as the dearest of the same table; 0 if none is known."""
+        """Expected seconds of a visit: the job's last one, else the dearest of its table; 0 if none is known."""
         first = job.points[0]
         if first in self._cost_s:
             return self._cost_s[first]
         return max((cost_s for point, cost_s in self._cost_s.items() if point.table == first.table), default=0.0)
 
     def _sample(self, job: TimingJob, until_left_s: float = -np.inf, brief: bool = False) -> None:
-        """Visit the job; without a sample if warming up shows that it would leave less than `until_left_s`.
+        """Visit the job. No sample is taken if the warm-up shows that it would leave less than `until_left_s`.
 
         A brief visit warms up once and takes one turn.
         """

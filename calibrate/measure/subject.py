@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 NOISE_VALUES = 1 << 20  # drawn a few times and repeated, since drawing gigabytes takes too long
 DRAWS = 8
-POOL_SHARE = 0.4  # most of the engine's memory that the pool takes
-REST_SHARE = 0.6  # most of what the weights leave: activations, copies and graphs need memory too
+POOL_SHARE = 0.4  # largest share of the engine's memory for the pool
+REST_SHARE = 0.6  # largest share of the memory beside the weights; activations, copies and graphs need the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Subject:
         seed: int = 0,
         fill_s: float | None = None,
     ) -> None:
-        """`fill_s`: seconds for filling the pool; it is smaller if they do not suffice. None: no limit."""
+        """`fill_s`: most seconds for filling the pool, which is smaller if time runs out; None for no limit."""
         import torch
 
         self.model, self.device, self.heads = model, device, heads
@@ -109,7 +109,7 @@ class Subject:
 
     @property
     def decides_exits(self) -> bool:
-        """Whether the device itself decides which decodes leave at an exit, inside of a captured pass."""
+        """Whether the device decides, inside a captured pass, which decodes leave at an exit."""
         return self.device.asynchronous and self.model.kernels.any_lengths
 
     def holds(self, slots: int, tokens: int) -> bool:
@@ -122,7 +122,7 @@ class Subject:
     def decode_cache(self, kv_tokens: Sequence[int]) -> KvCache:
         """A cache for requests with these context lengths, as long as the longest.
 
-        Where a captured step reads more of each request in service, it is as long as that, if the pool holds it.
+        If a captured step reads a longer span of each request in service, the cache has that length if the pool allows.
         """
         from helios_sim.live.graphs import spans
 
@@ -135,8 +135,8 @@ class Subject:
     def decode_step_in(self, cache: KvCache, kv_tokens: Sequence[int], first_slot: int) -> Decodes:
         """A decode step in a given cache, from a slot on.
 
-        Several contexts get a mask even if they are equally long, since in service they hardly ever are. So does a
-        single one on a card, where a captured step serves any length. Kernels that go by the lengths need none.
+        Several contexts get a mask even if they are equally long, since in service they hardly ever are. A single one
+        gets a mask on a card, where a captured step serves any length. Kernels that take lengths need no mask.
         """
         from helios_sim.live.memory.decodes import decode_step
 
@@ -181,9 +181,10 @@ class Subject:
         return self.heads.classify(exit_index % len(self.heads.exits), hidden)
 
     def foreseen(self, hidden: Any, words: Any) -> Any:
-        """A check by a predictor at the deepest exit: its probability, on the device. Words (rows, WORDS) of the head.
+        """A check by a predictor at the deepest exit: its probability, on the device.
 
-        The states at the exit before are as many others; what the network has learned takes no time.
+        `words` (rows, WORDS) are rows of the head. Any states stand for those at the exit before, and the predictor is
+        untrained: neither affects the time.
         """
         assert self.heads is not None
         assert self._predictors is not None
@@ -203,7 +204,7 @@ class Subject:
 
     @property
     def has_predictor(self) -> bool:
-        """Whether there is an exit that a predictor could look at."""
+        """Whether there is an exit that a predictor can check."""
         return self._predictors is not None
 
     @property
@@ -211,7 +212,7 @@ class Subject:
         return self.heads is not None and len(self.heads.exits) > 0 and self.heads.has_check
 
     def _filled(self, tokens: int, fill_s: float | None) -> tuple[int, list[tuple[Any, Any]]]:
-        """Noise for K and V of every layer, and for how many tokens of each: all, or as many as there was time for."""
+        """The number of tokens that were filled before time ran out, and noise for their K and V in every layer."""
         import torch
 
         from helios_sim.live.device import block

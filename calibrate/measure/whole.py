@@ -1,4 +1,4 @@
-"""Whole iterations of random composition, measured and compared with what a profile says about them.
+"""Whole iterations of random composition, measured and compared with a profile's prices.
 
 A composition runs the model's real steps: each band for the rows still alive, checks, K and V propagated for rows that
 exited, and the head. Its device time is compared with the profile's price without host costs. These measurements are
