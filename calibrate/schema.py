@@ -17,7 +17,7 @@ POTENTIAL, TRAIN_EXITS, PREDICTORS, DRAFTERS = "potential", "train_exits", "pred
 CURRICULA = ("rotational", "gradual")
 _MEASURING, _TRAINING = ("all", "latency"), ("adapters", TRAIN_EXITS)
 _TRACING = ("all", *_TRAINING, "traces", PREDICTORS, POTENTIAL)
-# By setting: the tasks in which it does something. Others do in all, or in the page that any of them writes.
+# By setting: the tasks in which it has an effect. A setting that is not listed affects all tasks, or their page.
 COUNTS = {
     **dict.fromkeys(("train_tokens", "check_width"), (*_TRAINING, PREDICTORS)),
     "adapter_width": _TRAINING, "epochs": ("adapters",),
@@ -47,17 +47,17 @@ class ModelConfig:
 class TrainExitsConfig:
     """LayerSkip's recipe (arXiv 2404.16710), with which the model itself is trained to exit early."""
 
-    rank: int = 8  # of the change of every product of every layer
+    rank: int = 8  # rank of the change of every product of every layer
     drop_most: float = 0.1  # share of the texts that leave out the last layer; earlier layers less, the first none
     loss_scale: float = 1.0  # weight of early exits in the loss, beside full depth
     curriculum: str = "rotational"  # rotational: exits take turns; gradual: they join from the deepest on
-    every: int = 2  # of the rotational curriculum: every so many-th exit is trained in a step
-    learning_rate: float = 5e-4  # of the model's change
-    adapter_learning_rate: float = 5e-4  # of the exits' adapters
-    text_tokens: int = 256  # of each text
-    batch_texts: int | None = None  # texts of a step; null: 2 on a CPU, 64 on a card
+    every: int = 2  # rotational curriculum: a step trains every 2nd, 3rd, ... exit
+    learning_rate: float = 5e-4  # learning rate of the model's change
+    adapter_learning_rate: float = 5e-4  # learning rate of the exits' adapters
+    text_tokens: int = 256  # tokens of each text
+    batch_texts: int | None = None  # texts per step; null: 2 on a CPU, 64 on a card
     steps: int | None = None  # null: as many as the time allows, an hour without budget_s
-    check_tokens: int = 20_000  # from which checks learn, approximately
+    check_tokens: int = 20_000  # approximate number of tokens from which checks learn
 
     def __post_init__(self) -> None:
         require_finite(self, "train_exits.")
@@ -81,35 +81,36 @@ class CalibrateConfig:
 
     # all, latency (times, memory, loads, energy), adapters (exits attached to the frozen model), train_exits (the model
     # trained for exits), traces, predictors (of a few words, and a trace with them), drafters (a joint trace of its
-    # answers with what other models predict for them), potential (does it exit?), report
+    # answers with other models' predictions for them), potential (does it exit?), report
     task: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     device: str = "cpu"  # cpu, cuda, cuda:N
     threads: int | None = None  # CPU threads; null: all that the process may use
-    memory_bytes: int | None = None  # that the engine may use; null: what the device has
+    memory_bytes: int | None = None  # memory that the engine may use; null: all of the device
     dtype: str | None = None  # float32, bfloat16; null: bfloat16 where the device computes in it, else float32
-    kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
+    kernels: str | None = None  # kernels of decodes: triton, torch; null: triton if the card can, else torch
     budget_s: float | None = None  # seconds for everything together; null: no limit
-    heads: str | None = None  # folder of exit heads; null: those shipped for the model, else none
+    heads: str | None = None  # folder of exit heads; null: the shipped heads of the model, else none
     tasks: list[str] | None = None  # labelled texts to trace; null: all that are available
-    # about how many, of all tasks together; null: 55,000, or 16,000 for its potential, predictors and trained exits
+    # approximate tokens to trace, of all tasks together; null: 55,000, or 16,000 for potential, predictors and
+    # train_exits
     trace_tokens: int | None = None
-    card: str | None = None  # of task=potential: the card for which a speed-up is told; null: h100-80gb
+    card: str | None = None  # task=potential: the card of the speed-up estimate; null: h100-80gb
     answers: int = 6  # answers of the model to trace for each task; 0: none
-    # of task=drafters: models with the same tokenizer, by the names that a trace gives them, and the weights of each:
-    # folder, .gguf file, hub id, or a known name
+    # task=drafters: models with the same tokenizer, as name in the trace -> weights (folder, .gguf file, hub id, or a
+    # known name)
     drafters: dict[str, str] = field(default_factory=dict)
-    # of text, approximately; null: 200,000 for adapters, 20,000 for predictors, 2,000,000 for train_exits
+    # approximate tokens of text; null: 200,000 for adapters, 20,000 for predictors, 2,000,000 for train_exits
     train_tokens: int | None = None
     adapter_width: int = 128  # width of an exit adapter's gated network
     check_width: int = 256  # width of the check of the hidden state, and of predictors
     epochs: float = 1.5  # passes of adapters over the training tokens
-    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # of task=train_exits
+    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # only for task=train_exits
     max_batch: int | None = None  # largest decode batch measured; null: 32 on a CPU, 256 on a card
     max_batch_tokens: int | None = None  # most tokens of one iteration; null: 512 on a CPU, 8192 on a card
     max_context_tokens: int | None = None  # longest context measured; null: the model's, 2048 on a CPU, 8192 on a card
     quick: bool = False  # tiny shapes and few samples, to try the command; the numbers are not meaningful
-    energy: bool = True  # measure the energy of iterations, if the device counts it
+    energy: bool = True  # measure the energy of iterations, if the device has a counter
     threshold: float = 0.9  # threshold for exits in the report; the trace can answer any other
     pairs: list[str] = field(default_factory=list)  # further trace folders for joint exits, besides the shipped ones
     out: str = ""  # output folder; the same folder again resumes
@@ -179,9 +180,9 @@ class CalibrateConfig:
 
 
 def in_vain(config: CalibrateConfig, words: Sequence[str]) -> list[str]:
-    """A sentence for each word of the command line that sets what the chosen task does not look at.
+    """A sentence for each setting of the command line that has no effect on the chosen task.
 
-    No error: one line with several tasks, one after the other, fills one folder.
+    It is no error, since one command line may run several tasks in turn into one folder.
     """
     given = [word.lstrip("+").partition("=") for word in words]
     return [
@@ -203,7 +204,7 @@ def require(holds: bool, key: str, value: object, allowed: str) -> None:
 
 @dataclass
 class CampaignLiveConfig:
-    """Live serving beside its simulation, and how much of it."""
+    """The amount of live serving beside its simulation."""
 
     pair: list[str] = field(default_factory=list)  # two shapes that HELIOS switches between, smaller first; empty: none
     loads: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 1.2])  # as shares of each arm's own capacity
@@ -231,7 +232,7 @@ class CampaignConfig:
     memory_bytes: int | None = None  # that the engine may use; null: what the device has
     dtype: str = "bfloat16"  # float32, bfloat16
     models: list[str] = field(default_factory=list)  # shapes to profile, in order of worth
-    text_model: str | None = None  # one of them with weights of its own: for adapters, exit traces, live serving
+    text_model: str | None = None  # one of `models`, with real weights: for adapters, exit traces, live serving
     last_model: str | None = None  # a large shape, profiled last; its headline is simulated, never served
     # by model: folder, .gguf file, hub id, or random:NAME; else the cache's file by the model's name, else random:NAME
     weights: dict[str, str] = field(default_factory=dict)
@@ -243,7 +244,7 @@ class CampaignConfig:
     trace_tokens: int = 55_000
     adapter_width: int = 256
     check_width: int = 256
-    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # of the text model
+    train_exits: TrainExitsConfig = field(default_factory=TrainExitsConfig)  # for the text model
     live: CampaignLiveConfig = field(default_factory=CampaignLiveConfig)
     kernels: str | None = None  # of decodes: triton, torch; null: triton on a card that can, else torch
     budget_s: float | None = None  # seconds for everything together; null: no limit

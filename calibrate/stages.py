@@ -1,12 +1,12 @@
 """Runs named stages in order of worth within a time budget, and resumes them.
 
 OUT/stages/NAME/ holds a finished stage: what it wrote, and `stage.json` with its settings, result and time. It appears
-there atomically, so a kill at any moment loses nothing that was finished, and a later call with the same folder goes on
-with what is missing. A finished stage is measured anew only if its settings or the measuring code changed, or if a
+there atomically, so a kill at any moment loses no finished stage, and a later call with the same folder runs the
+missing stages. A finished stage is measured anew only if its settings or the measuring code changed, or if a
 stage that it builds on was measured anew. OUT/transcript.jsonl has a line for every event of every call.
 
-A stage that was interrupted, by a kill, by time, or by whatever the machine lacked, finds again what it had written. So
-does one that failed by a defect, once: a draft with which a stage fails twice is not used a third time.
+A stage that was interrupted by a kill, by time, or by a lack of resources, finds its draft again: the files that it
+had written. A stage that failed by a defect finds its draft once more; after a second failure the draft is removed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from helios_sim.untrusted import Fields, read_json
 from helios_sim.vary.runner import at_work_in
 
 STAGES, RECORD = "stages", "stage.json"
-CODE = "code"  # of a stage's settings: a digest of the code that it is measured by
-SHORT = "short"  # of a stage's result
+CODE = "code"  # key of a stage's settings: a digest of the measuring code
+SHORT = "short"  # key of a stage's result: what it lacks for want of time
 DRAFTS = ".scratch"
-FAILED = "failed"  # of a draft: the stage ended with it by a defect
-_NO_ROOM = {  # a disk that is full, forbidden or broken, or no more files may be open
+FAILED = "failed"  # key of a draft's record: the stage failed with this draft by a defect
+_NO_ROOM = {  # the disk is full, read-only or broken, or too many files are open
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
     errno.ESTALE, errno.EIO,
 }  # fmt: skip
@@ -47,7 +47,7 @@ class CannotRun(Exception):
 
 
 class NotEnoughTime(CannotRun):
-    """The time for a stage does not suffice."""
+    """There is not enough time for a stage."""
 
 
 class StageStatus(StrEnum):
@@ -72,7 +72,7 @@ class Finished:
 
     @property
     def short(self) -> str:
-        """What it left out for want of time, in words; "" if nothing. A later call goes on with it."""
+        """What the stage left out for want of time, in words; "" if nothing. A later call continues the stage."""
         return str(self.result.get(SHORT) or "")
 
     def part(self, name: str) -> Path:
@@ -82,23 +82,23 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """What a running stage is given. It writes only into `folder`, where it finds what it wrote before a kill."""
+    """The inputs of a running stage. It writes only into `folder`, which has its files from before an interruption."""
 
     folder: Path
-    allowance_s: float | None  # seconds that it should use, its share of what is left; None: no limit
+    allowance_s: float | None  # seconds that the stage should use, its share of the time left; None: no limit
     finished: Mapping[str, Finished]  # complete earlier stages by name
     tell: Callable[[str, float | None], None]  # reports progress: (current activity, share done)
-    limit_s: float | None = None  # seconds that are left of the budget: no more than these it may use
-    spent_s: Callable[[], float] = lambda: 0.0  # since it began
+    limit_s: float | None = None  # seconds left of the budget, which the stage may use at most
+    spent_s: Callable[[], float] = lambda: 0.0  # seconds since the stage began
 
     @property
     def left_s(self) -> float | None:
-        """Seconds of its share that are left; None: no limit."""
+        """Seconds left of the stage's share; None for no limit."""
         return None if self.allowance_s is None else self.allowance_s - self.spent_s()
 
     @property
     def most_s(self) -> float | None:
-        """Seconds that it may still use, those of stages of less worth included; None: no limit."""
+        """Seconds that the stage may still use, including the shares of stages of less worth; None for no limit."""
         return None if self.limit_s is None else self.limit_s - self.spent_s()
 
 
@@ -108,7 +108,7 @@ class Stage:
 
     Stages run in order of `worth`, the highest first. `estimate_s` is the time of a stage without a budget; with a
     budget, the time left is divided in proportion. A stage is not begun with less than `least_s` (None: `estimate_s`).
-    `needs` names the stages that it builds on; they must be worth more. `settings` are all values that its result
+    `needs` names the stages that this one builds on; they must be worth more. `settings` are all values that its result
     depends on.
     """
 
@@ -131,7 +131,7 @@ class StageOutcome:
 
     stage: str
     status: StageStatus
-    why: str = ""  # the reason, if skipped or failed; what it lacks, if time was short
+    why: str = ""  # the reason, if skipped or failed; what the stage lacks, if time was short
     finished: Finished | None = None  # if done or kept
 
 
@@ -145,12 +145,13 @@ def run_stages(
     over_s: float = 0.0,
     by_worth: bool = False,
 ) -> list[StageOutcome]:
-    """Run the stages and return their outcomes in order. Stages that `folder` has with the same settings are kept, but
-    for those that lacked time: they go on, and stay as they are where there is no time for that either.
+    """Run the stages and return their outcomes in order.
 
-    Where the budget does not suffice for all estimates, it is divided in proportion, or with `by_worth` given to the
-    stages of most worth in full. It runs since `began` on the clock (None: now). A stage that still runs `over_s` after
-    its end is stopped and skipped, and a later call goes on with what it had written.
+    Stages that `folder` has with the same settings are kept. A kept stage that lacked time continues, if there is time.
+
+    If the budget is shorter than the sum of the estimates, it is divided in proportion, or with `by_worth` the stages
+    of most worth get their full estimates. The budget runs from `began` on the clock (None: now). A stage that still
+    runs `over_s` after the budget's end is stopped and skipped, and a later call continues from its draft.
 
     A stage's UserError is raised at once, since a user's mistake concerns the other stages too. A defect fails its own
     stage and those that need it. Raises UserError if the folder cannot be written to.
@@ -191,7 +192,7 @@ def run_stages(
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Make the output folder and lock it against a second process; what cannot be written in it is a UserError."""
+    """Make the output folder and lock it against a second process. Raises UserError if it cannot be written to."""
     with at_work_in(folder, "out"):
         try:
             yield
@@ -222,7 +223,7 @@ def read_finished(folder: Path) -> dict[str, Finished]:
 
 
 def drafts_in(folder: Path) -> list[str]:
-    """Stages that were interrupted, and have left something."""
+    """Names of interrupted stages that have a draft."""
     return sorted(path.stem for path in (folder / DRAFTS).glob("*.json") if path.with_suffix("").is_dir())
 
 
@@ -311,7 +312,7 @@ def _skipped(stage: Stage, why: str, transcript: Transcript) -> StageOutcome:
 
 
 class Timed(Protocol):
-    """A stage as far as its time goes."""
+    """The times of a stage, as `allowance` needs them."""
 
     @property
     def estimate_s(self) -> float: ...
@@ -322,9 +323,9 @@ class Timed(Protocol):
 def allowance(
     stage: Timed, waiting: Sequence[Timed], left_s: float | None, by_worth: bool = False
 ) -> float | None:
-    """The stage's seconds of those left: in proportion to the estimates of all waiting stages.
+    """The stage's seconds of `left_s`, in proportion to the estimates of all waiting stages; None for no limit.
 
-    `by_worth`: where there is not enough for all of them, as many as were estimated.
+    `by_worth`: if `left_s` is less than the sum of the estimates, the stage gets its full estimate.
     """
     if left_s is None:
         return None
@@ -364,7 +365,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they would be read back from a file."""
+    """The settings as they are after writing them to a file and reading them back."""
     plain: dict[str, Any] = json.loads(files.to_json(dict(settings)))
     return plain
 
@@ -377,9 +378,9 @@ def _finished(folder: Path, record: Mapping[str, Any]) -> Finished:
 
 @contextmanager
 def _draft(folder: Path, stage: Stage, needs: Mapping[str, str], transcript: Transcript) -> Iterator[Path]:
-    """The folder for a stage until it finishes. It survives whatever ends the stage, but a second defect in a row.
+    """The draft of a stage: its folder until it finishes. The draft is kept unless the stage fails twice by a defect.
 
-    One of other settings, code or needs is cleared, and the transcript says so.
+    A draft of other settings, code or needs is cleared. For other settings or code, the transcript says so.
     """
     place = folder / DRAFTS / stage.name
     basis = place.with_name(f"{stage.name}.json")
@@ -421,7 +422,7 @@ def put(draft: Path, place: Path) -> Path:
 
 
 def _take_up(before: Finished, folder: Path, stage: Stage) -> None:
-    """Put what a stage has measured where it goes on, unless a later call is at it already."""
+    """Copy a finished stage to its draft, from which the stage continues, unless there is a draft already."""
     place = folder / DRAFTS / stage.name
     if not place.exists():
         shutil.copytree(before.folder, place)
@@ -435,14 +436,14 @@ def _basis(stage: Stage, needs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read_basis(path: Path) -> dict[str, Any]:
-    """What a draft is of; {} where that is not known."""
+    """The settings and needs of a draft, from its record; {} if the record is missing or damaged."""
     with suppress(UserError):
         return read_json(path, "remove it")
     return {}
 
 
 def _is_of_the_folder(error: OSError, folder: Path) -> bool:
-    """Whether the folder cannot be written; anything else is a defect of a stage."""
+    """Whether the error means that the folder cannot be written to. Any other error is a defect of a stage."""
     return error.errno in _NO_ROOM or not folder.is_dir()
 
 

@@ -1,8 +1,8 @@
-"""Exits that were trained, not attached: the steps of the stage `train_exits`, each of which can be taken up again.
+"""The steps of the stage `train_exits`, which trains a model for early exit. Each step can be resumed.
 
-Training of the trunk (`calibrate.exits.trunk`); its change rounded and written as it is served; then, for the changed
-model and, beside it, for the frozen one with the exits that were attached on the same tokens: checks, calibration and a
-trace on held-out text. The checks learn from texts of the training split that neither saw.
+First the trunk is trained (`calibrate.exits.trunk`), and its change is rounded and written as it is served. Then the
+changed model, and the frozen one with exits attached on the same tokens, each get checks, calibration and a trace on
+held-out text. The checks learn from texts of the training split on which neither was trained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from calibrate.inputs import Inputs
 from calibrate.stages import SHORT, NotEnoughTime, StageRun
 from helios_sim.exits.store import write_trace
 
-TRUNK_SHARE = 0.6  # of the time, for the training; the rest for checks and traces
-TRACE_SHARE = 0.35  # of what is then left, for each of two traces
-UNLIMITED_S = 3_600.0  # of the training, without a budget
+TRUNK_SHARE = 0.6  # share of the time for training; the rest is for checks and traces
+TRACE_SHARE = 0.35  # share of the time then left for each of two traces
+UNLIMITED_S = 3_600.0  # seconds of training without a budget
 
 
 def train_exits(
@@ -53,7 +53,7 @@ def train_exits(
     write_change(inputs.checkpoint, weights, found, plan, stage.folder / CHANGE)
     changed = changed_by(stage.folder / CHANGE, inputs.checkpoint)
     after = SegmentedModel.load(changed, None, model.dtype, model.device, model.kernels)
-    key = changed.sha256[:16]  # what was read of an earlier change is of no use
+    key = changed.sha256[:16]  # files from an earlier change must not be used
     heads = {
         side: checked_heads(of, start, adapters, texts, plan, stage.folder / HEADS[side], scratch / key / side, say)
         for side, of, adapters in ((BEFORE, model, found.attached), (AFTER, after, found.adapters))

@@ -1,6 +1,6 @@
-"""The stages of a calibration: ceilings, profile, adapters, trained exits, exit traces, answers, what drafters say.
+"""The stages of a calibration: ceilings, profile, adapters, trained exits, exit traces, answers, predictors, drafters.
 
-Also decides which labelled texts are available, and how much of them can be traced in the time.
+It also finds the available labelled texts, and how much of them can be traced in the time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from helios_sim.profile.shapes import Shape
 from helios_sim.provenance import command_given
 
 CEILINGS, PROFILE, ADAPTERS, TRACES, ANSWERS = "ceilings", "profile", "adapters", "traces", "answers"
-ENERGY = "energy"  # of a campaign: once for the device
-JOINT = "joint"  # of a stage: traces of the same answers by model
-KEPT = "kept"  # of a stage: a folder from which it goes on
-SPEC = "spec"  # of the model, in a stage's result
+ENERGY = "energy"  # stage of a campaign, once for the device
+JOINT = "joint"  # folder in a stage: traces of the same answers by model
+KEPT = "kept"  # folder in a stage: files from which it continues
+SPEC = "spec"  # key of a stage's result: the model's spec
 STAGES_OF = {
     "all": (CEILINGS, PROFILE, TRACES, ANSWERS),
     "latency": (CEILINGS, PROFILE),
@@ -46,8 +46,8 @@ SAFETY = 0.75  # share of the allowed time that is planned with, since a shared 
 # Shares of the layers. Deep exits agree more often but save little; a changed token saves most at a low exit, so the
 # candidates lie low (SmolLM2: 6, 8, 12, 18, 24, of which training keeps those that pay).
 CANDIDATES = (0.2, 0.27, 0.4, 0.6, 0.8)
-BATCH_TEXTS, BATCH_TEXTS_OF_CARD = 2, 64  # of a step that trains the trunk
-CALIBRATION_TOKENS = 8_000  # of trained exits
+BATCH_TEXTS, BATCH_TEXTS_OF_CARD = 2, 64  # texts per training step of the trunk
+CALIBRATION_TOKENS = 8_000  # tokens to calibrate trained exits
 QUICK_STEPS = 4
 
 
@@ -180,7 +180,7 @@ def _adapters(inputs: Inputs) -> Stage:
 
 
 def _predictors(inputs: Inputs) -> Stage:
-    """Predictors that look at a few words, in place of the head, trained on texts that are not traced."""
+    """The stage that trains predictors of a few words, in place of the head, on texts that are not traced."""
     config = inputs.config
 
     def run(stage: StageRun) -> Mapping[str, Any]:
@@ -209,7 +209,7 @@ def _predictors(inputs: Inputs) -> Stage:
 
 
 def _train_exits(inputs: Inputs) -> Stage:
-    """The model changed for early exit, beside the frozen one with exits attached, each with heads and a trace."""
+    """The stage that trains the model for early exit, beside the frozen one with exits attached."""
     config, own = inputs.config, inputs.config.train_exits
     steps = QUICK_STEPS if config.quick and own.steps is None else own.steps
     batch = own.batch_texts or (BATCH_TEXTS if inputs.device.facts.kind == "cpu" else BATCH_TEXTS_OF_CARD)
@@ -280,7 +280,7 @@ def _traces(inputs: Inputs, name: str = TRACES) -> Stage:
 
 
 def _potential(inputs: Inputs) -> Stage:
-    """A trace through the model's own head at evenly spaced depths, or at those that are named."""
+    """The stage that traces the model's own head at evenly spaced depths, or at the depths of `model.exits`."""
     from calibrate.exits.potential import full_queue
 
     try:
@@ -320,7 +320,7 @@ def _answers(inputs: Inputs) -> Stage:
 
 
 def _drafters(inputs: Inputs) -> Stage:
-    """What other models predict for the tokens of the answers, and the joint trace of all."""
+    """The stage of the drafters' predictions for the tokens of the answers, and their joint trace."""
 
     def run(stage: StageRun) -> Mapping[str, Any]:
         from calibrate.exits.answers import read_answers
@@ -355,7 +355,7 @@ def _drafters(inputs: Inputs) -> Stage:
 
 
 def _candidates(inputs: Inputs) -> tuple[int, ...]:
-    """Depths at which adapters are tried: those named, else `CANDIDATES` of the layers."""
+    """Depths at which adapters are tried: `model.exits`, else the shares `CANDIDATES` of the layers."""
     if inputs.config.model.exits is not None:
         return inputs.exits
     n = inputs.layers
@@ -440,8 +440,8 @@ def chars_per_token(inputs: Inputs) -> float:
 def chars_that_fit(inputs: Inputs, stage: StageRun, share: float = 1.0) -> tuple[dict[str, int], dict[str, str]]:
     """How many characters to trace of each task, and the tasks that are left out with the reasons.
 
-    Together they give `trace_tokens`, or fewer if this share of the time left is short, going by the time that a little
-    text takes. Raises NotEnoughTime if no time is left.
+    Together they give `trace_tokens`, or fewer if the share of the time left is too short, estimated from the time of a
+    little text. Raises NotEnoughTime if no time is left.
     """
     available = available_texts(inputs)
     from calibrate.exits.traces import HELDOUT_CHARS
@@ -461,7 +461,7 @@ def _chars_per_s(inputs: Inputs, available: AvailableTexts) -> float:
 
     origin = TraceOrigin(inputs.config.model.name, "", "")
     speeds = []
-    for chars in (1, 2 * PROBE_CHARS):  # the first one warms up
+    for chars in (1, 2 * PROBE_CHARS):  # the first run warms up
         with tempfile.TemporaryDirectory() as scratch:
             began = time.monotonic()
             trace, _ = reference_trace(

@@ -226,7 +226,7 @@ def land(out: Path, into: Path, trial: bool = False) -> list[Path]:
 
 
 def _add_idle_power(profiles: Sequence[Path], energy: Finished | None) -> None:
-    """Add the idle power of the card, which was measured after these profiles."""
+    """Add the idle power of the card, measured after these profiles, to the profiles."""
     measured = {} if energy is None else energy.result["found"]
     if measured:
         idle_w = float(next(iter(measured.values()))["idle_w"])

@@ -27,7 +27,7 @@ CONFIDENCES = (Confidence.CLASSIFIER, Confidence.MAX_PROBABILITY)
 GROUPS = 10  # of passages
 BEFORE, AFTER = "before", "after"
 CHANGE = "change"  # folder in the stage with the change of the weights
-HEADS = {BEFORE: "scratch/heads-before", AFTER: "heads"}  # folders in the stage; scratch is not kept
+HEADS = {BEFORE: "scratch/heads-before", AFTER: "heads"}  # folders in the stage; scratch is not archived
 TRACES = {BEFORE: "trace-before", AFTER: "trace"}
 
 Figure = list[float | None]  # a value, and the two ends of its interval

@@ -50,12 +50,12 @@ class Results:
     others: tuple[ExitTrace, ...]  # traces of other models on the same text
     heads: Mapping[str, Any] | None  # header of the exit heads that were used
     left_out: Mapping[str, str]  # tasks without texts
-    potential: Potential | None = None  # of the model's own exits on the chosen card
-    own_exits: ExitTrace | None = None  # of which that is told
-    card: Profile | None = None  # by which it is priced
+    potential: Potential | None = None  # potential of the model's own exits on the chosen card
+    own_exits: ExitTrace | None = None  # trace on which the potential is based
+    card: Profile | None = None  # profile by which the potential is priced
     trained: Mapping[str, Any] | None = None  # result of the stage that trained the model for early exit
-    joint: ExitTrace | None = None  # of answers, with what drafters predict for them
-    predictors: Mapping[str, Any] | None = None  # what predictors reach by exit, on texts kept from them
+    joint: ExitTrace | None = None  # trace of answers with the drafters' predictions
+    predictors: Mapping[str, Any] | None = None  # results of predictors by exit, on held-out texts
 
 
 def make_page(

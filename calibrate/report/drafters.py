@@ -1,4 +1,4 @@
-"""What the page says of other models that would draft for this one."""
+"""The page's section and summary figures on drafters: other models that draft for the calibrated one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from calibrate.report.page import Section, Table
 from helios_sim.exits.trace import FUSED, ExitTrace
 
-_BINS = 10  # of how sure a drafter is
+_BINS = 10  # number of bins of a drafter's confidence
 
 
 def shares(joint: ExitTrace) -> dict[str, NDArray[np.bool_]]:
-    """Whether each drafter predicts the answer's tokens, (T,), by name; with several also the surest of them."""
+    """Whether each drafter predicts the answer's tokens, (T,), by name. Several drafters also get their fused draft."""
     found = {name: joint.drafted_by(name) for name in joint.drafters}
     return found if len(found) == 1 else {**found, FUSED.join(found): joint.drafted_by_all(tuple(found))}
 
 
 def drafts_summary(joint: ExitTrace) -> dict[str, Any]:
-    """The drafters' part of summary.json: the share of tokens that each predicts, of all and by task."""
+    """The drafters' part of summary.json: the share of tokens that each predicts, in total and by task."""
     return {
         name: {
             "all": round(float(right.mean()), 4),

@@ -38,7 +38,7 @@ from helios_sim.profile.spec import ModelSpec
 from helios_sim.profile.store import read_profile, write_profile
 from helios_sim.provenance import command_given
 
-TEXTS = (TRACES, POTENTIAL, TRAIN_EXITS)  # stages that say of which tasks there was no text
+TEXTS = (TRACES, POTENTIAL, TRAIN_EXITS)  # stages that list tasks without text
 TRAINED = "trained"  # a folder with the change, its heads and its trace
 NAME = "calibrated"
 USERS = 4
@@ -147,7 +147,7 @@ def _write_for_use(config: CalibrateConfig, folder: Path, results: Results) -> l
 
 
 def _join(place: Path, stage: Path) -> None:
-    """Change and heads in one folder, which can be named as weights and as heads, and the trace below it."""
+    """Copy change and heads into one folder, which can be used as weights and as heads, and the trace below it."""
     shutil.copytree(stage / CHANGE, place)
     shutil.copytree(stage / HEADS[AFTER], place, dirs_exist_ok=True)
     shutil.copytree(stage / TRAINED_TRACES[AFTER], place / "trace")
@@ -160,7 +160,7 @@ def _use_trained(config: CalibrateConfig, place: Path) -> list[str]:
 
 
 def use_joint(joint: ExitTrace, place: Path) -> list[str]:
-    """The command in which the first drafter drafts, where the catalogue has the shapes of both models."""
+    """The commands that simulate drafts by the first drafter; none if the catalogue lacks a shape of the two models."""
     drafter = next(iter(joint.drafters))
     with suppress(UserError):
         for name in (drafter, joint.model):

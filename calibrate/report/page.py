@@ -64,7 +64,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as self-contained HTML: no network; figures, and the script that lets them answer, inline."""
+    """The page as self-contained HTML, with figures and their interactive script inline; it needs no network."""
     from helios_sim.report.environment import page_environment
     from helios_sim.report.page import page_figure
 

@@ -1,4 +1,4 @@
-"""The page's section on exits that were trained: what they do beside attached ones."""
+"""The page's section on trained exits, compared with attached ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by_exit(found: Mapping[str, Any]) -> Table:
 
 
 def by_agreement(found: Mapping[str, Any]) -> Table:
-    """The exits of tokens if a given share must agree with full depth."""
+    """The layers that tokens run if a given share must agree with full depth."""
     columns = ["decided by", "must agree", "", "layers a token", "agree", "bits/char", "leave early"]
     rows = []
     for confidence in CONFIDENCES:

@@ -1,1 +1,1 @@
-"""Profiles from tables that others measured, one module for each format. All of class `derived`."""
+"""Profiles from tables that others measured, with a module for each format. Their provenance class is `derived`."""

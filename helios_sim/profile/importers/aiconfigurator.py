@@ -1,8 +1,8 @@
 """Profiles of models from kernel times that others measured (`kernel_tables`).
 
 A layer is the sum of its kernels: matrix products and attention are measured; norms, activation, rope, KV writes and
-sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which is assumed. What is scaled, and
-each gap that is closed, is named in the profile's provenance. In a tensor-parallel group each card runs its shard, and
+sampling are bytes over an achieved bandwidth plus a fixed time for each kernel, which is assumed. The profile's
+provenance names what is scaled and which gaps are filled. In a tensor-parallel group each card runs its shard, and
 a layer ends in two all-reduces.
 """
 
@@ -69,13 +69,16 @@ BETWEEN_AS_SHIPPED = (
 
 @lru_cache(maxsize=32)
 def gemm_times(source: KernelSource, kind: Measured = BF16) -> GemmTimes:
-    """The products of a table, read once. As shipped profiles were made, where it is one of shared data."""
+    """Times of matrix products in the source's table, which is read once.
+
+    A shipped table gets the interpolation of `between`; one of shared data the simpler one of the shipped profiles.
+    """
     return (ProductTimes if source.shipped else GemmTimes)(source, kind)
 
 
 @lru_cache(maxsize=32)
 def decode_times(source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int) -> DecodeAttentionTimes:
-    """The same of decode attention."""
+    """Times of decode attention in the source's table, chosen as in `gemm_times`."""
     return (DecodeTimes if source.shipped else DecodeAttentionTimes)(source, heads, kv_heads, head_dim, kv_bytes)
 
 
@@ -83,7 +86,7 @@ def decode_times(source: KernelSource, heads: int, kv_heads: int, head_dim: int,
 def prefill_times(
     source: KernelSource, heads: int, kv_heads: int, head_dim: int, kv_bytes: int
 ) -> PrefillAttentionTimes:
-    """The same of attention over prompts."""
+    """Times of attention over prompts in the source's table, chosen as in `gemm_times`."""
     return (PrefillTimes if source.shipped else PrefillAttentionTimes)(source, heads, kv_heads, head_dim, kv_bytes)
 
 
@@ -101,10 +104,10 @@ class LayerTimes:
     """Times of one model's operations on one device, from the tables of the nearest measured card."""
 
     def __init__(self, whole: ModelSpec, device: Device, source: KernelSource) -> None:
-        """Times of a layer. In a group they are those of one card with its shard of the model `whole`."""
+        """Read the tables for one card of the device, with its shard of the model `whole`."""
         self.model = model = shard(whole, device.cards)
         self.device, self.card, self.measured_card, self.source = device, device.card, source.card, source
-        # How many times as long a card of the same chip takes that may draw less power, where operations bind.
+        # Slowdown of compute-bound kernels if this card has the same chip but a lower power limit.
         self.slower = 1.0 if source.power is None else source.power.slower_than_measured(device.card)
         here, there = device.link, published_card(source.card.name)
         self.same_links = not source.shipped or there is None or there.link == here or here != PCIE_LINK
@@ -114,7 +117,7 @@ class LayerTimes:
         self.of_layers = None if kind is None else gemm_times(source, kind)
         form = model.quantization
         fused = source.engine != "vLLM" and form is not None and form.name in FUSED and self.of_layers is not None
-        # What the smallest product takes longer than in bf16: the making of its inputs.
+        # Extra time of the smallest product over bf16: quantizing its inputs.
         self.inputs_s = max(0.0, self.of_layers.fixed_s - self.gemms.fixed_s) if fused and self.of_layers else 0.0
         self.keep = self.gemms.rows <= MAX_ROWS
         self.rows: IntArray = self.gemms.rows[self.keep]
@@ -144,7 +147,7 @@ class LayerTimes:
         return np.unique(np.concatenate([tokens, (tokens[:-1] + tokens[1:]) // 2]))
 
     def _kind(self) -> Measured | None:
-        """Which products of the tables those of the layers are priced from; None: times are by fitted shares."""
+        """The measured kind of product that prices the layers' products; None if times come from fitted shares."""
         form, products = self.model.quantization, self.products
         if form is None or products is None:
             return BF16
@@ -158,11 +161,11 @@ class LayerTimes:
 
     @property
     def measured(self) -> str | None:
-        """The name of those products in the tables."""
+        """The name in the tables of the products that price the layers; None if there are none."""
         return None if self.of_layers is None else self.of_layers.kind.dtype
 
     def all_reduces_s(self) -> FloatArray:
-        """(rows,) the two all-reduces of a layer."""
+        """Seconds (rows,) of a layer's two all-reduces."""
         if self.device.cards == 1:
             return np.zeros(len(self.rows))
         moved = (self.rows * self.model.d_model * self.model.weight_bytes_per_value).astype(np.float64)
@@ -171,7 +174,7 @@ class LayerTimes:
         return 2 * AllReduceTimes(self.source, self.device).time_s(moved)
 
     def gather_s(self) -> FloatArray:
-        """(rows,) logits of all cards brought together on one, over the link; no such table is read."""
+        """Seconds (rows,) to gather the logits of all cards on one, from the link's latency and bandwidth."""
         n = self.device.cards
         if n == 1:
             return np.zeros(len(self.rows))
@@ -179,11 +182,11 @@ class LayerTimes:
         return np.asarray(self.device.link.latency_s + moved / self.device.link.bytes_per_s)
 
     def gemm_s(self, gemm: Gemm) -> FloatArray:
-        """(rows,) of a product in bf16."""
+        """Seconds (rows,) of a product in bf16."""
         return self._gemm_s(self.gemms, gemm, None)
 
     def layer_gemm_s(self, gemm: Gemm) -> FloatArray:
-        """Times (rows,) of a product of the layers, with weights that may be quantized."""
+        """Seconds (rows,) of a layer's product, with weights that may be quantized."""
         quantized = self.model.quantization
         if quantized is None or self.products is None:
             return self.gemm_s(gemm)
@@ -192,13 +195,13 @@ class LayerTimes:
             return self._gemm_s(self.of_layers, gemm, weights)
         rows = self.rows.astype(np.float64)
         fitted_s = quantized_s(self.products, gemm, rows, weights, self.card, FITTED)
-        # Made bf16, they are multiplied no quicker than the card's own products in bf16 that operations bind.
+        # Weights converted to bf16 are multiplied no quicker than compute-bound products in bf16.
         moved = 2.0 * (gemm.n * gemm.k + rows * (gemm.n + gemm.k))
         bound = 2.0 * rows * gemm.n * gemm.k / self.card.flops_per_s >= moved / self.card.hbm_bytes_per_s
         return rising(np.where(bound, np.maximum(fitted_s, self.gemm_s(gemm)), fitted_s))
 
     def _gemm_s(self, of: GemmTimes, gemm: Gemm, weights: int | None) -> FloatArray:
-        """(rows,) with the bytes' share moved to this card's bandwidth, never below the roofline."""
+        """Seconds (rows,) of a product, with memory time scaled to this card's bandwidth, never below the roofline."""
         here_s, there_s = (of.roofline_s(gemm, card, weights) for card in (self.card, self.measured_card))
         time_s = of.time_s(gemm, weights) + (here_s - there_s) / of.best_bandwidth
         if of is self.of_layers:
@@ -211,16 +214,20 @@ class LayerTimes:
         return time_s[self.keep] if np.array_equal(of.rows, self.gemms.rows) else np.interp(self.rows, of.rows, time_s)
 
     def _reached(self, from_memory: float) -> float:
-        """The share of bandwidth that bounds a price; 1 in tables of shared data, as in the profiles made from them."""
+        """The share of bandwidth that bounds a price; 1 for shared data, as in the shipped profiles made from it."""
         return from_memory if self.source.shipped else 1.0
 
     def small_s(self, small: Elementwise) -> FloatArray:
-        """(rows,) kernels without a table."""
+        """Seconds (rows,) of kernels without a table."""
         moved = small.values_per_row * self.model.weight_bytes_per_value * self.rows
         return small.kernels * SMALL_KERNEL_S + moved / (self.card.hbm_bytes_per_s * SMALL_KERNEL_BANDWIDTH)
 
     def decode_s(self, batch: int, kv_tokens: int) -> float:
-        """h/h heads at batch b like 8/8 at b h/8; a narrower head like the table's with as much less KV."""
+        """Seconds of decode attention.
+
+        h/h heads at batch b take as long as 8/8 heads at batch b h/8. A narrower head takes as long as the table's head
+        with proportionally fewer KV tokens.
+        """
         moved = batch * kv_tokens * self.model.kv_bytes_per_token_layer
         slower_s = moved / self.card.hbm_bytes_per_s - moved / self.measured_card.hbm_bytes_per_s
         time_s = self.decode.time_s(batch * self.batch_scale, kv_tokens * self.head_scale)
@@ -228,9 +235,9 @@ class LayerTimes:
         return max(time_s + slower_s / self.decode.best_bandwidth, floor_s)
 
     def prefill_s(self, tokens: int, context_tokens: int, window: int = 0) -> float:
-        """Bound by operations, so the card's bandwidth enters as a floor alone.
+        """Seconds of prefill attention. It is compute-bound, so the card's bandwidth only sets a floor.
 
-        A layer with a window takes the share of pairs of query and key that it looks at.
+        With a window, the time is scaled by the share of query-key pairs within the window.
         """
         time_s = self.prefill.with_context_s(tokens, context_tokens)
         scale = self.prefill_scale * self.slower

@@ -9,8 +9,8 @@ prompt chunk of `pc` tokens after `kp` (0: none). Its three times are of that ba
 all have the mean or the greatest length (t_mean_us, t_max_us). The profiler writes these times as the SUM over its
 timed repetitions, where attention.csv holds their mean: its measurement adds up every sample of the attention layer
 that a shot returns, and a shot of N repetitions returns N. N is `measurement_iterations` in meta.yaml (3 unless set
-otherwise). Where both files hold the same batch, the ratio of their times tells the same number, and it is the ratio
-that is divided by.
+otherwise). If both files hold the same batch, the ratio of their times also gives N, and times are divided by this
+ratio.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _AXES = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 
 
 class AttentionGrid:
-    """Seconds of one layer's attention. `kv_decode` in the file leaves the new token out; here it is in."""
+    """Seconds of one layer's attention. KV lengths include the new token, which the file's `kv_decode` excludes."""
 
     def __init__(self, path: Path) -> None:
         columns = read_columns(path, (*_AXES, "time_us"), may_differ=())
@@ -58,7 +58,7 @@ class AttentionGrid:
         return GridTable(self.chunks, self.contexts, self.prompts_s)
 
     def mixed_table(self) -> MixedTable | None:
-        """Seconds that decodes add to a chunk; None where nothing mixed was measured."""
+        """Seconds that decodes add to a chunk; None if no mixed batch was measured."""
         mixed = [c for c in self.chunks.tolist() if any((c, b) in self._by for b in self.batches.tolist())]
         if len(mixed) < 2:
             return None
@@ -71,7 +71,7 @@ class AttentionGrid:
         return MixedTable(np.array(mixed, np.int64), self.contexts, self.batches, self.kvs, seconds)
 
     def chunk_s(self, chunk: int, context: int) -> float:
-        """Seconds of a chunk without decodes, 0 for none."""
+        """Seconds of a chunk without decodes; 0 for an empty chunk."""
         if chunk == 0:
             return 0.0
         at = np.array([float(context)])
@@ -92,7 +92,7 @@ class AttentionGrid:
         return along(points[order], seconds[order], contexts.astype(np.float64))
 
     def _row(self, chunk: int, batch: int) -> FloatArray | None:
-        """Seconds (V,) of decodes alone; None where this batch was not measured."""
+        """Seconds (V,) of decodes alone; None if this batch was not measured."""
         if (chunk, batch) not in self._by:
             return None
         _, points, seconds = self._by[chunk, batch]
@@ -100,7 +100,7 @@ class AttentionGrid:
         return along(points[order], seconds[order], self.kvs.astype(np.float64))
 
     def _plane(self, chunk: int, batch: int) -> FloatArray | None:
-        """Seconds (X, V) of a chunk with so many decodes; None where this batch was not measured."""
+        """Seconds (X, V) of a chunk with `batch` decodes; None if this batch was not measured."""
         if (chunk, batch) not in self._by:
             return None
         contexts, kvs, seconds = self._by[chunk, batch]
@@ -114,7 +114,7 @@ class AttentionGrid:
         return np.stack([along(measured, row, self.contexts.astype(np.float64)) for row in by_kv], axis=1)
 
     def _filled(self, by_batch: list[FloatArray | None]) -> FloatArray:
-        """(B, ...) with batches that were not measured in proportion to the next smaller one (or larger, at first)."""
+        """Seconds (B, ...). An unmeasured batch scales from the next smaller one, or from the first measured batch."""
         known = [k for k, values in enumerate(by_batch) if values is not None]
         if not known:
             raise UserError("attention.csv", "no decodes", "decodes alone, by batch and KV", "measure these")
@@ -129,11 +129,11 @@ class AttentionGrid:
 
 SHARES = np.array([0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.9, 1.0])
 _COLUMNS = ("n", "nb", "pc", "kp", "kvs", "kv_big", "kv_mean", "t_mean_us", "t_skew_us", "skew")
-_OTHERS = ("regime", "ratio", "t_max_us", "alpha")  # follow from these
+_OTHERS = ("regime", "ratio", "t_max_us", "alpha")  # follow from `_COLUMNS`
 
 
 def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalTable:
-    """The table of unequal lengths, from the ratio of lengths that is most frequent: it was measured throughout."""
+    """The table of unequal lengths, from rows with the most frequent ratio of lengths, which covers all batches."""
     columns = read_columns(path, _COLUMNS, may_differ=_OTHERS)
     ratio, counts = np.unique(np.round(columns["skew"].astype(np.float64), 3), return_counts=True)
     usual = np.isclose(columns["skew"].astype(np.float64), ratio[counts.argmax()], atol=2e-3)
@@ -158,7 +158,7 @@ def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalT
             before = np.zeros(len(SHARES))
             for k, length in enumerate(longest.tolist()):
                 measured = excess.get((c, b, length), {})
-                if len(measured) > 1:  # lengths that did not fit are taken from the next shorter one
+                if len(measured) > 1:  # a length that did not fit takes the values of the next shorter one
                     shares = sorted(measured)
                     values = [float(np.median(measured[share])) for share in shares]
                     before = np.interp(SHARES, [*shares, 1.0], [*values, 0.0])
@@ -169,7 +169,7 @@ def unequal_table(path: Path, grid: AttentionGrid, repetitions: int) -> UnequalT
 def repetitions_of(path: Path, grid: AttentionGrid, stated: int | None) -> int:
     """How many timed repetitions the file sums over: the stated number, checked against attention.csv.
 
-    Raises UserError if the two contradict each other, or where nothing tells.
+    Raises UserError if the two contradict each other, or if neither gives a number.
     """
     columns = read_columns(path, _COLUMNS)
     alone = whole(path, "pc", columns["pc"]) == 0

@@ -1,11 +1,11 @@
 """Times between measured ones, and beyond them, for profiles that are made for a run.
 
-What is interpolated is how many times its baseline a kernel takes: the fixed part of its table and the roofline. That
-is near 1 everywhere, while times change by orders of magnitude, so its logarithm, the excess, is taken to be linear in
-the logarithm of a size. Beyond the table the edge's is kept.
+The ratio of a kernel's time to its baseline is interpolated; the baseline is the fixed part of its table plus the
+roofline. The ratio is near 1 everywhere, while times change by orders of magnitude. So its logarithm, the excess, is
+interpolated linearly in the logarithm of a size. Beyond the table the edge's excess is kept.
 
-More work never takes less: a slower measurement of less work is taken down to the later one. Where bytes bind that
-makes rows that are left out 2 % too quick; layers and served models that others measured fit it better than the bumps.
+More work never takes less time: a slower measurement of less work is lowered to the time of more work. For memory-bound
+kernels this makes unmeasured rows 2 % too quick, but it fits measured layers and served models better than the bumps.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ANY = -1
 
 
 def filled(points: Sequence[FloatArray], values: FloatArray, along: IntArray, edges: bool = True) -> FloatArray:
-    """The values, each NaN replaced by what its lines through the table say, linear in an axis's `points`.
+    """The values, with each NaN replaced by linear interpolation along an axis, in the axis's `points`.
 
-    `along`: of each cell the axis that is asked where there are values on both sides of it; ANY: the median of all such
-    axes. Where no axis has any, it is the median of the nearest values on each axis, or NaN without `edges`.
+    `along`: for each cell, the axis to use if it has values on both sides of the cell; ANY for the median over all such
+    axes. If no axis has, the cell gets the median of the nearest values on each axis, or NaN without `edges`.
     """
     found = values.copy()
     for cell in np.argwhere(np.isnan(values)).tolist():
@@ -60,7 +60,7 @@ def filled(points: Sequence[FloatArray], values: FloatArray, along: IntArray, ed
 
 
 class ProductTimes(GemmTimes):
-    """Matrix products. Where operations bind, a longer sum (k) has the same tiles, so k is asked first."""
+    """Matrix products. If compute-bound, a longer sum (k) has the same tiles, so gaps are filled along k first."""
 
     def _fill(self) -> None:
         products = [[Gemm(int(n), int(k)) for k in self._k] for n in self._n]
@@ -74,7 +74,7 @@ class ProductTimes(GemmTimes):
         self._excess = np.log(self._time_s / baseline_s)
 
     def time_s(self, gemm: Gemm, weights: int | None = None) -> FloatArray:
-        """(rows,) measured where the shape was; else between its neighbours in (log n, log k)."""
+        """Seconds (rows,) as measured for a measured shape, else between its neighbours in (log n, log k)."""
         excess = np.zeros(len(self.rows))
         for i, n_weight in neighbours(self._n, gemm.n):
             for j, k_weight in neighbours(self._k, gemm.k):
@@ -83,7 +83,7 @@ class ProductTimes(GemmTimes):
 
 
 class DecodeTimes(DecodeAttentionTimes):
-    """Decode attention: between measured cases seconds are linear in requests and in KV, beyond them excess is kept."""
+    """Decode attention. Seconds are linear in requests and KV between measured cases; beyond, the excess is kept."""
 
     def _filled(self, time_s: FloatArray, roofline_s: FloatArray) -> FloatArray:
         axes, any_axis = (self.batch.astype(np.float64), self.kv_tokens.astype(np.float64)), np.full(time_s.shape, ANY)
@@ -94,7 +94,7 @@ class DecodeTimes(DecodeAttentionTimes):
 
 
 class PrefillTimes(PrefillAttentionTimes):
-    """Attention over whole prompts, with operations that rise with the square of their tokens."""
+    """Attention over whole prompts. Its operations rise with the square of the tokens."""
 
     def alone_s(self, tokens: float) -> float:
         excess = np.log(self.time_s / self._baseline_s(self.tokens.astype(np.float64)))

@@ -1,8 +1,8 @@
-"""How far a card's power limit lowers its clock while it multiplies.
+"""The slowdown of matrix products by a card's power limit, which lowers its clock.
 
-Kernel tables are timed with weights that hold nothing: vLLM's layers are made but never filled (collector/vllm/
+Kernel tables are timed with uninitialized weights: vLLM's layers are made but never filled (collector/vllm/
 collect_gemm.py of github ai-dynamo/aiconfigurator: "TODO, to evaluate random weights impact"). Zeros switch few
-transistors, so the card keeps its full clock, while numbers of a real model draw more power than it may have. The
+transistors, so the card keeps its full clock, while a real model's numbers would draw more power than the limit. The
 product of two matrices of 8,192 x 8,192 on an A100 with 400 W does 294 TFLOPS in the tables, 295 with zeros and 257
 with random numbers (thonking.ai, "Strangely, Matrix Multiplications on GPUs Run Faster When Given Predictable Data");
 264.5 with random numbers where others measured it (database.md of github zzc0721/torch-performance-test-data), and
@@ -25,20 +25,20 @@ from helios_sim.profile.tables import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """What a chip draws: `still_w + busy_w * share * clock**3`, both shares of the most that it can do."""
+    """A chip's power: `still_w + busy_w * share * clock**3`, with the shares of peak rate and of full clock."""
 
     still_w: float
     busy_w: float  # at the full clock, if all units multiplied all the time
-    measured_w: float  # the limit of the card that the tables are of
+    measured_w: float  # the power limit of the card in the tables
 
     def slowed(self, card: HardwareSpec, time_s: FloatArray, operations: FloatArray) -> FloatArray:
-        """Seconds with a real model's numbers on this card, of products that take `time_s` at the full clock."""
+        """Seconds of products on this card with a real model's numbers, if they take `time_s` at the full clock."""
         share = operations / (time_s * card.flops_per_s)
         found: Any = time_s * np.maximum(1.0, np.cbrt(self.busy_w * share / (self._limit_w(card) - self.still_w)))
         return np.asarray(found)
 
     def slower_than_measured(self, card: HardwareSpec) -> float:
-        """How many times as long a kernel takes that the tables timed with real numbers, where power binds on both."""
+        """The slowdown against the tables of a kernel timed with real numbers, if power binds on both cards."""
         ratio = (self.measured_w - self.still_w) / (self._limit_w(card) - self.still_w)
         return float(max(1.0, np.cbrt(ratio)))
 

@@ -1,9 +1,9 @@
-"""Kernel times that others measured, as aiconfigurator publishes them: where they lie, and what stands in them.
+"""Kernel times that aiconfigurator publishes: their files, and classes that read and interpolate them.
 
-Its measurements of vLLM (bf16 and fp8) and of TensorRT-LLM (nvfp4 too): matrix products by (m, n, k), flash attention
-by batch, length and heads, all-reduces by cards and size. A table lies in the package (`SHIPPED`, for six cards), or in
-the folder of shared data, from which the profiles that are shipped were made: by the classes here, while profiles that
-are made for a run interpolate as `between` says.
+The measurements are of vLLM (bf16 and fp8) and of TensorRT-LLM (nvfp4 too): matrix products by (m, n, k), flash
+attention by batch, length and heads, all-reduces by cards and size. Tables are in the package (`SHIPPED`, six cards) or
+in the folder of shared data. The shipped profiles were made from shared data with the classes here; profiles made for a
+run interpolate as in `between`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from helios_sim.untrusted import reading
 BF16_BYTES = 2
 LEAST_S = 1e-9
 UNCACHED_BYTES = 512e6  # four times the largest cache of the cards measured
-KV_DTYPES = {2: "bfloat16", 1: "fp8"}  # of K and V in the tables, by bytes of a value
-_AXES = (  # of a table, by which its rows are told apart
+KV_DTYPES = {2: "bfloat16", 1: "fp8"}  # dtype of K and V in the tables, by bytes of a value
+_AXES = (  # columns that distinguish a table's rows
     "m", "n", "k", "batch_size", "isl", "step", "num_heads", "num_key_value_heads", "message_size", "latency",
 )
 Keep = Callable[[Mapping[str, Any]], Any]
-"""The columns of a table, by name -> which of its rows are read, as booleans."""
+"""Maps the columns of a table, by name, to a boolean for each row: whether it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class Measured:
 
 BF16 = Measured("bfloat16")
 OF_FP8 = Measured("fp8", 1.0, 1, FP8)  # its time includes making the inputs fp8
-OF_FP4 = Measured("nvfp4", 0.5625, 0.5625, FP4)  # the same; a byte of scale for 16 values
+OF_FP4 = Measured("nvfp4", 0.5625, 0.5625, FP4)  # time as in fp8; a byte of scale for 16 values
 OF_TRTLLM = {  # by the name of the weights' format
     "fp8": OF_FP8, "fp8-block": Measured("fp8_block", 1.0, 1, FP8), "nvfp4": OF_FP4,
 }  # fmt: skip
-FUSED = ("fp8", "nvfp4")  # formats with fixed scales of inputs: TensorRT-LLM's kernels before make them
+FUSED = ("fp8", "nvfp4")  # formats with fixed scales of inputs, which TensorRT-LLM's preceding kernels apply
 INTEGERS = {  # by what is multiplied, and bits of a weight
     (INT8, 8): Measured("sq", 1.0, 1, INT8), (WEIGHTS, 8): Measured("int8_wo", 1.0),
     (WEIGHTS, 4): Measured("int4_wo", 0.5),
@@ -77,13 +77,13 @@ class KernelSource:
     """A card's folder in the data and the card on which it was measured."""
 
     folder: str
-    version: str  # of the engine
-    head_dims: tuple[int, ...]  # for which attention was measured
+    version: str  # version of the engine
+    head_dims: tuple[int, ...]  # head dimensions for which attention was measured
     card: HardwareSpec
     shipped: bool = False  # its tables are in the package
-    integers: bool = False  # they have products with integer weights
+    integers: bool = False  # its tables have products with integer weights
     engine: str = "vLLM"
-    power: Power | None = None  # of its chip; None if not known
+    power: Power | None = None  # power model of its chip; None if not known
 
     def path(self, kind: str, name: str) -> Path:
         if self.shipped:
@@ -132,7 +132,7 @@ def read_kernels(source: KernelSource, kind: str, name: str, keep: Keep | None =
         for column, value in equal.items():
             if column in table.column_names:
                 table = table.filter(pc.equal(table[column], value))
-            elif column != "window_size":  # older tables have full attention alone
+            elif column != "window_size":  # older tables have full attention only
                 raise UserError(str(path), table.column_names, f"a column {column}", "fetch the file again")
         if table.num_rows == 0:
             raise UserError(name, equal, "a case in the measured table", "choose a head shape that was measured")
@@ -146,7 +146,7 @@ def read_kernels(source: KernelSource, kind: str, name: str, keep: Keep | None =
 
 
 def _check_alike(path: Path, columns: Mapping[str, Any], others: list[str]) -> None:
-    """Raise UserError if the rows that are used differ in a column that nothing is made of."""
+    """Raise UserError if the used rows differ in a column that is not used."""
     for name in others:
         values = columns[name]
         if len(values) and (other := values != values[0]).any():
@@ -155,7 +155,7 @@ def _check_alike(path: Path, columns: Mapping[str, Any], others: list[str]) -> N
 
 
 def on_axes(columns: dict[str, Any], axes: tuple[str, ...]) -> tuple[list[IntArray], FloatArray]:
-    """Values of the axes and latencies in seconds on their product, NaN where nothing was measured."""
+    """Values of the axes, and seconds on their product; NaN for unmeasured places."""
     values, places = zip(*(np.unique(columns[a], return_inverse=True) for a in axes), strict=True)
     time_s = np.full([len(v) for v in values], np.nan)
     if len(np.unique(np.ravel_multi_index(places, time_s.shape))) < len(places[0]):
@@ -199,23 +199,26 @@ class GemmTimes:
         return weights + rows * (BF16_BYTES * n + self.kind.input_bytes * k)
 
     def operations_bind(self, gemm: Gemm, card: HardwareSpec, weights: int | None = None) -> BoolArray:
-        """(rows,) where the roofline is the operations over peak."""
+        """A mask (rows,) of compute-bound rows: their roofline is operations over peak."""
         operations = gemm.operations(self.rows)
         return np.asarray(self.roofline_s(gemm, card, weights) <= operations / self.kind.rate(card))
 
     def roofline_s(self, gemm: Gemm, card: HardwareSpec, weights: int | None = None) -> FloatArray:
-        """(rows,) the larger of bytes over bandwidth and operations over peak. `weights`: their bytes, if others."""
+        """Seconds (rows,): the larger of bytes over bandwidth and operations over peak.
+
+        `weights`: bytes of the weights; None for those of the table's kind.
+        """
         n_bytes = self.kind.weight_bytes * gemm.n * gemm.k if weights is None else weights
         moved = self._moved(gemm.n, gemm.k, n_bytes, self.rows.astype(np.float64))
         operations = gemm.operations(self.rows)
         return np.asarray(np.maximum(moved / card.hbm_bytes_per_s, operations / self.kind.rate(card)))
 
     def time_s(self, gemm: Gemm, weights: int | None = None) -> FloatArray:
-        """(rows,) measured where the shape was; else from its neighbours in (log n, log k).
+        """Seconds (rows,): measured ones for a measured shape, else from its neighbours in (log n, log k).
 
-        What is interpolated is the share of the roofline that a neighbour reaches after the fixed part: achieved
-        bandwidth where bytes bind, achieved rate where operations do. Beyond the table the edge's share is kept.
-        More rows never take less: a slower measurement at fewer rows is taken down to the later one.
+        The share of the roofline that a neighbour reaches after the fixed part is interpolated: achieved bandwidth if
+        memory-bound, achieved rate if compute-bound. Beyond the table the edge's share is kept. More rows never take
+        less time: a slower measurement at fewer rows is lowered to that of more rows.
         """
         share = np.zeros(len(self.rows))
         for i, n_weight in neighbours(self._n, gemm.n):
@@ -247,7 +250,7 @@ class DecodeAttentionTimes:
         self._time_s = self._filled(time_s, moved / source.card.hbm_bytes_per_s)
 
     def _filled(self, time_s: FloatArray, roofline_s: FloatArray) -> FloatArray:
-        """(batch, KV) with what was not measured: between batches linear, beyond the last at its bandwidth."""
+        """Seconds (batch, KV) with gaps filled: linear between batches, beyond the last batch at its bandwidth."""
         for j in range(len(self.kv_tokens)):
             known = np.flatnonzero(self.measured[:, j])
             last = int(known[-1])
@@ -258,7 +261,7 @@ class DecodeAttentionTimes:
         return rising(rising(time_s, axis=1), axis=0)
 
     def time_s(self, batch: float, kv_tokens: float) -> float:
-        """Linear in KV; between two batches requests per second are interpolated, beyond the last they are kept."""
+        """Seconds, linear in KV. Requests/s are interpolated between batches, and kept beyond the last batch."""
         columns = np.array([np.interp(kv_tokens, self.kv_tokens, row) for row in self._time_s])
         if batch > self.batch[-1]:
             return float(self.fixed_s + (columns[-1] - self.fixed_s) * (batch / self.batch[-1]))
@@ -284,13 +287,13 @@ class PrefillAttentionTimes:
         self.fixed_s = float(self.time_s.min())
 
     def alone_s(self, tokens: float) -> float:
-        """A prompt without earlier context."""
+        """Seconds of a prompt without earlier context."""
         return float(np.interp(tokens, self.tokens, self.time_s))
 
     def with_context_s(self, tokens: int, context_tokens: int) -> float:
-        """`tokens` new ones after `context_tokens`: no such case was measured.
+        """Seconds of `tokens` new tokens after `context_tokens`, which was not measured.
 
-        Pairs of query and key beyond those of the prompt alone take as long as in a whole prompt of the full length.
+        The additional query-key pairs take as long per pair as in a whole prompt of the full length.
         """
         full = tokens + context_tokens
         s_per_pair = (self.alone_s(full) - self.fixed_s) / (full * (full + 1) / 2)
@@ -301,8 +304,8 @@ class AllReduceTimes:
     """Seconds of one all-reduce of a tensor-parallel group, by bytes.
 
     vLLM runs its own kernel up to 8 MiB where the cards see each other directly, or where there are two; NCCL else
-    (its custom_all_reduce.py). Between measured sizes linear in bytes; beyond the last at the last bandwidth. A slower
-    measurement of fewer bytes is taken down to the later one.
+    (its custom_all_reduce.py). Times are linear in bytes between measured sizes; the last bandwidth is kept
+    beyond. A slower measurement of fewer bytes is lowered to that of more bytes.
     """
 
     OWN_BYTES = 8 << 20
@@ -317,17 +320,17 @@ class AllReduceTimes:
         self._direct = device.cards == 2 or device.link != PCIE_LINK
 
     def time_s(self, n_bytes: FloatArray) -> FloatArray:
-        """(K,) seconds."""
+        """Seconds (K,) of all-reduces of `n_bytes` (K,)."""
         return np.where(
             self._direct & (n_bytes <= self.OWN_BYTES), _by_size(n_bytes, *self._own), _by_size(n_bytes, *self._nccl)
         )
 
 
 def from_memory(n_bytes: Any, share: FloatArray) -> float:
-    """The best share of the card's bandwidth among cases that no cache holds.
+    """The best share of the card's bandwidth among cases too large for its cache.
 
-    A kernel that is timed again and again finds smaller operands in the card's cache, which a served model, with its
-    other layers between, does not.
+    A kernel that is timed repeatedly finds smaller operands in the cache. A served model does not, since other layers
+    run in between.
     """
     known = ~np.isnan(share)
     large = known & (n_bytes >= UNCACHED_BYTES)
@@ -355,9 +358,9 @@ def neighbours(grid: IntArray, value: int) -> list[tuple[int, float]]:
 def measured_heads(
     source: KernelSource, name: str, heads: int, kv_heads: int, head_dim: int, kv_bytes: int
 ) -> tuple[int, int]:
-    """The measured pair of heads and KV heads that is nearest, itself where it was measured.
+    """The nearest measured pair of heads and KV heads: the given pair if it was measured.
 
-    KV heads count first: decodes read K and V, whatever the number of queries that share them.
+    KV heads count first, since the bytes that decodes read do not depend on the number of query heads.
     """
     pairs = head_pairs(source, name, head_dim, KV_DTYPES[kv_bytes])
 

@@ -7,7 +7,7 @@ one GPU of a tensor-parallel group of N, launched eagerly:
 - `per_sequence.csv`: layer, sequences, time_us, with lm_head and sampler.
 - `attention.csv`: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one prompt chunk with that much context (0:
   none) and that many decodes (0: none), each with that many tokens in the cache.
-- `skew.csv`, optional: see `skew`.
+- `skew.csv`, optional: see `attention`.
 `meta.yaml` says model, hardware and measurement_iterations; its `engine_effective` shows the shapes of the last
 tensor-parallel degree profiled, so the model's shape comes from elsewhere.
 
@@ -57,7 +57,7 @@ READ_OF_META = {
     "architecture_sha256", "variant", "tp_degrees", "engine_effective", "attention_grid", "measurement_iterations",
     "skew_profile", "skew_fit", "block_size", "attention_backend", "quantization",
 }  # fmt: skip
-_COLUMNS = {  # by table: those that are read, or follow from these
+_COLUMNS = {  # by table: columns that are read, or that follow from columns that are read
     "dense": ("layer", "tokens", "time_us"), "per_sequence": ("layer", "sequences", "time_us"),
     "attention": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"),
     "skew": ("regime", "ratio", "alpha", "n", "nb", "pc", "kp", "kvs", "kv_big", "kv_mean", "skew", "t_mean_us",
@@ -69,7 +69,7 @@ LOAD_BYTES_PER_S = 25e9  # pinned host memory to a card on PCIe 4.0 x16, 0.8 of 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Which optional terms of the tables are used; all unless something is to be learned from leaving one out."""
+    """Which optional terms of the tables are used: all, unless an experiment leaves one out."""
 
     mixed: bool = True
     unequal_kv: bool = True
@@ -167,8 +167,8 @@ def layer_profile(
 def _check_unit(
     what: str, rows: FloatArray, time_s: FloatArray, width: int, model: ModelSpec, card: Card, degree: int
 ) -> None:
-    """Raise UserError if a product of `width` outputs takes far more or less than the card's limits let it."""
-    if card.bytes_per_s >= UNLIMITED:  # a card that is not known
+    """Raise UserError if a product of `width` outputs takes far more or less time than the card's limits allow."""
+    if card.bytes_per_s >= UNLIMITED:  # the card is not known
         return
     moved = model.weight_bytes_per_value * (width * model.d_model + rows[-1] * (width + model.d_model)) / degree
     floor_s = max(moved / card.bytes_per_s, 2 * rows[-1] * width * model.d_model / degree / card.flops_per_s)
@@ -178,7 +178,7 @@ def _check_unit(
 
 
 def unread_columns(folder: Path, tensor_parallel: int) -> list[str]:
-    """Columns of the tables that say something of all rows and of which nothing is made, with their values."""
+    """Unused columns of the tables that have one value in all rows, with these values."""
     left = []
     for table, columns in _COLUMNS.items():
         path = find_table((folder / f"tp{tensor_parallel}", folder), table)

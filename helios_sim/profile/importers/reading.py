@@ -1,7 +1,7 @@
-"""Measured tables in .csv and .csv.gz: where they lie, their columns as numbers, and what is refused for being unread.
+"""Finds measured tables (.csv, .csv.gz), reads their columns as numbers, and refuses tables and columns it cannot use.
 
-A column that an importer does not read may hold one value throughout; where its rows differ, they were measured under
-conditions that nothing here tells apart. A table that is not known would add or change times. Both are refused.
+A column that an importer does not read may hold one value throughout. If its rows differ, they were measured under
+conditions that the importer does not distinguish. An unknown table would add or change times. Both are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 US = 1e-6
 MS = 1e-3
-MOST_BYTES, MOST_COLUMNS = 256 * MIB, 1_000  # of a table
+MOST_BYTES, MOST_COLUMNS = 256 * MIB, 1_000  # largest size of a table
 _FIX = "correct the file"
 _SPREAD = re.compile(r"(^|[._])(min|max|mean|std|iqr|var|count|samples|p\d+)(_us|_ms)?$|^$|^unnamed", re.IGNORECASE)
 
@@ -40,7 +40,7 @@ def find_table(folders: Sequence[Path], name: str) -> Path | None:
 
 
 def need_table(folders: Sequence[Path], name: str) -> Path:
-    """The same, but a table that none of the folders has is a UserError."""
+    """Find a table as `find_table` does. Raises UserError if none of the folders has it."""
     found = find_table(folders, name)
     if found is None:
         where = " or ".join(str(folder) for folder in folders)
@@ -49,7 +49,7 @@ def need_table(folders: Sequence[Path], name: str) -> Path:
 
 
 def refuse_other_tables(folders: Sequence[Path], known: Collection[str], reasons: dict[str, str]) -> None:
-    """Raise UserError for an unknown table in one of the folders; `reasons` say what some tables hold."""
+    """Raise UserError for an unknown table in one of the folders; `reasons`: what some tables hold."""
     for folder in folders:
         for path in sorted(folder.glob("*.csv*")) if folder.is_dir() else ():
             name = path.name.removesuffix(".gz").removesuffix(".csv")
@@ -111,7 +111,7 @@ def _refuse_unread(path: Path, table: pa.Table, read: Collection[str]) -> None:
 
 
 def whole(path: Path, name: str, values: FloatArray, least: int = 0) -> IntArray:
-    """A column's whole numbers, from `least`. Raises UserError if a cell is none."""
+    """A column as whole numbers from `least`. Raises UserError for any other cell."""
     good = (values >= least) & (values <= MOST_TOKENS) & (values == np.floor(values))  # false for NaN
     if not good.all():
         allowed = f"a whole number from {least} to {MOST_TOKENS}"
@@ -143,7 +143,7 @@ def times_by(path: Path, layer: str, by: str) -> dict[str, tuple[FloatArray, Flo
 
 
 def along(points: FloatArray, values: FloatArray, at: FloatArray) -> FloatArray:
-    """Linear between the points (ascending), the last slope beyond them, the first value before them."""
+    """Interpolate linearly between ascending points, with the first value before and the last slope beyond them."""
     if len(points) == 1:
         return np.full(len(at), values[0])
     inside = np.interp(at, points, values)
@@ -152,7 +152,7 @@ def along(points: FloatArray, values: FloatArray, at: FloatArray) -> FloatArray:
 
 
 def constants(path: Path, read: Collection[str]) -> dict[str, Any]:
-    """The value of every column that is not read and is the same in all rows, but of measures beside the medians."""
+    """The value of every unread column that is the same in all rows, except statistics other than medians."""
     import pyarrow as pa
     from pyarrow import csv
 

@@ -4,8 +4,8 @@ Two tables (.csv or .csv.gz), times in ms, medians used:
 - `mlp.csv`: time_stats.<op>.median by num_tokens and num_tensor_parallel_workers, with n_head, n_kv_head, n_embd,
   n_expanded_embd, vocab_size. Operations of one layer: input_layernorm, attn_pre_proj (QKV), attn_rope,
   attn_post_proj, post_attention_layernorm, mlp_up_proj, mlp_act, mlp_down_proj, add (twice); emb once.
-- `attention.csv`: time_stats.{attn_input_reshape, attn_output_reshape, attn_prefill, attn_decode}.median, and where
-  there is one that of attn_kv_cache_save, by batch_size, prefill_chunk_size, kv_cache_size and is_prefill, with n_embd,
+- `attention.csv`: time_stats.{attn_input_reshape, attn_output_reshape, attn_prefill, attn_decode}.median, and
+  optionally that of attn_kv_cache_save, by batch_size, prefill_chunk_size, kv_cache_size and is_prefill, with n_embd,
   n_q_head, n_kv_head (of the whole model) and num_tensor_parallel_workers. A prefill row is one chunk after
   kv_cache_size tokens; in a decode row each request of the batch has kv_cache_size tokens.
 Neither has the LM head: its time is its bytes over the card's bandwidth or its operations over the card's peak, at the
@@ -65,10 +65,10 @@ _READ = {
 }  # fmt: skip
 OTHER_TYPES = re.compile(r"fp8|float8|e4m3|e5m2|int8|int4|fp4|fp32|float32|awq|gptq")
 _COMPARED = ("dtype", "precision", "device", "gpu", "gpu_name", "hardware", "vocab_size")
-_PADDED = 1.1  # times the words of a model that a table may have
+_PADDED = 1.1  # largest vocabulary of a table, in multiples of the model's
 _SHARES = (1e-3, 5.0)  # of a card's limits that the largest product may reach: beyond, times are in another unit
-_OF_ATTENTION = (2e-3, 50.0)  # the same of the largest decode: kernels of other shapes may stand for the model's
-_LAUNCHED_S = 20e-6  # no kernel is seen to take much less
+_OF_ATTENTION = (2e-3, 50.0)  # bounds as `_SHARES` for the largest decode, wider for kernels of other shapes
+_LAUNCHED_S = 20e-6  # kernels hardly ever take less
 _ATTENTION_SHAPE = {"n_q_head": "n_heads", "n_kv_head": "n_kv_heads", "n_embd": "d_model"}
 
 
@@ -124,9 +124,9 @@ def vidur_profile(
 
 
 def _of_constants(folder: Path, model: ModelSpec, card: Card, hardware: str) -> str:
-    """A sentence about columns that say something of all rows and are not read; "" where there are none.
+    """A sentence about unread columns with one value in all rows; "" if there are none.
 
-    Raises UserError if they say that the rows are of another card, of another precision, or of another MLP.
+    Raises UserError if the columns name another card, another precision, or another MLP.
     """
     said = []
     for table in ("mlp", "attention"):
@@ -182,7 +182,7 @@ def _attention(path: Path, model: ModelSpec, degree: int) -> tuple[GridTable, Gr
     if not said <= {"true", "false"}:
         raise UserError(f"{path}: is_prefill", sorted(said)[:5], "True or False", "correct the value")
     prompts = np.array([str(word).lower() == "true" for word in columns["is_prefill"]])
-    # The kernel that a row has no use for may have an empty cell.
+    # A row may have an empty cell for the kernel that it does not run.
     value = {n: np.where(prompts == (n == "decode"), 0.0, columns[c]) if n in ("prefill", "decode") else columns[c]
              for n, c in needed.items()}  # fmt: skip
     total = np.sum([times(path, needed[n], v, MS) for n, v in value.items()], axis=0)
@@ -227,7 +227,7 @@ def _check_shape(path: Path, columns: dict[str, NDArray[Any]], shape: dict[str, 
 
 
 def _check_operations(path: Path, known: Iterable[str]) -> bool:
-    """True if all of the known operations are there; raises UserError for another one: its time would be left out."""
+    """Whether all known operations are there. Raises UserError for an unknown one: its time would be left out."""
     header = read_text(path, MOST_BYTES, "correct the file").split(b"\n", 1)[0].decode()
     found = [name.strip().strip('"') for name in header.split(",")]
     known = tuple(known)
